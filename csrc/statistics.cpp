@@ -1,0 +1,215 @@
+// The kernels. Compiled once per instruction set with REPIRL_ISA (a namespace) and REPIRL_LANES (floats a vector).
+//
+// Written with the compilers' vector extensions, so that each instruction set gets full-width code without intrinsics.
+// Nothing inline from the standard library may be used here: the linker would be free to keep the copy compiled for a
+// newer instruction set than the machine has. Built without -ffast-math, because infinities and NaN carry meaning.
+
+#include "statistics.h"
+
+namespace repirl {
+namespace REPIRL_ISA {
+namespace {
+
+constexpr int kLanes = REPIRL_LANES;
+constexpr int kBlock = 1024;  // columns in flight: 4 KiB, in the first-level cache
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Unsigned __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Vector splat(float x) { return x - Vector{}; }
+
+inline Vector load(const float *x) {
+  Vector v;
+  __builtin_memcpy(&v, x, sizeof v);
+  return v;
+}
+
+inline Vector load(const uint16_t *x) {  // bfloat16
+  Halves h;
+  __builtin_memcpy(&h, x, sizeof h);
+  return (Vector)(__builtin_convertvector(h, Unsigned) << 16);
+}
+
+inline void store(float *x, Vector v) { __builtin_memcpy(x, &v, sizeof v); }
+
+inline void store(uint16_t *x, Vector v) {  // to nearest, ties to even; NaN stays NaN
+  const Unsigned bits = (Unsigned)v;
+  const Unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Integers is_nan = v != v;
+  const Halves h = __builtin_convertvector(is_nan ? (Unsigned{} + 0x7fc0u) : rounded, Halves);
+  __builtin_memcpy(x, &h, sizeof h);
+}
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// exp(x) = scale * (1 + fraction) for x in [-87, 88]; NaN stays NaN in `fraction`.
+struct Exponential {
+  Vector scale, fraction;
+};
+
+inline Exponential exponential(Vector x) {
+  // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
+  const Vector shifted = x * 1.44269504088896341f + 12582912.0f;
+  const Vector n = shifted - 12582912.0f;
+  // ln 2 in two parts, the first with so few bits that n times it is exact.
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440054690583e-4f;
+  Vector p = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
+  p = p * r + (1.0f / 120.0f);
+  p = p * r + (1.0f / 24.0f);
+  p = p * r + (1.0f / 6.0f);
+  p = p * r + 0.5f;
+  const Vector scale = (Vector)(((Integers)shifted - 0x4b400000 + 127) << 23);
+  return {scale, r + r * r * p};
+}
+
+// exp(x), exactly 0 below -87. Comparisons are written so that NaN passes through.
+inline Vector exp_or_zero(Vector x) {
+  const Integers vanishes = x < -87.0f;
+  Vector clamped = vanishes ? splat(-87.0f) : x;
+  clamped = clamped > 88.0f ? splat(88.0f) : clamped;
+  const Exponential e = exponential(clamped);
+  return vanishes ? Vector{} : e.scale + e.scale * e.fraction;
+}
+
+// tanh|x| = t / (t + 2) with t = exp(2|x|) - 1, which keeps its relative accuracy near 0.
+inline Vector tanh(Vector x) {
+  const Integers sign = (Integers)x & (int32_t)0x80000000;
+  Vector twice = (Vector)((Integers)x & 0x7fffffff) * 2.0f;
+  twice = twice > 40.0f ? splat(40.0f) : twice;
+  const Exponential e = exponential(twice);
+  const Vector t = e.scale * e.fraction + (e.scale - 1.0f);
+  return (Vector)((Integers)(t / (t + 2.0f)) | sign);
+}
+
+struct Logits {
+  Vector z, tanh;
+};
+
+inline Logits final_logits(Vector x, Vector bias, const Transform &transform) {
+  Logits result{x + bias, Vector{}};
+  if (transform.softcap != 0.0f) {
+    result.tanh = tanh(result.z / transform.softcap);
+    result.z = result.tanh * transform.softcap;
+  }
+  if (transform.temperature != 1.0f) result.z = result.z / transform.temperature;
+  return result;
+}
+
+inline double sum(Vector v) {
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
+
+// Copies the last, incomplete vector of a row, filled up with `fill`.
+template <class T>
+inline Vector load_tail(const T *x, int64_t count, float fill) {
+  float lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane < count ? to_float(x[lane]) : fill;
+  return load(lanes);
+}
+
+inline Vector load_bias(const float *bias, int64_t column, int64_t num_columns) {
+  if (bias == nullptr) return Vector{};
+  return column + kLanes <= num_columns ? load(bias + column) : load_tail(bias + column, num_columns - column, 0.0f);
+}
+
+template <class T>
+void update_row(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
+                float &target_logit) {
+  const float infinity = __builtin_inff();
+  alignas(64) float block[kBlock];
+  for (int64_t start = 0; start < num_columns; start += kBlock) {
+    const int64_t count = num_columns - start < kBlock ? num_columns - start : kBlock;
+    const int64_t full = count / kLanes * kLanes;
+    Vector largest = splat(-infinity);
+    for (int64_t i = 0; i < full; i += kLanes) {
+      const Vector z = final_logits(load(x + start + i), load_bias(transform.bias, start + i, num_columns), transform).z;
+      store(block + i, z);
+      largest = z > largest ? z : largest;
+    }
+    if (full < count) {
+      Vector z = final_logits(load_tail(x + start + full, count - full, 0.0f),
+                              load_bias(transform.bias, start + full, num_columns), transform).z;
+      // Lanes past the end become -inf after the transform: a softcap would make them finite.
+      for (int lane = (int)(count - full); lane < kLanes; ++lane) z[lane] = -infinity;
+      store(block + full, z);
+      largest = z > largest ? z : largest;
+    }
+    if (target >= start && target < start + count) target_logit = block[target - start];
+
+    float maximum = -infinity;
+    for (int lane = 0; lane < kLanes; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+    if (maximum > state.maximum) {
+      if (state.maximum != -infinity) {
+        const double change = (double)state.maximum - (double)maximum;
+        const double factor = __builtin_exp(change);
+        state.weighted = factor * (state.weighted + change * state.total);
+        state.total *= factor;
+      }
+      state.maximum = maximum;
+    }
+    if (state.maximum == -infinity) {
+      // Only banned columns so far, which have no weight; but a NaN must not be lost among them.
+      for (int64_t i = 0; i < count; ++i)
+        if (block[i] != block[i]) state.total = __builtin_nan("");
+      continue;
+    }
+    Vector total{}, weighted{};
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const Vector shifted = load(block + i) - state.maximum;
+      const Vector e = exp_or_zero(shifted);
+      total += e;
+      weighted += e == 0.0f ? Vector{} : e * shifted;  // 0 * log 0 = 0
+    }
+    state.total += sum(total);
+    state.weighted += sum(weighted);
+  }
+}
+
+inline Vector gradient(const Logits &logits, const Transform &transform, const RowGradient &row, Vector onehot) {
+  const Vector p = exp_or_zero(logits.z - row.logsumexp);
+  const Vector slope = row.mass - row.slope * (logits.z - row.mean_logit);
+  Vector dz = (p == 0.0f ? Vector{} : p * slope) + onehot;
+  if (transform.temperature != 1.0f) dz = dz / transform.temperature;
+  if (transform.softcap != 0.0f) dz = dz * (1.0f - logits.tanh * logits.tanh);
+  return dz;
+}
+
+template <class T>
+void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
+                  const RowGradient &row) {
+  const int64_t full = num_columns / kLanes * kLanes;
+  for (int64_t i = 0; i < num_columns; i += kLanes) {
+    Vector onehot{};
+    if (target >= i && target < i + kLanes) onehot[target - i] = row.onehot;
+    const Vector bias = load_bias(transform.bias, i, num_columns);
+    if (i < full) {
+      store(out + i, gradient(final_logits(load(x + i), bias, transform), transform, row, onehot));
+    } else {
+      const int64_t count = num_columns - i;
+      T lanes[kLanes];
+      store(lanes, gradient(final_logits(load_tail(x + i, count, 0.0f), bias, transform), transform, row, onehot));
+      for (int64_t lane = 0; lane < count; ++lane) out[i + lane] = lanes[lane];
+    }
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {REPIRL_NAME, update_row<float>, update_row<uint16_t>, gradient_row<float>,
+                         gradient_row<uint16_t>};
+
+}  // namespace REPIRL_ISA
+}  // namespace repirl

@@ -1,0 +1,59 @@
+// One-pass statistics and gradients of a slab of logits: the interface between the bindings and the kernels.
+//
+// A slab is a set of rows (tokens) times a contiguous range of vocabulary columns. The kernels are compiled once per
+// instruction set, each into its own namespace, and chosen at run time.
+
+#pragma once
+
+#include <cstdint>
+
+namespace repirl {
+
+// How stored values become final logits: z = softcap * tanh((x + bias) / softcap) / temperature.
+struct Transform {
+  const float *bias;   // one value a column of the slab, or null
+  float temperature;   // 1 for none
+  float softcap;       // 0 for none
+};
+
+// Running statistics of one row, over the columns seen so far.
+struct RowState {
+  float maximum;        // m
+  double total;         // a = sum exp(z - m)
+  double weighted;      // b = sum exp(z - m) (z - m)
+};
+
+// What the gradient of one row needs: dz_v = onehot 1[v = target] + p_v (mass - slope (z_v - mean_logit)).
+struct RowGradient {
+  float logsumexp;
+  float mean_logit;
+  float mass;
+  float onehot;
+  float slope;
+};
+
+// `target` is the target's column in the slab; outside [0, num_columns) it lies in another slab. Its final logit is
+// written to `target_logit` if it lies in this one.
+using UpdateRowF32 = void (*)(const float *x, int64_t num_columns, const Transform &, int64_t target, RowState &,
+                              float &target_logit);
+using UpdateRowBF16 = void (*)(const uint16_t *x, int64_t num_columns, const Transform &, int64_t target, RowState &,
+                               float &target_logit);
+// `out` may be `x`.
+using GradientRowF32 = void (*)(const float *x, float *out, int64_t num_columns, const Transform &, int64_t target,
+                                const RowGradient &);
+using GradientRowBF16 = void (*)(const uint16_t *x, uint16_t *out, int64_t num_columns, const Transform &,
+                                 int64_t target, const RowGradient &);
+
+struct Kernels {
+  const char *name;
+  UpdateRowF32 update_f32;
+  UpdateRowBF16 update_bf16;
+  GradientRowF32 gradient_f32;
+  GradientRowBF16 gradient_bf16;
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+}  // namespace repirl

@@ -1,0 +1,315 @@
+"""Rewards and losses as pure functions of per-token statistics, packed end to end.
+
+Axes: T tokens (response tokens only) of S sequences, see `segments`. Losses come per token, to be summed with
+weights whose normaliser is that of the whole batch: so however a batch is cut into micro-batches or packed,
+the gradient is the same.
+
+Sources: rePIRL, Wu et al., ICML 2026; maximum-entropy IRL, Ziebart et al. 2008; guided cost learning, Finn et
+al. 2016; PPO, Schulman et al. 2017; inverse soft-Q learning, Garg et al. 2021; implicit rewards, Rafailov et
+al. 2023 and Cui et al. 2025.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repirl_kernels.segments import (
+    check_choice,
+    check_packed,
+    irl_coefficients,
+    log_importance_weights,
+    log_partition,
+    pareto_smooth,
+    self_normalize,
+    sequence_ids,
+)
+
+REWARD_KINDS = ("value", "logit", "soft_q", "logprob", "implicit")
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+SMOOTHINGS = ("none", "psis")
+
+# exp of it is finite in float32; a policy that moved further than e^20 on a token gets no gradient from it.
+_MAX_LOG_RATIO = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """loss [T] is differentiable; the rest is detached: ratio = pi_theta / pi_old, clipped (bool) where the
+    clip removed the gradient, kl the estimate against the reference (0 without one), sampler_ratio the
+    truncated pi_old / mu (1 when off), truncated (bool) where it was cut."""
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    kl: Tensor
+    sampler_ratio: Tensor
+    truncated: Tensor
+
+
+def token_rewards(
+    kind: str,
+    *,
+    value: Tensor | None = None,
+    logprob: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    target_logit: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gamma: float = 1.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """The reward r_t of every token, [T], differentiable in whatever it is read from.
+
+    | kind       | r_t                                              | needs                               |
+    |------------|--------------------------------------------------|-------------------------------------|
+    | `value`    | value_t                                          | value                               |
+    | `logit`    | target_logit_t                                   | target_logit                        |
+    | `soft_q`   | target_logit_t - gamma logsumexp_{t+1} (end: 0)  | target_logit, logsumexp, cu_seqlens |
+    | `logprob`  | logprob_t                                        | logprob                             |
+    | `implicit` | beta (logprob_t - ref_logprob_t)                 | logprob, ref_logprob                |
+
+    ValueError for an unknown kind or a missing input.
+    """
+    check_choice("kind", kind, REWARD_KINDS)
+    if kind == "value":
+        return _needed(kind, "value", value)
+    if kind == "logit":
+        return _needed(kind, "target_logit", target_logit)
+    if kind == "logprob":
+        return _needed(kind, "logprob", logprob)
+    if kind == "implicit":
+        return beta * (_needed(kind, "logprob", logprob) - _needed(kind, "ref_logprob", ref_logprob).detach())
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}")
+    target_logit = _needed(kind, "target_logit", target_logit)
+    logsumexp = _needed(kind, "logsumexp", logsumexp)
+    cu_seqlens = _needed(kind, "cu_seqlens", cu_seqlens)
+    check_packed(cu_seqlens, target_logit=target_logit, logsumexp=logsumexp)
+    if logsumexp.numel() == 0:
+        return target_logit
+    ids = sequence_ids(cu_seqlens, logsumexp.numel())
+    has_next = torch.cat([ids[1:] == ids[:-1], torch.zeros_like(ids[:1], dtype=torch.bool)])
+    following = torch.cat([logsumexp[1:], logsumexp[:1]])
+    return target_logit - gamma * torch.where(has_next, following, 0.0)
+
+
+def _needed(kind: str, name: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"rewards of kind {kind!r} need {name}, got None")
+    return tensor
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    sampler_ratio_cap: float | None = None,
+    entropy_coefficient: float = 0.0,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of every token, [T].
+
+        loss_t = - min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) min(pi_old / mu, cap)
+                 - entropy_coefficient H_t + kl_coefficient KL_t
+
+    logprob is the trained policy's, old_logprob what the trainer computed before the update, sampler_logprob
+    what the engine that sampled reported; the last ratio corrects for their mismatch and is off where the cap
+    is None. All [T]. Gradients flow through logprob and entropy only.
+
+    KL_t estimates KL(pi || pi_ref) from d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d.
+    As a loss, k1's own derivative has mean zero under pi and would do nothing, so k1 carries the
+    score-function gradient d * grad logprob: on policy it and k2's (the same) are unbiased for the gradient
+    of KL(pi || pi_ref), and k3's is that of KL(pi_ref || pi).
+
+    ValueError for unequal shapes, options out of range, or a term that is switched on without its input.
+    """
+    check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    inputs = {"old_logprob": old_logprob, "advantage": advantage, "entropy": entropy}
+    inputs |= {"sampler_logprob": sampler_logprob, "ref_logprob": ref_logprob}
+    for name, tensor in inputs.items():
+        if tensor is not None and tensor.shape != logprob.shape:
+            raise ValueError(
+                f"{name} must have logprob's shape {tuple(logprob.shape)}, got {tuple(tensor.shape)}"
+            )
+    if not 0.0 <= clip_low <= 1.0:
+        raise ValueError(f"clip_low must lie in [0, 1], got {clip_low!r}")
+    if not clip_high >= 0.0:
+        raise ValueError(f"clip_high must be at least 0, got {clip_high!r}")
+    if sampler_ratio_cap is not None and not sampler_ratio_cap > 0.0:
+        raise ValueError(
+            f"sampler_ratio_cap must be positive, or None for no correction; got {sampler_ratio_cap!r}"
+        )
+
+    advantage = advantage.detach().to(logprob.dtype)
+    ratio = (logprob - old_logprob.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    unclipped = ratio * advantage
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
+    clipped = (bounded < unclipped).detach()
+    loss = -torch.where(clipped, bounded, unclipped)
+
+    sampler_ratio = torch.ones_like(ratio).detach()
+    truncated = torch.zeros_like(clipped)
+    if sampler_ratio_cap is not None:
+        if sampler_logprob is None:
+            raise ValueError(f"sampler_ratio_cap is {sampler_ratio_cap!r} but sampler_logprob is None")
+        mismatch = (old_logprob - sampler_logprob).detach().clamp(max=_MAX_LOG_RATIO).exp()
+        truncated = mismatch > sampler_ratio_cap
+        sampler_ratio = mismatch.clamp(max=sampler_ratio_cap)
+        loss = loss * sampler_ratio
+    if entropy_coefficient != 0.0:
+        if entropy is None:
+            raise ValueError(f"entropy_coefficient is {entropy_coefficient!r} but entropy is None")
+        loss = loss - entropy_coefficient * entropy
+    kl = torch.zeros_like(ratio).detach()
+    if ref_logprob is not None:
+        kl_term = _kl(logprob, ref_logprob.detach(), kl_estimator)
+        kl = kl_term.detach()
+        if kl_coefficient != 0.0:
+            loss = loss + kl_coefficient * kl_term
+    elif kl_coefficient != 0.0:
+        raise ValueError(f"kl_coefficient is {kl_coefficient!r} but ref_logprob is None")
+    return PolicyLoss(loss, ratio.detach(), clipped, kl, sampler_ratio, truncated)
+
+
+def _kl(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:
+    difference = logprob - ref_logprob
+    if estimator == "k1":
+        score = difference**2 / 2
+        return difference.detach() + score - score.detach()
+    if estimator == "k2":
+        return difference**2 / 2
+    return torch.exp((-difference).clamp(max=_MAX_LOG_RATIO)) - 1 + difference
+
+
+def aggregate_weights(
+    cu_seqlens: Tensor,
+    aggregation: str = "token_mean",
+    *,
+    constant_length: int | None = None,
+    num_tokens: int | None = None,
+    num_sequences: int | None = None,
+) -> Tensor:
+    """Weights [T] float32 that make `(weights * loss).sum()` the batch's loss.
+
+    token_mean: 1/num_tokens · sequence_mean: 1/(num_sequences T_i), T_i the sequence's length ·
+    constant_length: 1/(num_sequences constant_length). `num_tokens` and `num_sequences` are the whole
+    batch's; without them those of this pack, empty sequences included.
+    """
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    check_packed(cu_seqlens)
+    lengths = cu_seqlens.diff().long()
+    total = int(cu_seqlens[-1])
+    num_tokens = total if num_tokens is None else num_tokens
+    num_sequences = lengths.numel() if num_sequences is None else num_sequences
+    if num_tokens < total or num_sequences < lengths.numel():
+        raise ValueError(
+            f"num_tokens and num_sequences count the whole batch: at least {total} and {lengths.numel()} "
+            f"here, got {num_tokens} and {num_sequences}"
+        )
+    if aggregation == "constant_length" and (constant_length is None or constant_length < 1):
+        raise ValueError(f"aggregation 'constant_length' needs constant_length >= 1, got {constant_length!r}")
+    if aggregation == "sequence_mean":
+        each = 1.0 / (num_sequences * lengths.clamp(min=1).double())
+        return each.repeat_interleave(lengths).float()
+    denominator = num_tokens if aggregation == "token_mean" else num_sequences * (constant_length or 1)
+    return torch.full((total,), 1.0 / max(denominator, 1), device=cu_seqlens.device)
+
+
+def irl_token_loss(
+    reward: Tensor, coefficient: Tensor, *, reward_l2: float = 0.0, num_tokens: int | None = None
+) -> Tensor:
+    """Second pass of the IRL gradient: c_t r_t + reward_l2 r_t^2 / num_tokens, [T]; its sum is to be
+    differentiated.
+
+    coefficient [T] from `segments.irl_coefficients`; num_tokens of the whole batch, experts and rollouts.
+    """
+    if coefficient.shape != reward.shape:
+        raise ValueError(
+            f"coefficient must have reward's shape {tuple(reward.shape)}, got {tuple(coefficient.shape)}"
+        )
+    loss = coefficient.detach().to(reward.dtype) * reward
+    if reward_l2 != 0.0:
+        if num_tokens is None or num_tokens < 1:
+            raise ValueError(f"reward_l2 needs num_tokens >= 1, the whole batch's; got {num_tokens!r}")
+        loss = loss + (reward_l2 / num_tokens) * reward**2
+    return loss
+
+
+def irl_loss(
+    expert_reward: Tensor,
+    expert_cu_seqlens: Tensor,
+    policy_reward: Tensor,
+    sampler_logprob: Tensor,
+    policy_cu_seqlens: Tensor,
+    *,
+    group_ids: Tensor | None = None,
+    base_logprob: Tensor | None = None,
+    kind: str = "trajectory",
+    temper: float = 1.0,
+    target_ess: float | None = None,
+    group_by: str = "prompt",
+    smooth: str = "none",
+    truncate: float | None = None,
+    normalize: str = "sequence",
+    reward_l2: float = 0.0,
+) -> Tensor:
+    """The maximum-entropy IRL loss in one pass, a differentiable scalar: the definition of the two-pass
+    gradient.
+
+        loss = - mean_{expert} R + mean_groups log Z,     log Z = (logsumexp_j alpha log w_j - log M) / alpha
+               + reward_l2 mean_t r_t^2
+
+    expert_reward [T of the experts]; policy_reward, sampler_logprob, base_logprob [T of the rollouts];
+    group_ids [S] of the rollouts. Options as in `log_importance_weights`, `self_normalize` (truncate),
+    `pareto_smooth` (smooth "psis") and `irl_coefficients` (normalize, whose denominators are constants to
+    autograd).
+
+    Weights of kind `trajectory` and `token` (there log Z is the tokens', times tokens per sequence) have this
+    as an ordinary loss. Those of other kinds, and all that are smoothed or truncated, approximate the
+    gradient of log Z rather than log Z: for them its place is taken by sum_t c_t r_t with constant c.
+    """
+    check_choice("smooth", smooth, SMOOTHINGS)
+    log_weights = log_importance_weights(
+        policy_reward,
+        sampler_logprob,
+        policy_cu_seqlens,
+        group_ids=group_ids,
+        kind=kind,
+        base_logprob=base_logprob,
+        temper=temper,
+        target_ess=target_ess,
+        group_by=group_by,
+    )
+    check_packed(expert_cu_seqlens, expert_reward=expert_reward)
+    shaped = log_weights.log_weight.detach()
+    if smooth == "psis":
+        shaped = pareto_smooth(shaped, log_weights.bucket_ids)[0]
+    weights = self_normalize(shaped, log_weights.bucket_ids, truncate=truncate)
+    coefficients = irl_coefficients(
+        weights, log_weights, policy_cu_seqlens, expert_cu_seqlens, normalize=normalize
+    )
+    expert_term = (coefficients.expert * expert_reward.double()).sum()
+    if kind in ("trajectory", "token") and smooth == "none" and truncate is None:
+        log_z = log_partition(log_weights.log_weight, log_weights.bucket_ids) / log_weights.alpha
+        policy_term = (log_weights.mass * log_z).sum()
+        if normalize == "token":
+            unnormalized = irl_coefficients(weights, log_weights, policy_cu_seqlens, expert_cu_seqlens)
+            policy_term = policy_term / unnormalized.policy.sum()
+    else:
+        policy_term = (coefficients.policy * policy_reward.double()).sum()
+    loss = expert_term + policy_term
+    if reward_l2 != 0.0:
+        rewards = torch.cat([expert_reward.double(), policy_reward.double()])
+        loss = loss + reward_l2 * (rewards**2).mean()
+    if not math.isfinite(float(loss.detach())):
+        raise ValueError(f"the inverse-RL loss is {float(loss.detach())}; rewards must be finite")
+    return loss.to(torch.promote_types(expert_reward.dtype, policy_reward.dtype))

@@ -1,0 +1,719 @@
+"""``token_stats`` and ``linear_token_stats``: checks, custom operators, gradients, choice of a backend.
+
+Everything that the backends have in common happens here, so that each of them sees only rows that matter:
+inputs are checked and flattened, ignored rows are removed before the product, rows without an upstream
+gradient are removed before the backward product, and results are scattered back. Rows are removed, never
+zeroed and multiplied: a NaN in a row that does not count must not reach a gradient.
+
+How many rows are left depends on the values of the data, so the removal happens inside the custom operators.
+To ``torch.compile`` and to fake tensors they have static shapes.
+
+Axes: N rows (tokens), D features, V vocabulary.
+"""
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repirl_kernels import native
+from repirl_kernels.reference import statistics_dtype
+
+BACKENDS = ("reference", "triton", "native")
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each row's distribution over the vocabulary at that row's target.
+
+    All four have the shape of ``targets``, are differentiable, and are float32 (float64 for float64 inputs).
+    They refer to the final logits, after bias, softcap and temperature. Rows that are ignored hold 0.
+    """
+
+    logprob: Tensor
+    """log p(target), in nats."""
+    logsumexp: Tensor
+    """log of the partition function."""
+    target_logit: Tensor
+    """The target's final logit."""
+    entropy: Tensor
+    """-sum p log p, in nats."""
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-probability, logsumexp, target logit and entropy of logits that already exist, reading them once.
+
+    Args:
+        logits: ``[*, V]``, float32, bfloat16, float16 or float64.
+        targets: ``[*]``, any integer dtype, each in ``[0, vocab_size)`` or equal to ``ignore_index``.
+        temperature: final logits are divided by it; > 0.
+        softcap: ``c`` in ``c * tanh(logits / c)``, applied before the temperature; > 0, or ``None`` for none.
+        ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
+        row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever their target and logits hold.
+        vocab_size: only the first ``vocab_size`` columns take part; the others (padding) get zero gradient.
+        backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
+
+    Returns:
+        :class:`TokenStats` with tensors of the shape of ``targets``; ignored rows hold 0
+        and pass zero gradients.
+
+    Raises:
+        TypeError: a dtype is not supported, or an argument is a DTensor.
+        ValueError: a shape, a device, an option or a target's value is wrong. Values of targets are
+            checked when the operator runs, also under ``torch.compile``.
+        RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
+    """
+    _check_tensor("logits", logits, SUPPORTED_DTYPES)
+    if logits.dim() < 1:
+        raise ValueError("logits must have shape [*, V], got a tensor without axes")
+    _check_rows("logits", logits, targets, row_mask)
+    num_columns = _check_options(logits.shape[-1], temperature, softcap, vocab_size, backend)
+    shape = targets.shape
+    outputs = _token_stats(
+        logits.reshape(-1, logits.shape[-1]),
+        targets.reshape(-1).to(torch.int64),
+        None if row_mask is None else row_mask.reshape(-1),
+        float(temperature),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        num_columns,
+        backend or "",
+    )
+    return TokenStats(*(output.reshape(shape) for output in outputs[:4]))
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """Token statistics of ``softcap(hidden @ weight.T + bias) / temperature`` without holding the logits.
+
+    Statistics are computed in float32 whatever the operands' dtype: with bfloat16 operands the logits are
+    never rounded to bfloat16. ``hidden`` and ``weight`` of different dtypes are computed in the dtype that
+    both promote to; under ``torch.autocast`` both are cast to the autocast dtype first, as
+    ``torch.nn.functional.linear`` does (float64 is left alone by both). Gradients have the dtype of their
+    tensor.
+
+    Args:
+        hidden: ``[*, D]``, float32, bfloat16, float16 or float64.
+        weight: ``[V, D]``, one of the same dtypes. A DTensor is refused: call this inside the ``forward``
+            of the FSDP module that owns the weight, or pass ``weight.full_tensor()``.
+        targets: ``[*]``, any integer dtype, each in ``[0, vocab_size)`` or equal to ``ignore_index``.
+        bias: ``[V]`` or ``None``; ``-inf`` bans a token.
+        temperature: final logits are divided by it; > 0.
+        softcap: ``c`` in ``c * tanh(z / c)``, applied after the bias, before the temperature; > 0, or
+            ``None``.
+        ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
+        row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever they hold, and cost no product.
+        vocab_size: only the first ``vocab_size`` rows of ``weight`` take part; the others get zero gradient.
+        backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
+
+    Returns:
+        :class:`TokenStats` with tensors of the shape of ``targets``; ignored rows hold 0
+        and pass zero gradients.
+
+    Raises:
+        TypeError: a dtype is not supported, or an argument is a DTensor.
+        ValueError: a shape, a device, an option or a target's value is wrong. Values of targets are
+            checked when the operator runs, also under ``torch.compile``.
+        RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
+    """
+    _check_tensor("hidden", hidden, SUPPORTED_DTYPES)
+    _check_tensor("weight", weight, SUPPORTED_DTYPES)
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"expected hidden [*, D] and weight [V, D], got hidden {tuple(hidden.shape)} and "
+            f"weight {tuple(weight.shape)}"
+        )
+    _check_device("weight", weight, "hidden", hidden)
+    _check_rows("hidden", hidden, targets, row_mask)
+    num_columns = _check_options(weight.shape[0], temperature, softcap, vocab_size, backend)
+    if bias is not None:
+        _check_tensor("bias", bias, SUPPORTED_DTYPES)
+        _check_device("bias", bias, "hidden", hidden)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"expected bias [{weight.shape[0]}] (V of weight), got {tuple(bias.shape)}")
+    dtype = _product_dtype(hidden, weight)
+    if bias is not None and bias.dtype != dtype:
+        # A bias more precise than a half-precision product costs nothing to keep: it is added in float32.
+        bias = bias.to(statistics_dtype(dtype))
+    shape = targets.shape
+    outputs = _linear_token_stats(
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+        weight.to(dtype),
+        targets.reshape(-1).to(torch.int64),
+        bias,
+        None if row_mask is None else row_mask.reshape(-1),
+        float(temperature),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        num_columns,
+        backend or "",
+    )
+    return TokenStats(*(output.reshape(shape) for output in outputs[:4]))
+
+
+def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str | None = None) -> str:
+    """The name of the backend that runs for tensors of this device and dtype.
+
+    float64 always runs ``"reference"``. Else a CUDA or ROCm device runs ``"triton"`` and a CPU ``"native"``;
+    where those are not installed, and on other devices, it is ``"reference"``. ``backend`` forces one.
+
+    Raises:
+        ValueError: ``backend`` is not a backend's name, or does not run on ``device``.
+        TypeError: ``backend`` does not run in ``dtype``.
+        RuntimeError: ``backend`` is not installed.
+    """
+    device = torch.device(device)
+    if backend is None:
+        if dtype == torch.float64:
+            return "reference"
+        if device.type == "cuda" and _triton_installed():
+            return "triton"
+        if device.type == "cpu":
+            if native.is_available():
+                return "native"
+            _warn_once(
+                "repirl_kernels: the native CPU backend is not built, running the slower reference backend. "
+                "Reinstall with a C++17 compiler to get it, or pass backend='reference' to silence this."
+            )
+        elif device.type == "cuda":
+            _warn_once(
+                "repirl_kernels: triton is not installed, running the slower reference backend. "
+                "Install triton to use the GPU kernels, or pass backend='reference' to silence this."
+            )
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
+    if backend == "reference":
+        return backend
+    if dtype == torch.float64:
+        raise TypeError(f"backend={backend!r} does not run in float64, expected backend='reference' or None")
+    if backend == "native":
+        if device.type != "cpu":
+            raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
+        if not native.is_available():
+            raise RuntimeError("backend='native' is not built: reinstall repirl with a C++17 compiler")
+        return backend
+    if not _triton_installed():
+        raise RuntimeError("backend='triton' needs the triton package: pip install triton")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' runs on a GPU, got tensors on {device} (for tests on the CPU, "
+            "set TRITON_INTERPRET=1 before the first import of repirl_kernels)"
+        )
+    return backend
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor, expected a plain tensor: call this inside the forward of the FSDP "
+            f"module that owns it, where the parameter is gathered, or pass {name}.full_tensor()"
+        )
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(_dtype_name(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
+
+
+def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them"
+        )
+
+
+def _check_rows(name: str, rows: Tensor, targets: Tensor, row_mask: Tensor | None) -> None:
+    _check_tensor("targets", targets, _TARGET_DTYPES)
+    _check_device("targets", targets, name, rows)
+    if targets.shape != rows.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of {name} without its last axis, {tuple(rows.shape[:-1])}, got "
+            f"{tuple(targets.shape)}"
+        )
+    if row_mask is not None:
+        _check_tensor("row_mask", row_mask, (torch.bool,))
+        _check_device("row_mask", row_mask, name, rows)
+        if row_mask.shape != targets.shape:
+            raise ValueError(
+                f"row_mask must have the shape of targets, {tuple(targets.shape)}, got "
+                f"{tuple(row_mask.shape)}"
+            )
+
+
+def _check_options(
+    num_columns: int, temperature: float, softcap: float | None, vocab_size: int | None, backend: str | None
+) -> int:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
+    if num_columns == 0:
+        raise ValueError("the vocabulary is empty: V = 0")
+    if vocab_size is None:
+        return num_columns
+    if not 1 <= vocab_size <= num_columns:
+        raise ValueError(
+            f"vocab_size must lie in [1, {num_columns}] (V of the given tensor), got {vocab_size}"
+        )
+    return vocab_size
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    promoted = torch.promote_types(hidden.dtype, weight.dtype)
+    device_type = hidden.device.type
+    if promoted != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return promoted
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _backend_module(tensor: Tensor, backend: str) -> ModuleType:
+    name = choose_backend(tensor.device, tensor.dtype, backend or None)
+    # Imported when first used: the Triton kernels are of no use, and slow to import, where there is no GPU.
+    return importlib.import_module(f"repirl_kernels.{name}")
+
+
+def _kept_rows(targets: Tensor, row_mask: Tensor | None, ignore_index: int) -> Tensor:
+    keep = targets != ignore_index
+    return keep if row_mask is None else keep & row_mask
+
+
+def _row_indices(keep: Tensor) -> Tensor | None:
+    """Indices of the rows to keep; ``None`` if that is all of them, so that nothing needs to be copied."""
+    rows = keep.nonzero().squeeze(-1)
+    return None if rows.shape[0] == keep.shape[0] else rows
+
+
+def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is not None:
+        return tensor.index_select(0, rows)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _put(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+    if rows is None:
+        return values
+    result = values.new_zeros((num_rows, *values.shape[1:]))
+    return result.index_copy_(0, rows, values)
+
+
+def _check_target_values(targets: Tensor, keep: Tensor, vocab_size: int) -> None:
+    out_of_range = keep & ((targets < 0) | (targets >= vocab_size))
+    if out_of_range.any():
+        row = int(out_of_range.nonzero()[0])
+        raise ValueError(
+            f"target {int(targets[row])} in row {row} is outside [0, {vocab_size}); "
+            "give rows that do not count the ignore_index, or mask them with row_mask"
+        )
+
+
+def _split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """``logsumexp`` in the dtype of the statistics, and what that rounding lost.
+
+    A backend may return logsumexp in float64, which has what float32 loses up to offsets of 1e8. Else
+    ``target_logit`` and ``logprob`` know it better than its own rounded value: ``L = z_a - log p_a``, where
+    log p_a has no large terms. But for an improbable target log p_a is itself large, and its rounding no
+    better than that of L.
+    """
+    rounded = logsumexp.to(logprob.dtype)
+    limit = 1e8 if logsumexp.dtype == torch.float64 else 0.0
+    by_target = (logprob.abs() < rounded.abs().clamp(max=64.0)) & (rounded.abs() > limit)
+    lost = (logsumexp - rounded).to(logprob.dtype)
+    return rounded, torch.where(by_target, (target_logit - rounded) - logprob, lost)
+
+
+def _fold_upstream(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Upstream gradients ``(g_logsumexp, g_target_logit, g_entropy)`` that mean all four, and ``mean_logit``.
+
+    A backend computes ``p_v = exp(z_v - L)`` and ``z_v - b`` from L and b as rounded to the statistics'
+    dtype. With logits around 1e4 that rounding is 5e-4, and so would be the gradient's relative error. But
+    what the rounded L and b lack is the same for a whole row, so it is put into the row's coefficients:
+
+        p_v (g_L - g_p - g_H (z_v - b)) = p'_v ((g_L - g_p + g_H b_low) r - g_H r (z_v - b')),
+        p'_v = exp(z_v - L'),  r = exp(-L_low),  L = L' + L_low,  b = b' + b_low
+    """
+    mean_logit = logsumexp - entropy
+    mean_logit_low = ((logsumexp - mean_logit) - entropy) + logsumexp_low
+    scale = torch.exp(-logsumexp_low)
+    return (
+        (g_logsumexp - g_logprob + g_entropy * mean_logit_low) * scale,
+        g_target_logit + g_logprob,
+        g_entropy * scale,
+        mean_logit,
+    )
+
+
+def _empty_stats(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(rows.dtype)
+    logprob, logsumexp, target_logit, entropy, logsumexp_low = (
+        torch.zeros(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(5)
+    )
+    return logprob, logsumexp, target_logit, entropy, logsumexp_low
+
+
+@torch.library.custom_op("repirl_kernels::token_stats", mutates_args=())
+def _token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep = _kept_rows(targets, row_mask, ignore_index)
+    _check_target_values(targets, keep, vocab_size)
+    functions = _backend_module(logits, backend)
+    rows = _row_indices(keep)
+    num_rows = logits.shape[0]
+    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
+        return _empty_stats(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        logprob, logsumexp, target_logit, entropy, _ = functions.logits_forward(
+            _take(logits, rows), _take(targets, rows), temperature, softcap, vocab_size
+        )
+    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    return (
+        _put(logprob, rows, num_rows),
+        _put(logsumexp, rows, num_rows),
+        _put(target_logit, rows, num_rows),
+        _put(entropy, rows, num_rows),
+        _put(logsumexp_low, rows, num_rows),
+    )
+
+
+@_token_stats.register_fake
+def _token_stats_fake(
+    logits: Tensor,
+    targets: Tensor,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_stats(logits)
+
+
+@torch.library.custom_op("repirl_kernels::token_stats_backward", mutates_args=())
+def _token_stats_backward(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
+    stats = (logsumexp, entropy, logsumexp_low)
+    rows = _row_indices(_live_rows(upstream, _kept_rows(targets, row_mask, ignore_index)))
+    num_rows = logits.shape[0]
+    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
+        return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    taken = [_take(column, rows) for column in (*upstream, *stats)]
+    mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+    with torch.autocast(logits.device.type, enabled=False):
+        dlogits = _backend_module(logits, backend).logits_backward(
+            torch.zeros_like(mass), mass, onehot, slope, _take(logits, rows), _take(targets, rows),
+            taken[4], mean_logit, temperature, softcap, vocab_size,
+        )  # fmt: skip
+    return _put(dlogits, rows, num_rows)
+
+
+@_token_stats_backward.register_fake
+def _token_stats_backward_fake(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("repirl_kernels::linear_token_stats", mutates_args=())
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep = _kept_rows(targets, row_mask, ignore_index)
+    _check_target_values(targets, keep, vocab_size)
+    functions = _backend_module(hidden, backend)
+    rows = _row_indices(keep)
+    num_rows = hidden.shape[0]
+    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
+        return _empty_stats(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
+            _take(hidden, rows), _take(weight, None), _take(targets, rows), _contiguous(bias), temperature,
+            softcap, vocab_size,
+        )  # fmt: skip
+    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    return (
+        _put(logprob, rows, num_rows),
+        _put(logsumexp, rows, num_rows),
+        _put(target_logit, rows, num_rows),
+        _put(entropy, rows, num_rows),
+        _put(logsumexp_low, rows, num_rows),
+    )
+
+
+@_linear_token_stats.register_fake
+def _linear_token_stats_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_stats(hidden)
+
+
+@torch.library.custom_op("repirl_kernels::linear_token_stats_backward", mutates_args=())
+def _linear_token_stats_backward(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor."""
+    upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
+    stats = (logsumexp, entropy, logsumexp_low)
+    rows = _row_indices(_live_rows(upstream, _kept_rows(targets, row_mask, ignore_index)))
+    num_rows = hidden.shape[0]
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    need_bias = need_bias and bias is not None
+    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
+        dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
+        dbias = (
+            None
+            if bias is None or not need_bias
+            else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+        )
+    else:
+        taken = [_take(column, rows) for column in (*upstream, *stats)]
+        mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+        with torch.autocast(hidden.device.type, enabled=False):
+            dhidden, dweight, dbias = _backend_module(hidden, backend).linear_backward(
+                torch.zeros_like(mass), mass, onehot, slope, _take(hidden, rows), _take(weight, None),
+                _take(targets, rows), _contiguous(bias), taken[4], mean_logit, temperature, softcap,
+                vocab_size, need_hidden, need_weight, need_bias,
+            )  # fmt: skip
+        if dhidden is not None:
+            dhidden = _put(dhidden, rows, num_rows)
+    return (
+        hidden.new_empty(0) if dhidden is None else dhidden,
+        weight.new_empty(0) if dweight is None else dweight,
+        hidden.new_empty(0) if dbias is None else dbias,
+    )
+
+
+@_linear_token_stats_backward.register_fake
+def _linear_token_stats_backward_fake(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device),
+        hidden.new_empty(0)
+        if bias is None or not need_bias
+        else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device),
+    )
+
+
+def _live_rows(upstream: tuple[Tensor, ...], keep: Tensor) -> Tensor:
+    live = torch.zeros_like(keep)
+    for gradient in upstream:
+        live |= gradient != 0  # NaN != 0: a poisoned gradient is passed on, not hidden
+    return live & keep
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "repirl_kernels: token statistics have first gradients only; a gradient of a gradient "
+        "(create_graph=True) is not implemented. Compute it from plain PyTorch logits instead."
+    )
+
+
+def _no_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    """Double backward is refused, so nothing is kept for it."""
+
+
+def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, targets, row_mask, *ctx.options = inputs
+    _, logsumexp, _, entropy, logsumexp_low = output
+    ctx.save_for_backward(logits, targets, row_mask, logsumexp, entropy, logsumexp_low)
+
+
+def _token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
+    logits, targets, row_mask, *stats = ctx.saved_tensors
+    upstream = [gradient.contiguous() for gradient in gradients[:4]]
+    dlogits = _token_stats_backward(*upstream, logits, targets, row_mask, *stats, *ctx.options)
+    return dlogits, *[None] * 7
+
+
+def _linear_token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, targets, bias, row_mask, *ctx.options = inputs
+    _, logsumexp, _, entropy, logsumexp_low = output
+    ctx.save_for_backward(hidden, weight, targets, bias, row_mask, logsumexp, entropy, logsumexp_low)
+
+
+def _linear_token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
+    hidden, weight, targets, bias, row_mask, *stats = ctx.saved_tensors
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    upstream = [gradient.contiguous() for gradient in gradients[:4]]
+    dhidden, dweight, dbias = _linear_token_stats_backward(
+        *upstream,
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_mask,
+        *stats,
+        *ctx.options,
+        need_hidden,
+        need_weight,
+        need_bias,
+    )
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        *[None] * 6,
+    )
+
+
+_token_stats.register_autograd(_token_stats_autograd, setup_context=_token_stats_context)
+_linear_token_stats.register_autograd(_linear_token_stats_autograd, setup_context=_linear_token_stats_context)
+_token_stats_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
+_linear_token_stats_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)

@@ -1,0 +1,268 @@
+"""``linear_token_stats`` backward, vocabulary slab by slab.
+
+A slab's gradient of the logits ``[N, slab]`` is recomputed in the operands' dtype by a Triton kernel; the
+vendor's matrix products turn it into the slab's rows of dW, written once, and add its share of dH to a
+float32 ``[N, D]`` accumulator. Neither ``[N, V]`` nor a float32 ``[V, D]`` exists, and the order of the sums
+is fixed.
+
+Axes: N rows, D features, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .linear_forward import (
+    bias_argument,
+    block_indices,
+    halves,
+    linear_constants,
+    linear_variants,
+    logits_tile,
+    operand_alignment,
+)
+from .rows import logit_gradient, soft_cap
+
+
+@triton.jit
+def store_gradient(
+    s,
+    bias_ptr,
+    row_ptrs,
+    inside,
+    targets,
+    within,
+    slab_start,
+    slab_stop,
+    g_logprob,
+    g_logsumexp,
+    g_target_logit,
+    g_entropy,
+    logsumexp,
+    mean_logit,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Store the gradient before softcap and temperature of the logits ``s``, columns ``within`` of a slab."""
+    columns = slab_start + within
+    if HAS_BIAS:
+        s += tl.load(bias_ptr + columns, mask=columns < slab_stop, other=0.0)[None, :]
+    slope = inverse_temperature
+    if HAS_SOFTCAP:
+        s, cap_slope = soft_cap(s, softcap, inverse_softcap)
+        slope = cap_slope * inverse_temperature
+    dlogits = slope * logit_gradient(
+        s,
+        columns[None, :] == targets[:, None],
+        g_logprob[:, None],
+        g_logsumexp[:, None],
+        g_target_logit[:, None],
+        g_entropy[:, None],
+        logsumexp[:, None],
+        mean_logit[:, None],
+        inverse_temperature,
+    )
+    tl.store(
+        row_ptrs[:, None] + within[None, :],
+        dlogits.to(row_ptrs.dtype.element_ty),
+        mask=inside[:, None] & (columns < slab_stop)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
+def linear_dlogits_kernel(
+    g_logprob_ptr,
+    g_logsumexp_ptr,
+    g_target_logit_ptr,
+    g_entropy_ptr,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    logsumexp_ptr,
+    mean_logit_ptr,
+    dlogits_ptr,
+    num_rows,
+    hidden_size,
+    slab_start,
+    slab_stop,
+    stride_hidden,
+    stride_weight,
+    stride_dlogits,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    """One tile of columns ``[slab_start, slab_stop)`` of the gradient before softcap and temperature."""
+    num_column_blocks = tl.cdiv(slab_stop - slab_start, BLOCK_VOCAB)
+    row_block, column_block = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_column_blocks, GROUP_ROWS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    safe_rows = tl.minimum(rows, num_rows - 1)
+    within = column_block * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+    columns = slab_start + within
+    s = logits_tile(
+        hidden_ptr,
+        weight_ptr,
+        safe_rows,
+        tl.minimum(columns, slab_stop - 1),
+        hidden_size,
+        stride_hidden,
+        stride_weight,
+        ALIGN,
+        UPCAST,
+        BLOCK_ROWS,
+        BLOCK_VOCAB,
+        BLOCK_HIDDEN,
+    )
+    targets = tl.load(targets_ptr + safe_rows).to(tl.int32)
+    g_logprob = tl.load(g_logprob_ptr + safe_rows)
+    g_logsumexp = tl.load(g_logsumexp_ptr + safe_rows)
+    g_target_logit = tl.load(g_target_logit_ptr + safe_rows)
+    g_entropy = tl.load(g_entropy_ptr + safe_rows)
+    logsumexp = tl.load(logsumexp_ptr + safe_rows)
+    mean_logit = tl.load(mean_logit_ptr + safe_rows)
+    row_ptrs = dlogits_ptr + rows.to(tl.int64) * stride_dlogits
+    left, right = halves(s, BLOCK_ROWS, BLOCK_VOCAB)
+    for half in tl.static_range(2):
+        store_gradient(
+            left if half == 0 else right,
+            bias_ptr,
+            row_ptrs,
+            rows < num_rows,
+            targets,
+            column_block * BLOCK_VOCAB + half * (BLOCK_VOCAB // 2) + tl.arange(0, BLOCK_VOCAB // 2),
+            slab_start,
+            slab_stop,
+            g_logprob,
+            g_logsumexp,
+            g_target_logit,
+            g_entropy,
+            logsumexp,
+            mean_logit,
+            inverse_temperature,
+            softcap,
+            inverse_softcap,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
+
+
+def linear_backward(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    mean_logit: Tensor,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    slab_bytes: int = tiles.SLAB_BYTES,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dhidden [N, D], dweight [V, D], dbias [V])`` in the operands' dtypes, ``None`` where not needed.
+
+    The gradients of the four statistics, ``logsumexp`` and ``mean_logit`` are float32 ``[N]``. ``slab_bytes``
+    bounds the one buffer that grows with N·V (at least one tile of columns is held).
+    """
+    num_rows, hidden_size = hidden.shape
+    interpreted = tiles.is_interpreted(linear_dlogits_kernel)
+    arch = tiles.architecture(hidden.device, interpreted)
+    align = operand_alignment(hidden, weight)
+    tile = tiles.backward_tile(arch, hidden.dtype, align, bias is not None, softcap is not None)
+    width = tiles.slab_width(num_rows, vocab_size, hidden.element_size(), tile.block_vocab, slab_bytes)
+    constants = linear_constants(tile, align, bias is not None, softcap is not None, interpreted)
+    arguments = dict(
+        g_logprob_ptr=g_logprob.contiguous(),
+        g_logsumexp_ptr=g_logsumexp.contiguous(),
+        g_target_logit_ptr=g_target_logit.contiguous(),
+        g_entropy_ptr=g_entropy.contiguous(),
+        hidden_ptr=hidden,
+        weight_ptr=weight,
+        bias_ptr=bias_argument(bias, weight),
+        targets_ptr=targets,
+        logsumexp_ptr=logsumexp,
+        mean_logit_ptr=mean_logit,
+        num_rows=num_rows,
+        hidden_size=hidden_size,
+        stride_hidden=hidden.stride(0),
+        stride_weight=weight.stride(0),
+        stride_dlogits=width,
+        inverse_temperature=1.0 / temperature,
+        **tiles.softcap_arguments(softcap),
+    )
+
+    buffer = torch.empty(
+        (num_rows, width), dtype=tiles.gradient_dtype(hidden.dtype, interpreted), device=hidden.device
+    )
+    dhidden = (
+        torch.zeros((num_rows, hidden_size), dtype=torch.float32, device=hidden.device)
+        if need_hidden
+        else None
+    )
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
+    dbias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
+    if dweight is not None:
+        dweight[vocab_size:] = 0
+    for start in range(0, vocab_size, width):
+        stop = min(start + width, vocab_size)
+        tiles.launch(
+            linear_dlogits_kernel,
+            triton.cdiv(num_rows, tile.block_rows) * triton.cdiv(stop - start, tile.block_vocab),
+            dict(**arguments, dlogits_ptr=buffer, slab_start=start, slab_stop=stop),
+            constants,
+        )
+        dlogits = buffer[:, : stop - start].to(hidden.dtype)
+        if dweight is not None:
+            _product_into(dweight[start:stop], dlogits.T, hidden)
+        if dhidden is not None:
+            _accumulate_product(dhidden, dlogits, weight[start:stop])
+        if dbias is not None:
+            torch.sum(dlogits, dim=0, dtype=torch.float32, out=dbias[start:stop])
+    if dhidden is not None:
+        dhidden = dhidden.to(hidden.dtype)
+    if dbias is not None and bias is not None:
+        dbias = dbias.to(bias.dtype)
+    return dhidden, dweight, dbias
+
+
+def variants(arch: str) -> Iterator[tiles.Variant]:
+    """Every specialisation of this module's kernel that can be launched on ``arch``."""
+    yield from linear_variants(linear_dlogits_kernel, tiles.backward_tile, arch)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.is_cuda:
+        torch.mm(a, b, out=out)
+    else:
+        # The interpreter's device: a half-precision product on a CPU may accumulate in half precision.
+        out.copy_(a.float() @ b.float())
+
+
+def _accumulate_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b`` in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,303 @@
+"""``linear_token_stats`` forward: statistics of ``hidden @ weight.T``, whose logits never leave registers.
+
+One program owns a block of rows and one vocabulary split. It forms the split's logits tile by tile with
+float32 accumulation, folds each tile into the rows' running sums, and writes three numbers a row;
+``merge_splits_kernel`` merges the splits. float32 operands are multiplied in IEEE float32 (not TF32): as
+exact as PyTorch's default.
+
+Axes: N rows, D features, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .logits import merge_splits
+from .rows import exponentials, rescale, soft_cap
+
+
+@triton.jit
+def logits_tile(
+    hidden_ptr,
+    weight_ptr,
+    rows,
+    columns,
+    hidden_size,
+    stride_hidden,
+    stride_weight,
+    ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """float32 logits of ``rows`` x ``columns``, which are in range, before bias, softcap and temperature."""
+    # Tells the compiler what the host has checked: vectors of ALIGN elements start at multiples of their
+    # size.
+    hidden_size = hidden_size // ALIGN * ALIGN
+    stride_hidden = stride_hidden // ALIGN * ALIGN
+    stride_weight = stride_weight // ALIGN * ALIGN
+    features = tl.arange(0, BLOCK_HIDDEN)
+    hidden_ptrs = hidden_ptr + rows.to(tl.int64)[:, None] * stride_hidden + features[None, :]
+    weight_ptrs = weight_ptr + columns.to(tl.int64)[None, :] * stride_weight + features[:, None]
+    s = tl.zeros((BLOCK_ROWS, BLOCK_VOCAB), tl.float32)
+    for first in range(0, hidden_size, BLOCK_HIDDEN):
+        inside = features < hidden_size - first
+        h = tl.load(hidden_ptrs, mask=inside[None, :], other=0.0)
+        w = tl.load(weight_ptrs, mask=inside[:, None], other=0.0)
+        if UPCAST:
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
+        s = tl.dot(h, w, s, input_precision="ieee")
+        hidden_ptrs += BLOCK_HIDDEN
+        weight_ptrs += BLOCK_HIDDEN
+    return s
+
+
+@triton.jit
+def fold_tile(
+    s,
+    bias_ptr,
+    columns,
+    targets,
+    vocab_size,
+    maximum,
+    total,
+    weighted,
+    s_target,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Fold the logits ``s`` of ``columns`` into the rows' running sums and into the targets' logits."""
+    if HAS_BIAS:
+        s += tl.load(bias_ptr + columns, mask=columns < vocab_size, other=0.0)[None, :]
+    if HAS_SOFTCAP:
+        s, _ = soft_cap(s, softcap, inverse_softcap)
+    s = tl.where((columns < vocab_size)[None, :], s, float("-inf"))
+    s_target += tl.sum(tl.where(columns[None, :] == targets[:, None], s, 0.0), axis=1)
+    new_maximum = tl.maximum(maximum, tl.max(s, axis=1) * inverse_temperature)
+    total, weighted = rescale(maximum, new_maximum, total, weighted)
+    power, power_shifted = exponentials(s, inverse_temperature, new_maximum[:, None])
+    return new_maximum, total + tl.sum(power, axis=1), weighted + tl.sum(power_shifted, axis=1), s_target
+
+
+@triton.jit
+def halves(s, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr):
+    """Left and right half of the columns: worked on one after the other, they need fewer registers."""
+    return s.reshape(BLOCK_ROWS, 2, BLOCK_VOCAB // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def block_indices(num_row_blocks, num_column_blocks, GROUP_ROWS: tl.constexpr):
+    """(row block, column block) of this program; GROUP_ROWS row blocks go through the columns together."""
+    pid = tl.program_id(0)
+    group = pid // (GROUP_ROWS * num_column_blocks)
+    first_row_block = group * GROUP_ROWS
+    group_size = tl.minimum(num_row_blocks - first_row_block, GROUP_ROWS)
+    within = pid - group * (GROUP_ROWS * num_column_blocks)
+    return first_row_block + within % group_size, within // group_size
+
+
+@triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
+def linear_forward_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    target_ptr,
+    num_rows,
+    hidden_size,
+    vocab_size,
+    num_splits,
+    tiles_per_split,
+    stride_hidden,
+    stride_weight,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    """Partial sums ``[num_splits, N]`` of a block of rows over one split, and the logits of targets in it."""
+    row_block, split = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_splits, GROUP_ROWS)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < num_rows
+    # Rows and columns beyond the end repeat the last one: cheaper than masks, and nothing of theirs is
+    # stored.
+    safe_rows = tl.minimum(rows, num_rows - 1)
+    targets = tl.load(targets_ptr + safe_rows).to(tl.int32)
+
+    maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    s_target = tl.zeros((BLOCK_ROWS,), tl.float32)
+    start = split * tiles_per_split * BLOCK_VOCAB
+    stop = tl.minimum(start + tiles_per_split * BLOCK_VOCAB, vocab_size)
+    for first in range(start, stop, BLOCK_VOCAB):
+        columns = first + tl.arange(0, BLOCK_VOCAB)
+        s = logits_tile(
+            hidden_ptr,
+            weight_ptr,
+            safe_rows,
+            tl.minimum(columns, vocab_size - 1),
+            hidden_size,
+            stride_hidden,
+            stride_weight,
+            ALIGN,
+            UPCAST,
+            BLOCK_ROWS,
+            BLOCK_VOCAB,
+            BLOCK_HIDDEN,
+        )
+        left, right = halves(s, BLOCK_ROWS, BLOCK_VOCAB)
+        for half in tl.static_range(2):
+            columns = first + half * (BLOCK_VOCAB // 2) + tl.arange(0, BLOCK_VOCAB // 2)
+            maximum, total, weighted, s_target = fold_tile(
+                left if half == 0 else right,
+                bias_ptr,
+                columns,
+                targets,
+                vocab_size,
+                maximum,
+                total,
+                weighted,
+                s_target,
+                inverse_temperature,
+                softcap,
+                inverse_softcap,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+            )
+
+    partials = rows + split.to(tl.int64) * num_rows
+    tl.store(maximum_ptr + partials, maximum, mask=inside)
+    tl.store(total_ptr + partials, total, mask=inside)
+    tl.store(weighted_ptr + partials, weighted, mask=inside)
+    tl.store(
+        target_ptr + rows, s_target * inverse_temperature, mask=inside & (targets >= start) & (targets < stop)
+    )
+
+
+def linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(logprob, logsumexp, target_logit, entropy, mean_logit)``, each ``[N]``; see :func:`merge_splits`.
+
+    ``hidden [N, D]`` and ``weight [V, D]`` have one dtype (float32, float16 or bfloat16; else TypeError) and
+    contiguous features; ``targets [N]`` are int64 in ``[0, vocab_size)``; weights and bias from
+    ``vocab_size`` on are not read.
+    """
+    tiles.check_dtype("hidden", hidden)
+    num_rows, hidden_size = hidden.shape
+    interpreted = tiles.is_interpreted(linear_forward_kernel)
+    arch = tiles.architecture(hidden.device, interpreted)
+    align = operand_alignment(hidden, weight)
+    tile = tiles.forward_tile(arch, hidden.dtype, align, bias is not None, softcap is not None)
+    tiles_per_split, num_splits = tiles.split_tiles(vocab_size, tile.block_vocab, arch)
+    partials = tiles.empty_partials(num_splits, num_rows, hidden.device)
+    tiles.launch(
+        linear_forward_kernel,
+        triton.cdiv(num_rows, tile.block_rows) * num_splits,
+        dict(
+            hidden_ptr=hidden,
+            weight_ptr=weight,
+            bias_ptr=bias_argument(bias, weight),
+            targets_ptr=targets,
+            **partials,
+            num_rows=num_rows,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            num_splits=num_splits,
+            tiles_per_split=tiles_per_split,
+            stride_hidden=hidden.stride(0),
+            stride_weight=weight.stride(0),
+            inverse_temperature=1.0 / temperature,
+            **tiles.softcap_arguments(softcap),
+        ),
+        linear_constants(tile, align, bias is not None, softcap is not None, interpreted),
+    )
+    return merge_splits(partials, num_rows, num_splits)
+
+
+def operand_alignment(hidden: Tensor, weight: Tensor) -> int:
+    """Elements of a 16-byte vector if every row of both operands is made of whole, aligned ones; else 1."""
+    return min(tiles.alignment(hidden, hidden.shape[1]), tiles.alignment(weight, weight.shape[1]))
+
+
+def bias_argument(bias: Tensor | None, weight: Tensor) -> Tensor:
+    """The bias in float32, the one type the kernels read; without a bias, any pointer (it is not read)."""
+    if bias is None:
+        return torch.empty(1, dtype=torch.float32, device=weight.device)
+    return bias.to(torch.float32).contiguous()
+
+
+def linear_constants(
+    tile: tiles.LinearTile, align: int, has_bias: bool, has_softcap: bool, interpreted: bool
+) -> dict[str, int | bool]:
+    """Compile-time arguments and launch options of the linear kernels."""
+    return {
+        "HAS_BIAS": has_bias,
+        "HAS_SOFTCAP": has_softcap,
+        "ALIGN": align,
+        # Triton's interpreter multiplies the bit patterns of bfloat16 numbers: give it float32.
+        "UPCAST": interpreted,
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_VOCAB": tile.block_vocab,
+        "BLOCK_HIDDEN": tile.block_hidden,
+        "GROUP_ROWS": tiles.GROUP_ROWS,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": False,
+    }
+
+
+def variants(arch: str) -> Iterator[tiles.Variant]:
+    """Every specialisation of this module's kernel that can be launched on ``arch``."""
+    yield from linear_variants(linear_forward_kernel, tiles.forward_tile, arch)
+
+
+def linear_variants(
+    kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str
+) -> Iterator[tiles.Variant]:
+    """Variants of a linear kernel: operand types by flags by alignment."""
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for align in (16 // torch_dtype.itemsize, 1):
+            for has_bias in (False, True):
+                for has_softcap in (False, True):
+                    tile = tile_of(arch, torch_dtype, align, has_bias, has_softcap)
+                    words = [
+                        dtype,
+                        f"{tile.block_rows}x{tile.block_vocab}x{tile.block_hidden}/{tile.num_stages}",
+                    ]
+                    words += ["bias"] * has_bias + ["softcap"] * has_softcap + ["unaligned"] * (align == 1)
+                    yield tiles.Variant.of(
+                        kernel,
+                        " ".join(words),
+                        {"hidden_ptr": dtype, "weight_ptr": dtype, "dlogits_ptr": dtype},
+                        linear_constants(tile, align, has_bias, has_softcap, interpreted=False),
+                        divisible=["dlogits_ptr", "stride_dlogits"]
+                        + (["hidden_ptr", "weight_ptr"] if align > 1 else []),
+                    )

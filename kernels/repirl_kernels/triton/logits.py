@@ -1,0 +1,273 @@
+"""``token_stats`` on logits that exist: one read forward, one read and one write backward.
+
+One program reads one row, or one split of a long row, and keeps the row's running sums;
+``merge_splits_kernel`` merges the splits. Axes: N rows, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .rows import exponentials, logit_gradient, merge_splits_kernel, rescale, soft_cap
+
+
+@triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
+def logits_forward_kernel(
+    logits_ptr,
+    targets_ptr,
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    target_ptr,
+    num_rows,
+    num_splits,
+    vocab_size,
+    stride_logits,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+    SPLIT_VOCAB: tl.constexpr,
+):
+    """Partial sums of one row over one vocabulary split; split 0 also picks the target's logit."""
+    # Tells the compiler what the host has checked: vectors of ALIGN elements start at multiples of their
+    # size.
+    vocab_size = vocab_size // ALIGN * ALIGN
+    stride_logits = stride_logits // ALIGN * ALIGN
+    row = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
+    row_ptr = logits_ptr + row * stride_logits
+    if split == 0:
+        s_target = tl.load(row_ptr + tl.load(targets_ptr + row)).to(tl.float32)
+        if HAS_SOFTCAP:
+            s_target, _ = soft_cap(s_target, softcap, inverse_softcap)
+        tl.store(target_ptr + row, s_target * inverse_temperature)
+
+    maximum = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    weighted = tl.zeros((), tl.float32)
+    start = split * SPLIT_VOCAB
+    stop = tl.minimum(start + SPLIT_VOCAB, vocab_size)
+    for first in range(start, stop, BLOCK_VOCAB):
+        columns = first + tl.arange(0, BLOCK_VOCAB)
+        s = tl.load(row_ptr + columns, mask=columns < stop, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            s, _ = soft_cap(s, softcap, inverse_softcap)
+            s = tl.where(columns < stop, s, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(s, axis=0) * inverse_temperature)
+        total, weighted = rescale(maximum, new_maximum, total, weighted)
+        maximum = new_maximum
+        power, power_shifted = exponentials(s, inverse_temperature, maximum)
+        total += tl.sum(power, axis=0)
+        weighted += tl.sum(power_shifted, axis=0)
+
+    partial = split.to(tl.int64) * num_rows + row
+    tl.store(maximum_ptr + partial, maximum)
+    tl.store(total_ptr + partial, total)
+    tl.store(weighted_ptr + partial, weighted)
+
+
+@triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
+def logits_backward_kernel(
+    g_logprob_ptr,
+    g_logsumexp_ptr,
+    g_target_logit_ptr,
+    g_entropy_ptr,
+    logits_ptr,
+    targets_ptr,
+    logsumexp_ptr,
+    mean_logit_ptr,
+    dlogits_ptr,
+    num_columns,
+    vocab_size,
+    stride_logits,
+    stride_dlogits,
+    inverse_temperature,
+    softcap,
+    inverse_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_VOCAB: tl.constexpr,
+):
+    """Gradient of one row's logits over one block of columns; 0 in columns >= ``vocab_size``."""
+    vocab_size = vocab_size // ALIGN * ALIGN
+    num_columns = num_columns // ALIGN * ALIGN
+    stride_logits = stride_logits // ALIGN * ALIGN
+    stride_dlogits = stride_dlogits // ALIGN * ALIGN
+    num_blocks = tl.cdiv(num_columns, BLOCK_VOCAB)
+    row = (tl.program_id(0) // num_blocks).to(tl.int64)
+    columns = (tl.program_id(0) % num_blocks) * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
+    valid = columns < vocab_size
+    s = tl.load(logits_ptr + row * stride_logits + columns, mask=valid, other=0.0).to(tl.float32)
+    slope = inverse_temperature
+    if HAS_SOFTCAP:
+        s, cap_slope = soft_cap(s, softcap, inverse_softcap)
+        slope = cap_slope * inverse_temperature
+    dz = logit_gradient(
+        s,
+        columns == tl.load(targets_ptr + row),
+        tl.load(g_logprob_ptr + row),
+        tl.load(g_logsumexp_ptr + row),
+        tl.load(g_target_logit_ptr + row),
+        tl.load(g_entropy_ptr + row),
+        tl.load(logsumexp_ptr + row),
+        tl.load(mean_logit_ptr + row),
+        inverse_temperature,
+    )
+    dlogits = tl.where(valid, dz * slope, 0.0).to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + row * stride_dlogits + columns, dlogits, mask=columns < num_columns)
+
+
+def logits_forward(
+    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(logprob, logsumexp, target_logit, entropy, mean_logit)`` of ``logits [N, V]``, each ``[N]``.
+
+    ``targets [N]`` are int64 in ``[0, vocab_size)``; columns from ``vocab_size`` on are not read. Rows may be
+    strided, columns are contiguous. Raises TypeError for logits that are not float32, float16 or bfloat16.
+    """
+    tiles.check_dtype("logits", logits)
+    num_rows = logits.shape[0]
+    arch = tiles.architecture(logits.device, tiles.is_interpreted(logits_forward_kernel))
+    tile = tiles.row_tile(arch)
+    align = tiles.alignment(logits, vocab_size)
+    num_splits = triton.cdiv(vocab_size, tile.split_vocab)
+    partials = tiles.empty_partials(num_splits, num_rows, logits.device)
+    tiles.launch(
+        logits_forward_kernel,
+        num_rows * num_splits,
+        dict(
+            logits_ptr=logits,
+            targets_ptr=targets,
+            **partials,
+            num_rows=num_rows,
+            num_splits=num_splits,
+            vocab_size=vocab_size,
+            stride_logits=logits.stride(0),
+            inverse_temperature=1.0 / temperature,
+            **tiles.softcap_arguments(softcap),
+        ),
+        _forward_constants(tile, align, softcap is not None),
+    )
+    return merge_splits(partials, num_rows, num_splits)
+
+
+def logits_backward(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    mean_logit: Tensor,
+    temperature: float,
+    softcap: float | None,
+    vocab_size: int,
+) -> Tensor:
+    """Gradient of ``logits [N, V]``, in their dtype, from the statistics' float32 ``[N]`` gradients."""
+    num_rows, num_columns = logits.shape
+    interpreted = tiles.is_interpreted(logits_backward_kernel)
+    arch = tiles.architecture(logits.device, interpreted)
+    tile = tiles.row_tile(arch)
+    align = min(tiles.alignment(logits, vocab_size), tiles.alignment(logits, num_columns))
+    dlogits = torch.empty(
+        (num_rows, num_columns), dtype=tiles.gradient_dtype(logits.dtype, interpreted), device=logits.device
+    )
+    tiles.launch(
+        logits_backward_kernel,
+        num_rows * triton.cdiv(num_columns, tile.block_vocab),
+        dict(
+            g_logprob_ptr=g_logprob.contiguous(),
+            g_logsumexp_ptr=g_logsumexp.contiguous(),
+            g_target_logit_ptr=g_target_logit.contiguous(),
+            g_entropy_ptr=g_entropy.contiguous(),
+            logits_ptr=logits,
+            targets_ptr=targets,
+            logsumexp_ptr=logsumexp,
+            mean_logit_ptr=mean_logit,
+            dlogits_ptr=dlogits,
+            num_columns=num_columns,
+            vocab_size=vocab_size,
+            stride_logits=logits.stride(0),
+            stride_dlogits=num_columns,
+            inverse_temperature=1.0 / temperature,
+            **tiles.softcap_arguments(softcap),
+        ),
+        _backward_constants(tile, align, softcap is not None),
+    )
+    return dlogits.to(logits.dtype)
+
+
+def merge_splits(
+    partials: dict[str, Tensor], num_rows: int, num_splits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics ``[N]`` from the partial sums ``[num_splits, N]`` that a forward kernel left.
+
+    float32 but for ``logsumexp``: in float64 it is the exact sum of its float32 parts, for the backward pass.
+    """
+    outputs = {
+        f"{name}_ptr": torch.empty(num_rows, dtype=dtype, device=partials["total_ptr"].device)
+        for name, dtype in (
+            ("logprob", torch.float32),
+            ("logsumexp", torch.float64),
+            ("target_logit", torch.float32),
+            ("entropy", torch.float32),
+            ("mean_logit", torch.float32),
+        )
+    }
+    tiles.launch(
+        merge_splits_kernel,
+        triton.cdiv(num_rows, tiles.MERGE_ROWS),
+        dict(
+            **partials,
+            **outputs,
+            num_rows=num_rows,
+            num_splits=num_splits,
+        ),
+        _merge_constants(),
+    )
+    logprob, logsumexp, target_logit, entropy, mean_logit = outputs.values()
+    return logprob, logsumexp, target_logit, entropy, mean_logit
+
+
+def variants(arch: str) -> Iterator[tiles.Variant]:
+    """Every specialisation of this module's kernels that can be launched on ``arch``."""
+    tile = tiles.row_tile(arch)
+    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        pointers = {"logits_ptr": dtype, "dlogits_ptr": dtype}
+        for align in (16 // itemsize, 1):
+            for softcap in (False, True):
+                label = " ".join([dtype] + ["softcap"] * softcap + ["unaligned"] * (align == 1))
+                divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)
+                for kernel, constants in (
+                    (logits_forward_kernel, _forward_constants(tile, align, softcap)),
+                    (logits_backward_kernel, _backward_constants(tile, align, softcap)),
+                ):
+                    yield tiles.Variant.of(kernel, label, pointers, constants, divisible)
+    yield tiles.Variant.of(merge_splits_kernel, "fp32", {"logsumexp_ptr": "fp64"}, _merge_constants(), [])
+
+
+def _forward_constants(tile: tiles.RowTile, align: int, has_softcap: bool) -> dict[str, int | bool]:
+    return {**_backward_constants(tile, align, has_softcap), "SPLIT_VOCAB": tile.split_vocab}
+
+
+def _backward_constants(tile: tiles.RowTile, align: int, has_softcap: bool) -> dict[str, int | bool]:
+    return {
+        "HAS_SOFTCAP": has_softcap,
+        "ALIGN": align,
+        "BLOCK_VOCAB": tile.block_vocab,
+        "num_warps": tile.num_warps,
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+
+
+def _merge_constants() -> dict[str, int | bool]:
+    return {"BLOCK_ROWS": tiles.MERGE_ROWS, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}

@@ -1,0 +1,1 @@
+"""What a trained process reward model is for, and the demo."""

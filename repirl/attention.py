@@ -1,0 +1,89 @@
+"""Causal attention over packed sequences, registered with transformers as `repirl_packed`.
+
+On CUDA in half precision PyTorch's variable-length flash attention runs. Elsewhere sequences of similar
+length are laid side by side (at most twice the work of the packed tokens, only inside attention) and PyTorch's
+causal scaled-dot-product attention runs on each such group: exact, and its cost is linear in the number of
+sequences where a T x T mask would be quadratic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+PACKED = "repirl_packed"
+
+
+class PackedLayout:
+    """Where each packed token stands in the groups; built once for a micro-batch, used by every layer."""
+
+    def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
+        lengths = cu_seqlens.diff()
+        self.max_length = int(lengths.max())
+        self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        inverse = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64)
+        self.groups: list[Tensor] = []
+        first = offset = 0
+        while first < len(order):
+            longest = int(lengths[order[first]])
+            # A group reaches down to half the longest length, so padding costs at most as much as the tokens.
+            size = int((lengths[order[first:]] * 2 >= longest).sum())
+            members = order[first : first + size]
+            step = torch.arange(longest)
+            valid = step < lengths[members][:, None]
+            index = torch.where(valid, cu_seqlens[:-1][members][:, None] + step, 0)
+            inverse[index[valid]] = offset + valid.flatten().nonzero()[:, 0]
+            self.groups.append(index.to(device))
+            offset += index.numel()
+            first += size
+        self.inverse = inverse.to(device)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed_layout: PackedLayout | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
+
+    RuntimeError where no layout came along: without it tokens would see other sequences.
+    """
+    if packed_layout is None:
+        raise RuntimeError(
+            f"attention {PACKED!r} needs `packed_layout`; for ordinary batches set the model's attention to 'sdpa'"
+        )
+    if sliding_window is not None and sliding_window < packed_layout.max_length:
+        raise ValueError(
+            f"packed attention has no sliding window; the model's is {sliding_window} and the longest sequence "
+            f"has {packed_layout.max_length} tokens"
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu, longest = packed_layout.cu_seqlens, packed_layout.max_length
+        grouped_heads = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped_heads)
+        return out[None], None
+    parts = []
+    for index in packed_layout.groups:
+        grouped = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *grouped, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, packed_layout.inverse)[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention)

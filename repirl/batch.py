@@ -1,0 +1,179 @@
+"""PackedBatch: the one data type that flows through the trainer.
+
+Axes: T tokens of S sequences lie end to end without padding; R of the T tokens are response tokens
+(the tokens that the policy or the expert chose). Streams are named [T] tensors aligned with the tokens;
+a value at token t belongs to the action a_t = token_ids[t] taken in the state of all tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+EXPERT, POLICY = 0, 1
+
+
+@dataclass
+class PackedBatch:
+    """Sequences end to end.
+
+    token_ids [T] int64; cu_seqlens [S+1] int64, 0 first and T last; prompt_lens [S] int64;
+    group_ids [S] int64 (sequences of one prompt share it); source [S] int64 (EXPERT or POLICY);
+    outcome [S] float32 (NaN where no verifier looked); streams: name -> [T] float32.
+    """
+
+    token_ids: Tensor
+    cu_seqlens: Tensor
+    prompt_lens: Tensor
+    group_ids: Tensor
+    source: Tensor
+    outcome: Tensor
+    streams: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = self.cu_seqlens.diff()
+        assert int(self.cu_seqlens[-1]) == self.token_ids.numel()
+        if bool((self.prompt_lens < 1).any()) or bool((self.prompt_lens > lengths).any()):
+            raise ValueError(
+                "every prompt needs at least one token and at most its sequence's length; got prompt lengths "
+                f"{self.prompt_lens.tolist()} in sequences of {lengths.tolist()} tokens"
+            )
+        position = torch.arange(self.token_ids.numel()) - self.cu_seqlens[:-1].repeat_interleave(lengths)
+        self.position_ids = position
+        self.response_index = (position >= self.prompt_lens.repeat_interleave(lengths)).nonzero()[:, 0]
+        zero = torch.zeros(1, dtype=torch.int64)
+        self.response_cu_seqlens = torch.cat([zero, (lengths - self.prompt_lens).cumsum(0)])
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        return self.prompt_lens.numel()
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.response_index.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] tokens a sequence, prompt included."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def response_ids(self) -> Tensor:
+        """[R] the response tokens, which are the targets of the head."""
+        return self.token_ids[self.response_index]
+
+    def read(self, name: str) -> Tensor:
+        """The response tokens' part [R] of a stream; KeyError names the streams that exist."""
+        if name not in self.streams:
+            raise KeyError(f"no stream {name!r} in this batch; it has {sorted(self.streams)}")
+        return self.streams[name][self.response_index]
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Set a stream from the response tokens' values [R]; prompt tokens get 0."""
+        if values.shape != self.response_index.shape:
+            raise ValueError(
+                f"stream {name!r} needs one value for each of the {self.num_response_tokens} response tokens, "
+                f"got shape {tuple(values.shape)}"
+            )
+        stream = torch.zeros(self.num_tokens, dtype=torch.float32)
+        stream[self.response_index] = values.detach().to(device="cpu", dtype=torch.float32)
+        self.streams[name] = stream
+
+    def select(self, sequences: Tensor | Sequence[int]) -> PackedBatch:
+        """The given sequences (indices or a boolean mask), in the given order, streams included."""
+        sequences = torch.as_tensor(sequences)
+        if sequences.dtype == torch.bool:
+            sequences = sequences.nonzero()[:, 0]
+        sequences = sequences.to(torch.int64)
+        lengths = self.lengths[sequences]
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        index = _ranges(self.cu_seqlens[:-1][sequences], lengths)
+        return PackedBatch(
+            self.token_ids[index],
+            cu_seqlens,
+            self.prompt_lens[sequences],
+            self.group_ids[sequences],
+            self.source[sequences],
+            self.outcome[sequences],
+            {name: stream[index] for name, stream in self.streams.items()},
+        )
+
+    def response_positions(self, sequences: Sequence[int]) -> Tensor:
+        """Where the response tokens of the given sequences stand in a [R] tensor of this batch."""
+        index = torch.as_tensor(sequences, dtype=torch.int64)
+        return _ranges(self.response_cu_seqlens[:-1][index], self.response_cu_seqlens.diff()[index])
+
+    def microbatches(self, tokens_per_microbatch: int) -> list[list[int]]:
+        """Whole sequences (by index) in micro-batches of at most `tokens_per_microbatch` tokens, the longest first.
+
+        A sequence longer than the budget has a micro-batch of its own: dropping it would bias the loss.
+        Sequences of similar length share a micro-batch, which keeps attention regular.
+        """
+        order = torch.argsort(self.lengths, descending=True, stable=True).tolist()
+        lengths = self.lengths.tolist()
+        groups: list[list[int]] = []
+        used = 0
+        for sequence in order:
+            if not groups or used + lengths[sequence] > tokens_per_microbatch:
+                groups.append([])
+                used = 0
+            groups[-1].append(sequence)
+            used += lengths[sequence]
+        return groups
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Concatenated arange(start, start + length)."""
+    offsets = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + (starts - offsets).repeat_interleave(lengths)
+
+
+def pack(
+    sequences: Iterable[tuple[Sequence[int], Sequence[int]]],
+    *,
+    group_ids: Sequence[int] | None = None,
+    source: int = POLICY,
+    outcome: Sequence[float] | None = None,
+    streams: dict[str, Sequence[Sequence[float]]] | None = None,
+) -> PackedBatch:
+    """Pack (prompt token ids, response token ids) pairs.
+
+    `streams` maps a name to one list of values a sequence, a value for each of its response tokens.
+    """
+    pairs = [(list(prompt), list(response)) for prompt, response in sequences]
+    lengths = torch.tensor([len(p) + len(r) for p, r in pairs], dtype=torch.int64)
+    batch = PackedBatch(
+        token_ids=torch.tensor([t for p, r in pairs for t in p + r], dtype=torch.int64),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        prompt_lens=torch.tensor([len(p) for p, _ in pairs], dtype=torch.int64),
+        group_ids=torch.tensor(range(len(pairs)) if group_ids is None else group_ids, dtype=torch.int64),
+        source=torch.full((len(pairs),), source, dtype=torch.int64),
+        outcome=torch.tensor([float("nan")] * len(pairs) if outcome is None else outcome, dtype=torch.float32),
+    )
+    for name, values in (streams or {}).items():
+        batch.write(name, torch.tensor([v for row in values for v in row], dtype=torch.float32))
+    return batch
+
+
+def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Batches one after the other; only streams that all of them have are kept."""
+    offsets = [0]
+    for batch in batches:
+        offsets.append(offsets[-1] + batch.num_tokens)
+    names = set.intersection(*(set(batch.streams) for batch in batches)) if batches else set()
+    return PackedBatch(
+        torch.cat([b.token_ids for b in batches]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), *(b.cu_seqlens[1:] + o for b, o in zip(batches, offsets))]),
+        torch.cat([b.prompt_lens for b in batches]),
+        torch.cat([b.group_ids for b in batches]),
+        torch.cat([b.source for b in batches]),
+        torch.cat([b.outcome for b in batches]),
+        {name: torch.cat([b.streams[name] for b in batches]) for name in sorted(names)},
+    )

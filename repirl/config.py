@@ -1,0 +1,314 @@
+"""Every option of a run: type, default, meaning, and its source in the paper where it has one.
+
+A configuration is a preset (optional), then a YAML file, then overrides `--a.b value`. Relative paths count
+from the working directory. Whatever is wrong with one is a `ConfigError` with one clear message.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """What the user can mend: an option, a file, a column. The message is all that needs to be shown."""
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class OptimizerConfig(Section):
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of both moments")
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay of matrices")
+    warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    max_grad_norm: PositiveFloat = Field(1.0, description="global gradient-norm clip")
+
+
+class PolicyConfig(Section):
+    model: str = Field(description="folder or hub id of a causal language model")
+    gguf_file: str | None = Field(None, description="a GGUF file in that folder to load instead of safetensors")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimiser")
+    updates_per_step: Positive = Field(1, description="n_policy: updates on each step's rollouts (algorithm 1)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+
+
+class PRMConfig(Section):
+    model: str | None = Field(None, description="start of the PRM; the policy's base if not given (section 7)")
+    gguf_file: str | None = Field(None, description="a GGUF file in that folder")
+    reward: Literal["value", "logit", "soft_q", "logprob", "implicit"] = Field(
+        "value", description="how r_phi is read off the network"
+    )
+    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount in `soft_q`")
+    beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the PRM's optimiser")
+    updates_per_step: Positive = Field(1, description="n_prm: PRM updates before the policy's (algorithm 1)")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+
+
+class ExpertFileConfig(Section):
+    path: str = Field(description="JSON lines with expert trajectories")
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    solution_column: str = Field("solution", description="column with one solution or a list of them")
+
+
+class DataConfig(Section):
+    train: str | None = Field(None, description="JSON lines with prompts to sample on")
+    eval: str | None = Field(None, description="JSON lines with held-out prompts and answers")
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
+    solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
+    solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
+    experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
+    chat_template: bool = Field(False, description="wrap prompts with the tokenizer's chat template")
+    system: str | None = Field(None, description="system message of the chat template")
+    prompt_template: str = Field("{prompt}", description="text around the prompt")
+    max_prompt_tokens: Positive = Field(1536, description="longest prompt (paper: 1536)")
+    max_expert_tokens: Positive = Field(3000, description="longest expert response (paper: 3000)")
+    overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = Field(128, description="prompts a step (paper: 128)")
+    samples_per_prompt: Positive = Field(4, description="K responses a prompt (paper: 4)")
+    max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    max_sequences: Positive = Field(256, description="responses decoded side by side")
+
+
+class IRLConfig(Section):
+    weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
+        "per_decision", description="importance weights in the estimate of log Z"
+    )
+    temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
+    target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="largest exponent whose effective sample size is this share of the samples"
+    )
+    smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
+    truncate: Annotated[float, Field(ge=1)] | None = Field(None, description="weights at most this times their mean")
+    group: Literal["prompt", "batch"] = Field("prompt", description="which weights are normalised together")
+    base_measure: Literal["uniform", "reference"] = Field(
+        "uniform", description="b in p(tau) = b exp(R)/Z; uniform is the paper's derivation"
+    )
+    normalize: Literal["sequence", "token"] = Field("sequence", description="sums of rewards, or means per token")
+    reward_l2: NonNegativeFloat = Field(0.0, description="coefficient of the mean squared token reward")
+    experts_per_step: Positive | None = Field(None, description="expert trajectories a step; null: prompts_per_step")
+    use_outcome: bool = Field(
+        True, description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1)"
+    )
+
+
+class LossConfig(Section):
+    outcome_coefficient: NonNegativeFloat = Field(1.0, description="c_o, weight of the outcome reward (paper: 1)")
+    process_coefficient: NonNegativeFloat = Field(0.05, description="c_p (paper: 0.05 math, 0.1 code)")
+    entropy_coefficient: NonNegativeFloat = Field(0.001, description="beta_H, entropy bonus (paper: 0.001)")
+    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount of process returns")
+    clip_low: NonNegativeFloat = Field(0.2, description="PPO clip below 1")
+    clip_high: NonNegativeFloat = Field(0.2, description="PPO clip above 1")
+    sampler_ratio_cap: PositiveFloat | None = Field(2.0, description="cap of pi_old / mu; null: no correction")
+    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of KL(policy, reference)")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of that KL")
+    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
+        "token_mean", description="how token losses are averaged"
+    )
+    whiten: bool = Field(False, description="whiten advantages over the batch")
+
+
+class BatchConfig(Section):
+    tokens_per_microbatch: Positive = Field(16384, description="tokens of one forward and backward")
+
+
+class EvalConfig(Section):
+    every: NonNegative = Field(10, description="steps between evaluations; 0: never")
+    num_prompts: Positive | None = Field(None, description="held-out prompts used; null: all")
+    temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
+
+
+class CheckpointConfig(Section):
+    every: NonNegative = Field(20, description="steps between checkpoints; 0: never")
+    keep_last: Positive = Field(2, description="newest checkpoints kept")
+
+
+class LogConfig(Section):
+    tensorboard: bool = Field(True, description="TensorBoard files beside metrics.jsonl")
+
+
+class Config(Section):
+    objective: Literal["repirl", "rloo", "sft"] = Field("repirl", description="what is trained, and on what")
+    output_dir: str = Field(description="metrics, checkpoints and reports go here")
+    seed: int = Field(0, description="of sampling and of data order")
+    steps: Positive = Field(description="turns of the dual loop")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and computation")
+    num_threads: Positive | None = Field(None, description="PyTorch's CPU threads; null: its default")
+    order: Literal["prm_first", "policy_first"] = Field("prm_first", description="which side a step updates first")
+    policy: PolicyConfig
+    prm: PRMConfig = PRMConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    irl: IRLConfig = IRLConfig()
+    loss: LossConfig = LossConfig()
+    batch: BatchConfig = BatchConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> Config:
+        if self.objective != "sft":
+            if self.data.train is None:
+                raise ValueError(f"objective {self.objective!r} samples on prompts: set data.train")
+            if self.rollout.samples_per_prompt < 2:
+                raise ValueError(
+                    "rollout.samples_per_prompt is 1, but the leave-one-out baseline needs 2 or more responses a prompt"
+                )
+            uses_answers = self.loss.outcome_coefficient > 0 or (
+                self.objective == "repirl" and self.irl.use_outcome
+            )
+            if uses_answers and self.data.answer_column is None:
+                raise ValueError(
+                    "data.answer_column is null, but loss.outcome_coefficient > 0 or irl.use_outcome needs answers; "
+                    "without a verifier set loss.outcome_coefficient: 0 and irl.use_outcome: false"
+                )
+            if self.objective == "rloo" and self.loss.outcome_coefficient == 0:
+                raise ValueError("objective 'rloo' with loss.outcome_coefficient 0 has no reward at all")
+        if self.objective != "rloo" and self.data.experts is None and self.data.solution_column is None:
+            raise ValueError(
+                f"objective {self.objective!r} learns from experts: set data.solution_column, or data.experts"
+            )
+        if self.data.eval is not None and self.data.answer_column is None:
+            raise ValueError("data.eval is set but data.answer_column is null: nothing could be judged")
+        if self.irl.target_ess is not None and self.irl.temper != 1.0:
+            raise ValueError("give irl.temper or irl.target_ess, not both")
+        return self
+
+
+def list_presets() -> list[str]:
+    folder = resources.files("repirl") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The values of a shipped preset; ConfigError with the list where there is none of that name."""
+    if name not in list_presets():
+        raise ConfigError(f"there is no preset {name!r}{_nearest(name, list_presets())}; shipped: {list_presets()}")
+    return yaml.safe_load((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Preset (key `preset` of the file, or `--preset`), file, overrides, in this order.
+
+    overrides: ["--a.b", "value", "--c=value", ...]; values are read as YAML.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"configuration file {str(path)!r} does not exist")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold options by name, got a {type(values).__name__}")
+    changes = parse_overrides(overrides or [])
+    preset = changes.pop("preset", values.pop("preset", None))
+    return build_config(merge(merge(load_preset(preset) if preset is not None else {}, values), changes))
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Validate plain values; ConfigError with the first thing that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """["--a.b", "1"] or ["--a.b=1"] -> {"a": {"b": 1}}."""
+    values: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--") or name == "--":
+            raise ConfigError(f"unexpected argument {name!r}; options of the configuration are given as --a.b value")
+        name, equals, text = name[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"option --{name} has no value; give --{name} VALUE")
+            text = rest.pop(0)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value {text!r} of --{name} is not valid YAML") from error
+        if isinstance(value, str):
+            # YAML 1.1 reads 1e-4 as text; a person means a number.
+            try:
+                value = float(value) if any(c.isdigit() for c in value) else value
+            except ValueError:
+                pass
+        *parents, last = name.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return values
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def describe(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Config
+    for key in location:
+        field = section.model_fields.get(key) if section else None
+        if field is None:
+            return None
+        candidates = [field.annotation, *get_args(field.annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return section
+
+
+def _explain(error: ValidationError) -> str:
+    first, more = error.errors()[0], error.error_count() - 1
+    path = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        section = _section_at(first["loc"][:-1])
+        names = list(section.model_fields) if section else []
+        message = f"unknown option {path!r}{_nearest(str(first['loc'][-1]), names)}"
+    elif first["type"] == "missing":
+        message = f"option {path!r} is required"
+    elif not path:
+        message = first["msg"].removeprefix("Value error, ")
+    else:
+        message = f"option {path!r} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return message + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")

@@ -1,0 +1,169 @@
+"""Prompts from JSON lines, tokenised once; and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from repirl.config import ConfigError, DataConfig
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(ConfigError):
+    """A file or row that cannot be used as the configuration says."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """index: row of the file, from 0 · token_ids: what the policy sees · answer: for the verifier."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """num_dropped: rows left out because they were over a length limit (data.overlong: drop)."""
+
+    prompts: list[Prompt]
+    num_dropped: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
+class Cursor:
+    """Endless passes over `size` rows; each pass has an order of its own that depends on (seed, epoch) only."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self.epoch = self.position = 0
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def next(self, count: int) -> list[int]:
+        """The next `count` row indices; a pass that ends goes over into the next one."""
+        taken: list[int] = []
+        while len(taken) < count:
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            part = self._order[self.position : self.position + count - len(taken)]
+            self.position += len(part)
+            taken += part
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"size": self.size, "seed": self.seed, "epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """ConfigError where the data changed since: positions would mean other rows."""
+        if (state["size"], state["seed"]) != (self.size, self.seed):
+            raise ConfigError(
+                f"the checkpoint's data had {state['size']} rows with seed {state['seed']}, now there are "
+                f"{self.size} rows with seed {self.seed}: resume with the data and seed of the run"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled()
+
+
+def read_rows(path: str, columns: dict[str, str | None]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number from 0, row) of a JSON-lines file. columns: option -> column that every row must have.
+
+    DataError for a missing or empty file, a line that is no JSON object, a row without a column.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"data file {path!r} does not exist")
+    number = -1
+    with open(path, encoding="utf-8") as lines:
+        for line_number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {line_number} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {line_number} is a {type(row).__name__}, expected a JSON object")
+            for option, column in columns.items():
+                if column is not None and column not in row:
+                    raise DataError(
+                        f"{path}, line {line_number} has no column {column!r} ({option}); it has {sorted(row)}"
+                    )
+            yield number, row
+    if number < 0:
+        raise DataError(f"data file {path!r} is empty: expected one JSON object a line")
+
+
+def encode_prompt(text: Any, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a prompt inside its chat template or `prompt_template`."""
+    text = data.prompt_template.replace("{prompt}", str(text))
+    if not data.chat_template:
+        return tuple(tokenizer(text).input_ids)
+    if tokenizer.chat_template is None:
+        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
+    messages = [{"role": "user", "content": text}]
+    if data.system is not None:
+        messages.insert(0, {"role": "system", "content": data.system})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class LengthLimit:
+    """Checks lengths as `data.overlong` says: an error that tells the way out, or a count of what was dropped."""
+
+    def __init__(self, data: DataConfig, path: str) -> None:
+        self.overlong, self.path = data.overlong, path
+        self.num_dropped = 0
+
+    def allows(self, num_tokens: int, row: int, what: str, option: str, limit: int) -> bool:
+        if num_tokens <= limit:
+            return True
+        if self.overlong == "error":
+            raise DataError(
+                f"{self.path}, row {row}: the {what} has {num_tokens} tokens, {option} is {limit}; "
+                "raise it, or set data.overlong: drop to leave such rows out"
+            )
+        self.num_dropped += 1
+        return False
+
+    def report(self, num_kept: int) -> None:
+        """Say what was dropped; DataError where nothing is left."""
+        if self.num_dropped:
+            logger.warning("%s: dropped %d overlong rows, kept %d", self.path, self.num_dropped, num_kept)
+        if num_kept == 0:
+            raise DataError(f"{self.path}: no row is left, {self.num_dropped} were over the length limits")
+
+
+def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> PromptSet:
+    """Prompts of `data.train` or `data.eval` (split "train" or "eval")."""
+    path = data.train if split == "train" else data.eval
+    assert path is not None
+    columns = {"data.prompt_column": data.prompt_column, "data.answer_column": data.answer_column}
+    limit = LengthLimit(data, path)
+    prompts = []
+    for number, row in read_rows(path, columns):
+        token_ids = encode_prompt(row[data.prompt_column], data, tokenizer)
+        if not token_ids:
+            raise DataError(f"{path}, row {number}: the prompt has no tokens")
+        if limit.allows(len(token_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
+            answer = None if data.answer_column is None else str(row[data.answer_column])
+            prompts.append(Prompt(number, token_ids, answer))
+    limit.report(len(prompts))
+    return PromptSet(prompts, limit.num_dropped)

@@ -1,0 +1,1 @@
+"""Generated tasks with an exact expert: no download, unlimited data, known truth."""

@@ -1,0 +1,169 @@
+"""The dual loop of rePIRL (Wu et al., ICML 2026, algorithm 1): sample, verify, update the PRM, update the policy.
+
+Plain RLOO is the same loop without the PRM, supervised fine-tuning the same without rollouts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from repirl.batch import EXPERT, PackedBatch, concatenate, pack
+from repirl.config import Config
+from repirl.objectives import irl, rloo, sft
+from repirl.report.metrics import MetricsLogger, PhaseTimer, ProgressDisplay, peak_memory_bytes
+from repirl.rewards.math import math_reward
+from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.setup import Run, build, check_output_dir
+
+
+def train(config: Config, *, resume: bool = False) -> int:
+    """Train `config.steps` steps, from the newest checkpoint with `resume`; returns the steps done in all."""
+    checkpoint = check_output_dir(config, resume)
+    run = build(config)
+    start = run.restore(checkpoint) if checkpoint else 0
+    timer = PhaseTimer()
+    with (
+        MetricsLogger(config.output_dir, tensorboard=config.log.tensorboard, start_step=start) as logger,
+        ProgressDisplay(config.steps, config.objective) as display,
+    ):
+        for step in range(start, config.steps):
+            metrics: dict[str, float] = {}
+            if step == 0 and run.held_out and config.eval.every:
+                logger.log(0, {"eval/accuracy": evaluate(run)} | timer.step_metrics())
+            if config.objective == "sft":
+                metrics |= sft_step(run, timer)
+            else:
+                metrics |= dual_step(run, step, timer, display)
+            done = step + 1
+            if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
+                with timer("eval"):
+                    metrics["eval/accuracy"] = evaluate(run)
+            if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
+                with timer("checkpoint"):
+                    run.save(done)
+            metrics |= timer.step_metrics() | {"memory/peak_bytes": peak_memory_bytes()}
+            logger.log(done, metrics)
+            display.update(done, metrics)
+    return config.steps
+
+
+def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
+    experts = sample_experts(run)
+    with timer("policy"):
+        found = [run.policy.step(experts, sft.loss(experts)) for _ in range(run.config.policy.updates_per_step)]
+    return _named("policy", found[-1]) | {"tokens": experts.num_tokens}
+
+
+def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) -> dict[str, float]:
+    """One turn of the dual loop."""
+    config = run.config
+    display.phase("rollout")
+    with timer("rollout"):
+        rollouts, metrics = sample_rollouts(run, step)
+    with timer("old_logprob"):
+        outputs = run.policy.score(rollouts)
+        rollouts.write("old_logprob", outputs["logprob"])
+        if run.reference:
+            rollouts.write("ref_logprob", run.reference.score(rollouts)["logprob"])
+    mismatch = (rollouts.read("old_logprob") - rollouts.read("sampler_logprob")).abs()
+    metrics |= {
+        "policy/entropy": float(outputs["entropy"].mean()),
+        "rollout/sampler_mismatch_max": float(mismatch.max()),
+    }
+    phases = ("policy", "prm") if config.order == "policy_first" else ("prm", "policy")
+    for phase in phases:
+        display.phase(phase)
+        if phase == "policy":
+            metrics |= update_policy(run, rollouts, timer)
+        elif run.prm:
+            metrics |= update_prm(run, rollouts, timer)
+    run.engine.update_weights(run.policy.model)
+    return metrics
+
+
+def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]:
+    """K responses for each prompt of the step, verified where prompts have answers."""
+    config, num_samples = run.config, run.config.rollout.samples_per_prompt
+    indices = run.prompt_cursor.next(config.rollout.prompts_per_step)
+    prompts = [run.prompts[i] for i in indices for _ in range(num_samples)]
+    groups = [g for g in range(len(indices)) for _ in range(num_samples)]
+    seeds = [sequence_seed(config.seed, step, groups[i], i % num_samples) for i in range(len(prompts))]
+    end_ids = (run.tokenizer.eos_token_id,)
+    sampling = Sampling(config.rollout.max_response_tokens, config.rollout.temperature, end_ids)
+    responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
+    has_answers = config.data.answer_column is not None
+    outcome = [verify(run, r, p.answer) if has_answers else float("nan") for r, p in zip(responses, prompts)]
+    batch = pack(
+        [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses)],
+        group_ids=groups,
+        outcome=outcome,
+        streams={"sampler_logprob": [r.logprobs for r in responses]},
+    )
+    metrics = {
+        "rollout/length": batch.num_response_tokens / batch.num_sequences,
+        "rollout/truncated": sum(not r.ended for r in responses) / len(responses),
+        "tokens": batch.num_tokens,
+        "tokens/response": batch.num_response_tokens,
+    }
+    return batch, metrics | ({"rollout/outcome": float(batch.outcome.mean())} if has_answers else {})
+
+
+def verify(run, response, answer) -> float:
+    """1 where the response ended and its answer is right; an unfinished response has given none."""
+    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer) * response.ended
+
+
+def sample_experts(run: Run) -> PackedBatch:
+    indices = run.expert_cursor.next(run.config.irl.experts_per_step or run.config.rollout.prompts_per_step)
+    chosen = [run.experts[i] for i in indices]
+    # Groups of their own: experts estimate no Z.
+    groups = [-1 - i for i in range(len(chosen))]
+    return pack([(e.prompt_ids, e.response_ids) for e in chosen], source=EXPERT, group_ids=groups)
+
+
+def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
+    """n_prm updates on experts against rollouts; two passes each."""
+    config, prm = run.config, run.prm
+    with timer("prm"):
+        experts = sample_experts(run)
+        if "ref_logprob" in rollouts.streams:
+            experts.write("ref_logprob", run.reference.score(experts)["logprob"])
+        # mu of an expert is unknown and not needed: experts estimate no Z.
+        experts.write("old_logprob", torch.zeros(experts.num_response_tokens))
+        batch = irl.training_batch(experts, rollouts, config.irl.use_outcome)
+        if batch is None:
+            return {"prm/skipped_no_failures": 1}
+        for _ in range(config.prm.updates_per_step):
+            batch.write("reward", irl.rewards(prm.score(batch), batch, config.prm))
+            metrics = irl.write_coefficients(batch, config.irl)
+            metrics |= prm.step(batch, irl.loss(batch, config.prm, config.irl))
+    return _named("prm", metrics)
+
+
+def update_policy(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
+    """Advantages from outcome and PRM, then n_policy updates."""
+    config = run.config
+    if run.prm and config.loss.process_coefficient != 0:
+        with timer("reward"):
+            rollouts.write("reward", irl.rewards(run.prm.score(rollouts), rollouts, config.prm))
+    metrics = rloo.write_advantages(rollouts, config.loss)
+    with timer("policy"):
+        for _ in range(config.policy.updates_per_step):
+            loss = rloo.loss(rollouts, config.loss, config.rollout.max_response_tokens)
+            metrics |= run.policy.step(rollouts, loss)
+    return _named("policy", metrics)
+
+
+def evaluate(run: Run) -> float:
+    """Share of held-out prompts that the policy answers right (greedy at temperature 0)."""
+    prompts = [run.held_out[i] for i in range(min(run.config.eval.num_prompts or len(run.held_out), len(run.held_out)))]
+    seeds = [sequence_seed(run.config.seed, "eval", i) for i in range(len(prompts))]
+    sampling = Sampling(
+        run.config.rollout.max_response_tokens, run.config.eval.temperature, (run.tokenizer.eos_token_id,)
+    )
+    responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
+    return sum(verify(run, r, p.answer) for r, p in zip(responses, prompts)) / len(prompts)
+
+
+def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,215 @@
+"""Loading models, the fused head, and export.
+
+A model keeps its Hugging Face class's parameters, `save_pretrained` and `generate`; only its `forward` learns
+one more way to be called: on packed sequences, returning what the trainer needs and never the logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from repirl_kernels import linear_token_stats
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from repirl.attention import PACKED, PackedLayout
+from repirl.config import ConfigError
+
+
+class FusedHead(nn.Linear):
+    """An lm_head that, given targets, returns token statistics instead of logits."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, **options: Any) -> Any:
+        if targets is None:
+            return super().forward(input)
+        return linear_token_stats(input, self.weight, targets, bias=self.bias, **options)
+
+
+def _hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
+    backbone = getattr(model, model.base_model_prefix)
+    output = backbone(
+        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
+    )
+    return output.last_hidden_state[0]
+
+
+class PackedCausalLM:
+    """Mixed into a causal LM's class: `forward(..., packed_layout=, targets=)` returns TokenStats."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        packed_layout: PackedLayout | None = None,
+        response_index: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Packed: input_ids [T], response_index [R], targets [R] -> TokenStats of [R], for the token at
+        response_index given everything before it in its sequence. Only those R rows reach the head."""
+        if packed_layout is None:
+            return super().forward(input_ids, *args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
+        hidden = _hidden(self, input_ids, position_ids, packed_layout)  # type: ignore[arg-type]
+        softcap = getattr(self.config, "final_logit_softcapping", None)  # type: ignore[attr-defined]
+        # The state of action t is the hidden state one token earlier.
+        return self.lm_head(hidden[response_index - 1], targets, temperature=temperature, softcap=softcap)  # type: ignore
+
+
+class PackedTokenClassifier:
+    """Mixed into a token classifier's class: `forward(..., packed_layout=)` returns one value a response token."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        packed_layout: PackedLayout | None = None,
+        response_index: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Packed: input_ids [T], response_index [R] -> values [R] float32, w . h_t + b at the token itself."""
+        if packed_layout is None:
+            return super().forward(input_ids, *args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
+        hidden = _hidden(self, input_ids, position_ids, packed_layout)  # type: ignore[arg-type]
+        return self.score(hidden[response_index])[:, 0].float()  # type: ignore[operator]
+
+
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """Teach a loaded causal LM or token classifier the packed forward, in place; returns it.
+
+    TypeError where the model has neither an `lm_head` nor a `score` layer that is an nn.Linear.
+    """
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, nn.Linear):
+        head.__class__ = FusedHead
+        mixin: type = PackedCausalLM
+    elif isinstance(getattr(model, "score", None), nn.Linear):
+        mixin = PackedTokenClassifier
+    else:
+        raise TypeError(
+            f"{type(model).__name__} has no linear `lm_head` or `score` layer; supported are decoder models with "
+            "Llama's structure (Llama, Qwen2, Qwen3, SmolLM2, Mistral, ...)"
+        )
+    model.__class__ = type(type(model).__name__, (mixin, type(model)), {"__module__": type(model).__module__})
+    model.config._attn_implementation = PACKED
+    return model
+
+
+@contextmanager
+def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model runs padded batches with a KV cache (PyTorch's attention), as for generation."""
+    before, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; ConfigError where it cannot be loaded or has no end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_load_message("tokenizer", name, gguf_file, error)) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {name!r} has no end-of-sequence token; responses could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str, *, kind: str, dtype: torch.dtype, device: torch.device, gguf_file: str | None = None
+) -> PreTrainedModel:
+    """Load and fuse. kind: "causal" (a head over the vocabulary) or "value" (a new one-output head).
+
+    A value head that the files do not hold starts at zero, so every reward is 0 at first.
+    ConfigError where the name leads to no model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    try:
+        if kind == "causal":
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        else:
+            config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
+            config.num_labels, config.classifier_dropout = 1, 0.0
+            model, info = AutoModelForTokenClassification.from_pretrained(
+                name, config=config, output_loading_info=True, **options
+            )
+            if any(key.startswith("score") for key in info["missing_keys"]):
+                nn.init.zeros_(model.score.weight)
+                if model.score.bias is not None:
+                    nn.init.zeros_(model.score.bias)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_load_message("model", name, gguf_file, error)) from error
+    if gguf_file is not None:
+        # What GGUF loading leaves behind would make save_pretrained refuse a model that is plain float by now.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        model.config.__dict__.pop("quantization_config", None)
+    # Rotary frequencies are buffers that `.to(bfloat16)` would round, hence dtype= above and only a device here.
+    return fuse(model.to(device))
+
+
+def _load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:
+    place = f"{name!r}" + (f" (gguf_file {gguf_file!r})" if gguf_file else "")
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"cannot load the {what} {place}: expected a folder with a Hugging Face model, or a hub id that can be "
+        f"reached from here. {first_line}"
+    )
+
+
+def save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model's configuration and tokenizer, all that `build_model` needs besides the weights."""
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_model(folder: Path) -> PreTrainedModel:
+    """A fused model on the CPU with the configuration in `folder` and weights yet to be loaded."""
+    config = AutoConfig.from_pretrained(folder)
+    is_value = any(name.endswith("ForTokenClassification") for name in config.architectures or [])
+    factory = AutoModelForTokenClassification if is_value else AutoModelForCausalLM
+    return fuse(factory.from_config(config, dtype=config.dtype, attn_implementation="sdpa"))
+
+
+def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
+    """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm; returns the folders written.
+
+    Plain `AutoModelForCausalLM` and `AutoModelForTokenClassification` load them back.
+    ConfigError where the checkpoint is missing or not one.
+    """
+    from repirl.dist.checkpoint import load_weights, resolve_checkpoint
+
+    folder = resolve_checkpoint(checkpoint)
+    written = []
+    for name in ("policy", "prm"):
+        if not (folder / name).is_dir():
+            continue
+        model = build_model(folder / name)
+        load_weights(folder, name, model)
+        model.save_pretrained(Path(output) / name)
+        load_tokenizer(str(folder / name)).save_pretrained(Path(output) / name)
+        written.append(Path(output) / name)
+    return written
+

@@ -1,0 +1,1 @@
+"""The systems that rePIRL unifies: pure functions from streams to streams, one file each."""

@@ -1,0 +1,196 @@
+"""Step metrics as JSON lines and TensorBoard, seconds by phase, and a live display."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class MetricsLogger:
+    """Appends to OUTPUT_DIR/metrics.jsonl, one line a step, on disk before `log` returns.
+
+    start_step: a resumed run has finished that many steps; later lines of the killed run, and a half-written
+    last one, are cut away, so that no step stands there twice. Values that are not finite become null and are
+    named under "nonfinite".
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, *, tensorboard: bool, start_step: int = 0) -> None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= start_step and start_step > 0]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one step; `step` counts finished steps."""
+        nonfinite = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        line: dict[str, Any] = {"step": step} | {n: None if n in nonfinite else v for n, v in metrics.items()}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._writer:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a half-written last line, which a killed run may leave, is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class PhaseTimer:
+    """`with timer("rollout"): ...` adds up seconds by phase."""
+
+    def __init__(self) -> None:
+        self._step: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._step[phase] = self._step.get(phase, 0.0) + time.perf_counter() - start
+
+    def step_metrics(self) -> dict[str, float]:
+        """{"seconds/PHASE": ..., "seconds/step": wall seconds} since the last call."""
+        now = time.perf_counter()
+        found = {f"seconds/{phase}": seconds for phase, seconds in self._step.items()}
+        found["seconds/step"] = now - self._start
+        self._step, self._start = {}, now
+        return found
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of GPU memory where there is a GPU, else of the process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# metric, label, format
+_SHOWN = [
+    ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("rollout/outcome", "train accuracy", "{:.1%}"),
+    ("policy/entropy", "entropy (nats/token)", "{:.3f}"),
+    ("prm/ess_fraction", "effective sample share", "{:.2f}"),
+    ("prm/reward_gap", "expert - policy reward", "{:+.3f}"),
+    ("policy/loss", "policy loss", "{:+.4f}"),
+    ("prm/loss", "PRM loss", "{:+.4f}"),
+    ("seconds/step", "seconds", "{:.2f}"),
+]
+
+
+class ProgressDisplay:
+    """A bar, the running phase and the newest metrics; plain lines where the output is no terminal."""
+
+    def __init__(self, total_steps: int, title: str, *, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.total_steps, self.title = total_steps, title
+        self._history: dict[str, list[float]] = {}
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(title, total=total_steps, phase="")
+        self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        self._progress.update(self._task, phase=name)
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """`step` steps are done, with these metrics."""
+        for name, value in metrics.items():
+            self._history.setdefault(name, []).append(value)
+        self._progress.update(self._task, completed=step)
+        if self.console.is_terminal:
+            self._live.update(self._view())
+            return
+        every = max(1, self.total_steps // 20)
+        if step % every == 0 or step == self.total_steps or "eval/accuracy" in metrics:
+            shown = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
+            self.console.print(f"{self.title} {step}/{self.total_steps}: {', '.join(shown)}", soft_wrap=True)
+
+    def _view(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, label, form in _SHOWN:
+            values = self._history.get(name)
+            if values:
+                table.add_row(f"  {label}", form.format(values[-1]), _sparkline(values))
+        return Group(self._progress, table)
+
+
+def _sparkline(values: list[float], width: int = 32) -> str:
+    values = [v for v in values if math.isfinite(v)][-width:]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((v - low) / (high - low or 1) * (len(bars) - 1))] for v in values)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]], console: Console | None = None) -> None:
+    """A table that is never cut, however narrow the output is."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    (console or Console()).print(table)

@@ -1,0 +1,1 @@
+"""Verifiers: outcome rewards."""

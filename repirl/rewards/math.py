@@ -1,0 +1,63 @@
+"""Outcome reward of a mathematical answer: 1 if it is right, else 0."""
+
+from __future__ import annotations
+
+import logging
+import re
+from decimal import Decimal, InvalidOperation
+
+from math_verify import parse, verify
+
+# GSM8K writes its answers behind four number signs.
+_MARKED = re.compile(r"####[ \t]*([^\n]+)")
+_DECORATION = re.compile(r"[,$%\s]")
+
+# math-verify reports every answer that it cannot read as an error; here that is an ordinary wrong answer.
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The text of the last `\boxed{...}`, or else what stands behind the last `####`; None without either."""
+    start = text.rfind(r"\boxed{")
+    if start >= 0:
+        depth, begin = 1, start + len(r"\boxed{")
+        for position in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[begin:position].strip()
+    marked = _MARKED.findall(text)
+    return marked[-1].strip() if marked else None
+
+
+def _number(text: str) -> Decimal | None:
+    """A plain number, dressed as people dress numbers ($1,234.50, 20%, 7.)."""
+    try:
+        value = Decimal(_DECORATION.sub("", text).removesuffix("."))
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None
+
+
+def math_reward(response: str, answer: str) -> float:
+    r"""1.0 where the response's final answer equals `answer`, else 0.0; never raises for what a model wrote.
+
+    The final answer is the last `\boxed{...}`, or what follows the last `####`; a response that marks none
+    gets math-verify's extraction, which takes the last expression. `answer` may itself be a worked solution
+    in GSM8K's form. Plain numbers are compared exactly, everything else by math-verify.
+
+    math-verify bounds its own time with signals, which work in the main thread only, so call this there.
+    """
+    gold = extract_answer(answer)
+    gold = answer.strip() if gold is None else gold
+    found = extract_answer(response)
+    if found is not None:
+        left, right = _number(found), _number(gold)
+        if left is not None and right is not None:
+            return float(left == right)
+        response = rf"$\boxed{{{found}}}$"
+    try:
+        return float(verify(parse(rf"$\boxed{{{gold}}}$"), parse(response)))
+    except Exception:
+        # Whatever a parser does on arbitrary text (recursion, overflow, time-out) makes the answer a wrong one.
+        logging.getLogger(__name__).debug("math-verify failed on %r", response[-200:], exc_info=True)
+        return 0.0

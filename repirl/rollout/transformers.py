@@ -1,0 +1,113 @@
+"""Sampling with the training model itself: no second copy of the weights, any device, exact log-probs.
+
+Each distinct prompt is prefilled once, rows that ended leave the batch, and every sequence draws from a
+generator of its own, so a response does not depend on what is sampled beside it (beyond rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from repirl.models import ordinary_attention
+from repirl.rollout.engine import Response, Sampling
+
+
+class TransformersEngine:
+    """max_sequences: how many responses are decoded side by side."""
+
+    def __init__(self, model: PreTrainedModel, *, pad_id: int, max_sequences: int) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.max_sequences = max_sequences
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """The engine samples from `model` itself from now on; nothing is copied."""
+        self.model = model
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """See Engine.generate. ValueError for an empty prompt or a count of seeds that is not that of prompts."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"one seed a prompt is needed, got {len(prompts)} prompts and {len(seeds)} seeds")
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("a prompt has no tokens; sampling needs at least one")
+        # Prompts of similar length side by side waste little on padding.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+        responses: dict[int, Response] = {}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with ordinary_attention(self.model):
+                for start in range(0, len(order), self.max_sequences):
+                    chunk = order[start : start + self.max_sequences]
+                    found = self._decode([prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
+                    responses.update(zip(chunk, found))
+        finally:
+            self.model.train(training)
+        return [responses[i] for i in range(len(prompts))]
+
+    def _decode(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
+        device = next(self.model.parameters()).device
+        limit = sampling.max_response_tokens
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        longest = max(map(len, unique))
+        ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in unique], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, mask, cache)
+        rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
+        cache.batch_select_indices(rows)
+        logits, mask = logits[rows], mask[rows]
+
+        uniforms = torch.stack(
+            [torch.rand(limit, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        ).to(device)
+        end_ids = torch.tensor(sampling.end_ids, device=device)
+        tokens = torch.zeros(len(prompts), limit, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(len(prompts), limit, device=device)
+        lengths = torch.full((len(prompts),), limit, device=device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        alive = torch.arange(len(prompts), device=device)
+        for step in range(limit):
+            chosen, logprob = _sample(logits, uniforms[alive, step], sampling.temperature)
+            tokens[alive, step], logprobs[alive, step] = chosen, logprob
+            done = torch.isin(chosen, end_ids)
+            ended[alive[done]] = True
+            lengths[alive[done]] = step + 1
+            if bool(done.all()) or step + 1 == limit:
+                break
+            if bool(done.any()):
+                keep = (~done).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, mask, chosen = alive[keep], mask[keep], chosen[keep]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            logits = self._forward(chosen[:, None], mask, cache)
+        return [
+            Response(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), e)
+            for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist()))
+        ]
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+        output = self.model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1]
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """logits [B, V], uniform [B] in [0, 1) -> token [B], its log-probability [B] under the tempered softmax."""
+    logits = logits.float()
+    if temperature == 0:
+        chosen = logits.argmax(-1)
+        return chosen, torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0]
+    logprob = torch.log_softmax(logits / temperature, -1)
+    # Inverse of the distribution function, in float64 so that a large vocabulary's sum keeps its tail.
+    cumulative = logprob.double().exp().cumsum(-1)
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    chosen = chosen.clamp(max=logits.shape[-1] - 1)
+    return chosen, logprob.gather(1, chosen[:, None])[:, 0]

@@ -1,0 +1,149 @@
+"""From a configuration to everything that a run holds: models, data, engine, and where it stands."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from repirl.config import Config, ConfigError
+from repirl.data.experts import Expert, load_experts
+from repirl.data.prompts import Cursor, PromptSet, load_prompts
+from repirl.dist.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from repirl.learner import Learner
+from repirl.models import load_model, load_tokenizer
+from repirl.rollout.engine import Engine
+from repirl.rollout.transformers import TransformersEngine
+
+
+@dataclass
+class Run:
+    """State of a run. `policy`, `prm` and the cursors change while it trains; the rest does not."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    policy: Learner
+    prm: Learner | None
+    reference: Learner | None
+    engine: Engine
+    prompts: PromptSet | None
+    experts: list[Expert]
+    held_out: PromptSet | None
+    prompt_cursor: Cursor | None
+    expert_cursor: Cursor | None
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        return {"policy": self.policy} | ({"prm": self.prm} if self.prm else {})
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.output_dir) / "checkpoints"
+
+    def save(self, step: int) -> Path:
+        """Checkpoint after `step` finished steps."""
+        cursors = {"prompts": self.prompt_cursor, "experts": self.expert_cursor}
+        state = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
+        return save_checkpoint(
+            self.checkpoints, step, self.learners, state, self.tokenizer, keep_last=self.config.checkpoint.keep_last
+        )
+
+    def restore(self, path: Path) -> int:
+        """Load a checkpoint; returns the number of finished steps."""
+        step, state = load_checkpoint(path, self.learners)
+        for name, cursor in {"prompts": self.prompt_cursor, "experts": self.expert_cursor}.items():
+            if cursor:
+                cursor.load_state_dict(state[name])
+        self.engine.update_weights(self.policy.model)
+        return step
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device that the configuration asks for; ConfigError where it asks for CUDA and there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' but PyTorch sees no GPU here; use device: cpu or device: auto")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
+    trains_prm = config.objective == "repirl"
+    return (
+        config.loss.kl_coefficient > 0
+        or (trains_prm and config.irl.base_measure == "reference")
+        or (trains_prm and config.prm.reward == "implicit")
+    )
+
+
+def build(config: Config) -> Run:
+    """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    device, dtype = pick_device(config), getattr(torch, config.dtype)
+    tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
+
+    # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
+    is_sft = config.objective == "sft"
+    prompts = None if is_sft else load_prompts(config.data, tokenizer, "train")
+    held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
+    experts = [] if config.objective == "rloo" else load_experts(config.data, tokenizer)
+
+    def learner(section: Any, kind: str, num_updates: int, temperature: float) -> Learner:
+        name, gguf_file = section.model, section.gguf_file
+        if name is None:
+            name, gguf_file = config.policy.model, config.policy.gguf_file
+        return Learner(
+            load_model(name, kind=kind, dtype=dtype, device=device, gguf_file=gguf_file),
+            section.optimizer,
+            num_updates=num_updates,
+            tokens_per_microbatch=config.batch.tokens_per_microbatch,
+            temperature=temperature,
+            gradient_checkpointing=section.gradient_checkpointing,
+        )
+
+    # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
+    temperature = 1.0 if is_sft else config.rollout.temperature
+    policy = learner(config.policy, "causal", config.steps * config.policy.updates_per_step, temperature)
+    prm = reference = None
+    if config.objective == "repirl":
+        kind = "value" if config.prm.reward == "value" else "causal"
+        prm = learner(config.prm, kind, config.steps * config.prm.updates_per_step, 1.0)
+    if needs_reference(config):
+        reference = learner(config.policy, "causal", 1, temperature)
+        reference.model.requires_grad_(False)
+    engine = TransformersEngine(
+        policy.model, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences
+    )
+    return Run(
+        config,
+        tokenizer,
+        policy,
+        prm,
+        reference,
+        engine,
+        prompts,
+        experts,
+        held_out,
+        Cursor(len(prompts), config.seed) if prompts else None,
+        Cursor(len(experts), config.seed + 1) if experts else None,
+    )
+
+
+def check_output_dir(config: Config, resume: bool) -> Path | None:
+    """The checkpoint to resume from, None for a fresh start; ConfigError where a run would be overwritten."""
+    found = list_checkpoints(Path(config.output_dir) / "checkpoints")
+    if found and not resume:
+        raise ConfigError(
+            f"output_dir {config.output_dir!r} already holds a run (newest checkpoint {found[-1].name}); "
+            "go on with it by --resume, or choose another output_dir"
+        )
+    return found[-1] if found else None

@@ -1,0 +1,188 @@
+"""What the tests of all backends share: plain PyTorch beside float64, and "at most twice as wrong".
+
+Truth is plain PyTorch with autograd in float64. An op passes where its largest error is at most twice that of
+plain PyTorch in the op's own dtype, plus what rounding the result once may cost.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from repirl_kernels import TokenStats
+from torch import Tensor
+
+STATS = TokenStats._fields
+
+
+class LinearCase(NamedTuple):
+    """Inputs of ``linear_token_stats`` and upstream gradients ``[4, N]`` of its outputs."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    upstream: Tensor
+    options: dict
+
+
+class Outcome(NamedTuple):
+    """Statistics ``[4, N]`` and the gradients of hidden (or logits), weight and bias, where there are any."""
+
+    stats: Tensor
+    dhidden: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def linear_case(
+    num_rows: int,
+    num_columns: int,
+    num_features: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    scale: float = 3.0,
+    seed: int = 0,
+    device: str = "cpu",
+    **options,
+) -> LinearCase:
+    """A random case with logits of standard deviation ``scale``; ``options`` go to the op."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden = normal(num_rows, num_features).to(device, dtype)
+    weight = (normal(num_columns, num_features) * scale / num_features**0.5).to(device, dtype)
+    bias_V = normal(num_columns).to(device, dtype) if bias else None
+    high = options.get("vocab_size") or num_columns
+    targets = torch.randint(high, (num_rows,), generator=generator).to(device)
+    return LinearCase(hidden, weight, bias_V, targets, normal(4, num_rows).to(device), options)
+
+
+def plain_stats(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    """What a codebase writes without fused ops: full logits, ``log_softmax``, in float32 or float64."""
+    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    z = z[:, :vocab_size]
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    logprobs = torch.log_softmax(z, dim=-1)
+    entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs.clamp(min=-1e38)).sum(
+        dim=-1
+    )
+    target = targets[:, None]
+    # The gradient of logsumexp is exp(z - L), which a large common offset would spoil even in float64.
+    z_max = z.detach().amax(dim=-1, keepdim=True)
+    return TokenStats(
+        logprob=logprobs.gather(-1, target).squeeze(-1),
+        logsumexp=z_max.squeeze(-1) + torch.logsumexp(z - z_max, dim=-1),
+        target_logit=z.gather(-1, target).squeeze(-1),
+        entropy=entropy,
+    )
+
+
+def run_linear(op: Callable[..., TokenStats], case: LinearCase) -> Outcome:
+    """``op(hidden, weight, targets, bias=, **options)`` with its gradients for ``case.upstream``."""
+    hidden = case.hidden.detach().clone().requires_grad_()
+    weight = case.weight.detach().clone().requires_grad_()
+    bias = None if case.bias is None else case.bias.detach().clone().requires_grad_()
+    stats = torch.stack(list(op(hidden, weight, case.targets, bias=bias, **case.options)))
+    leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
+    gradients = torch.autograd.grad(stats, leaves, case.upstream.to(stats.dtype))
+    return Outcome(stats.detach(), gradients[0], gradients[1], gradients[2] if bias is not None else None)
+
+
+def run_logits(
+    op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options
+) -> Outcome:
+    """``op(logits, targets, **options)`` with its gradient for ``upstream [4, N]``."""
+    logits = logits.detach().clone().requires_grad_()
+    stats = torch.stack(list(op(logits, targets, **options)))
+    (gradient,) = torch.autograd.grad(stats, [logits], upstream.to(stats.dtype))
+    return Outcome(stats.detach(), gradient, None, None)
+
+
+def plain_linear(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options
+) -> TokenStats:
+    """:func:`plain_stats` of a matrix product in the operands' dtype."""
+    return plain_stats(F.linear(hidden, weight, bias), targets, **options)
+
+
+def in_float64(case: LinearCase) -> LinearCase:
+    """The same numbers in float64."""
+    return case._replace(
+        hidden=case.hidden.double(),
+        weight=case.weight.double(),
+        bias=None if case.bias is None else case.bias.double(),
+        upstream=case.upstream.double(),
+    )
+
+
+def assert_at_most_twice_as_wrong(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result") -> None:
+    """``max |actual - truth| <= 2 max |plain - truth| + tiny``, NaN and infinities where the truth has them.
+
+    ``tiny`` is 1e-6 of the largest finite value: a few roundings in float32, whatever the dtype.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)} for {tuple(truth.shape)}"
+    if actual.numel() == 0:
+        return
+    finite = truth.isfinite()
+    special = ~finite
+    torch.testing.assert_close(actual[special].double(), truth[special].double(), equal_nan=True, msg=what)
+    assert bool(actual[finite].isfinite().all()), f"{what}: not finite where the truth is"
+    if not bool(finite.any()):
+        return
+    error = (actual.double() - truth)[finite].abs().max().item()
+    plain_error = (plain.double() - truth)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    tiny = 1e-6 * truth[finite].abs().max().item() + 1e-30
+    assert error <= 2 * plain_error + tiny, f"{what}: error {error:.3g}, plain PyTorch {plain_error:.3g}"
+
+
+def assert_outcome(actual: Outcome, plain: Outcome, truth: Outcome) -> None:
+    """Each statistic and each gradient is at most twice as wrong as plain PyTorch's."""
+    for name, *values in zip(STATS, actual.stats, plain.stats, truth.stats, strict=True):
+        assert_at_most_twice_as_wrong(*values, what=name)
+    for name in ("dhidden", "dweight", "dbias"):
+        values = [getattr(outcome, name) for outcome in (actual, plain, truth)]
+        if values[2] is not None:
+            assert_at_most_twice_as_wrong(*values, what=name)
+
+
+def check_linear(op: Callable[..., TokenStats], case: LinearCase) -> None:
+    """The whole comparison for one case of the linear op, on poisoned memory."""
+    with poisoned_memory():
+        actual = run_linear(op, case)
+    assert_outcome(actual, run_linear(plain_linear, case), run_linear(plain_linear, in_float64(case)))
+
+
+def check_logits(
+    op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options
+) -> None:
+    """The whole comparison for one case of ``token_stats``, on poisoned memory."""
+    with poisoned_memory():
+        actual = run_logits(op, logits, targets, upstream, **options)
+    plain = run_logits(plain_stats, logits, targets, upstream, **options)
+    truth = run_logits(plain_stats, logits.double(), targets, upstream.double(), **options)
+    assert_outcome(actual, plain, truth)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` returns NaN: what an op forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,373 @@
+"""Losses and rewards against loops; the two-pass gradient against autograd of losses written out."""
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from packed_cases import EXPERT_LENGTHS, GROUPS, LENGTHS, cu_of, rollouts, split
+from repirl_kernels import losses, segments
+from torch import Tensor
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
+
+
+# Rewards ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+def test_token_rewards(gamma: float) -> None:
+    target_logit, logsumexp, cu = rollouts(LENGTHS)
+    logprob, ref_logprob, _ = rollouts(LENGTHS, seed=1)
+    value = torch.randn_like(logprob)
+    options = {
+        "value": value,
+        "logprob": logprob,
+        "logsumexp": logsumexp,
+        "target_logit": target_logit,
+        "ref_logprob": ref_logprob,
+        "cu_seqlens": cu,
+        "gamma": gamma,
+        "beta": 0.3,
+    }
+    assert torch.equal(losses.token_rewards("value", **options), value)
+    assert torch.equal(losses.token_rewards("logit", **options), target_logit)
+    assert torch.equal(losses.token_rewards("logprob", **options), logprob)
+    close(losses.token_rewards("implicit", **options), 0.3 * (logprob - ref_logprob))
+    expected = []
+    for ell, big_l in zip(split(target_logit, cu), split(logsumexp, cu), strict=True):
+        for t in range(len(ell)):
+            following = float(big_l[t + 1]) if t + 1 < len(ell) else 0.0
+            expected.append(float(ell[t]) - gamma * following)
+    close(losses.token_rewards("soft_q", **options), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_soft_q_sums_to_logprob_plus_the_first_logsumexp() -> None:
+    cu = cu_of(LENGTHS)
+    logits = torch.randn(sum(LENGTHS), 11, dtype=torch.float64)
+    targets = torch.randint(11, (sum(LENGTHS),))
+    logsumexp = logits.logsumexp(-1)
+    target_logit = logits.gather(1, targets[:, None])[:, 0]
+    reward = losses.token_rewards("soft_q", target_logit=target_logit, logsumexp=logsumexp, cu_seqlens=cu)
+    first = torch.stack([p[0] if len(p) else p.sum() for p in split(logsumexp, cu)])
+    close(segments.segment_sum(reward, cu), segments.segment_sum(target_logit - logsumexp, cu) + first)
+
+
+def test_soft_q_gradient_reaches_the_next_state_only_within_its_sequence() -> None:
+    target_logit, logsumexp, cu = rollouts([2, 1, 2])
+    target_logit.requires_grad_()
+    logsumexp.requires_grad_()
+    reward = losses.token_rewards(
+        "soft_q", target_logit=target_logit, logsumexp=logsumexp, cu_seqlens=cu, gamma=0.5
+    )
+    reward.sum().backward()
+    assert target_logit.grad.tolist() == [1.0] * 5
+    assert logsumexp.grad.tolist() == [0.0, -0.5, 0.0, 0.0, -0.5]
+
+
+def test_reward_errors() -> None:
+    with pytest.raises(ValueError, match=r"kind must be one of 'value'.*got 'q'"):
+        losses.token_rewards("q")
+    for kind, name in [("value", "value"), ("logit", "target_logit"), ("implicit", "logprob")]:
+        with pytest.raises(ValueError, match=f"rewards of kind '{kind}' need {name}, got None"):
+            losses.token_rewards(kind)
+    with pytest.raises(ValueError, match="gamma must lie in"):
+        losses.token_rewards("soft_q", gamma=2.0)
+
+
+# Policy loss ------------------------------------------------------------------------------------------------
+
+
+def policy_inputs(count: int = 60) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    base = -3 * torch.rand(count, generator=generator, dtype=torch.float64)
+
+    def near(scale: float) -> Tensor:
+        return base + scale * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    return {
+        "logprob": base.clone(),
+        "old_logprob": near(0.3),
+        "advantage": near(2.0),
+        "entropy": near(0.1).abs(),
+        "sampler_logprob": near(0.8),
+        "ref_logprob": near(0.4),
+    }
+
+
+@pytest.mark.parametrize("estimator", losses.KL_ESTIMATORS)
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_policy_loss_token_by_token(estimator: str, cap: float | None) -> None:
+    inputs = policy_inputs()
+    out = losses.policy_loss(
+        **inputs,
+        clip_low=0.2,
+        clip_high=0.3,
+        sampler_ratio_cap=cap,
+        entropy_coefficient=0.01,
+        kl_coefficient=0.1,
+        kl_estimator=estimator,
+    )
+    counts = defaultdict(int)
+    for t in range(60):
+        lp, old, a, h, mu, ref = (float(v[t]) for v in inputs.values())
+        ratio = math.exp(lp - old)
+        bounded = min(max(ratio, 0.8), 1.3)
+        mismatch = math.exp(old - mu)
+        correction = 1.0 if cap is None else min(mismatch, cap)
+        d = lp - ref
+        kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+        expected = -min(ratio * a, bounded * a) * correction - 0.01 * h + 0.1 * kl
+        clipped = bounded * a < ratio * a
+        truncated = cap is not None and mismatch > cap
+        counts["clipped"] += clipped
+        counts["truncated"] += truncated
+        assert float(out.loss[t]) == pytest.approx(expected, rel=1e-12)
+        assert float(out.ratio[t]) == pytest.approx(ratio)
+        assert float(out.kl[t]) == pytest.approx(kl)
+        assert float(out.sampler_ratio[t]) == pytest.approx(correction)
+        assert bool(out.clipped[t]) == clipped
+        assert bool(out.truncated[t]) == truncated
+    assert 0 < counts["clipped"] < 60
+    assert cap is None or 0 < counts["truncated"] < 60
+
+
+def test_policy_gradient_at_the_old_policy_and_where_clipped() -> None:
+    inputs = policy_inputs()
+    inputs = {name: inputs[name] for name in ("logprob", "old_logprob", "advantage")}
+    for name in inputs:
+        inputs[name].requires_grad_()
+    out = losses.policy_loss(**inputs)
+    out.loss.sum().backward()
+    gradient = inputs["logprob"].grad
+    close(gradient, torch.where(out.clipped, 0.0, -(out.ratio * inputs["advantage"]).detach()))
+    assert inputs["old_logprob"].grad is None
+    assert inputs["advantage"].grad is None
+    on_policy = inputs["logprob"].detach().requires_grad_()
+    losses.policy_loss(on_policy, on_policy.detach(), inputs["advantage"]).loss.sum().backward()
+    close(on_policy.grad, -inputs["advantage"].detach())
+
+
+@pytest.mark.parametrize("estimator", losses.KL_ESTIMATORS)
+def test_kl_gradients_in_expectation(estimator: str) -> None:
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, dtype=torch.float64).log_softmax(0)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum()
+
+    logprob = logits.log_softmax(0)
+    exact = kl(ref, logprob) if estimator == "k3" else kl(logprob, ref)
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    zero = torch.zeros(6, dtype=torch.float64)
+    loss = losses.policy_loss(
+        logprob, logprob.detach(), zero, ref_logprob=ref, kl_coefficient=1.0, kl_estimator=estimator
+    ).loss
+    (actual,) = torch.autograd.grad((logprob.detach().exp() * loss).sum(), logits)
+    close(actual, expected)
+    if estimator != "k2":
+        close((logprob.exp() * loss).sum().detach(), kl(logprob, ref).detach())
+
+
+def test_policy_loss_survives_a_policy_far_away() -> None:
+    far = torch.tensor([0.0, -200.0]).requires_grad_()
+    out = losses.policy_loss(
+        far, torch.tensor([-200.0, 0.0]), torch.tensor([-1.0, -1.0]), ref_logprob=torch.tensor([-200.0, 0.0])
+    )
+    out.loss.sum().backward()
+    assert out.loss.isfinite().all()
+    assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_estimator": "k4"}, "kl_estimator must be one of 'k1', 'k2', 'k3'; got 'k4'"),
+        ({"clip_low": 1.2}, "clip_low must lie in"),
+        ({"clip_high": -0.1}, "clip_high must be at least 0, got -0.1"),
+        ({"sampler_ratio_cap": 0.0}, "sampler_ratio_cap must be positive"),
+        ({"sampler_ratio_cap": 2.0}, "sampler_logprob is None"),
+        ({"entropy_coefficient": 0.1}, "entropy is None"),
+        ({"kl_coefficient": 0.1}, "ref_logprob is None"),
+        ({"entropy": torch.zeros(3)}, r"entropy must have logprob's shape \(2,\), got \(3,\)"),
+    ],
+)
+def test_policy_loss_errors(options: dict, message: str) -> None:
+    zero = torch.zeros(2)
+    with pytest.raises(ValueError, match=message):
+        losses.policy_loss(zero, zero, zero, **options)
+
+
+@pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
+def test_aggregation(aggregation: str) -> None:
+    values, _, cu = rollouts(LENGTHS)
+    weights = losses.aggregate_weights(cu, aggregation, constant_length=10)
+    pieces = split(values, cu)
+    expected = {
+        "token_mean": values.mean(),
+        "sequence_mean": sum(p.mean() for p in pieces if len(p)) / len(pieces),
+        "constant_length": values.sum() / (10 * len(pieces)),
+    }[aggregation]
+    close((weights.double() * values).sum(), expected, 1e-6)
+    # A part of the batch with the whole batch's counts has the same weights.
+    part = losses.aggregate_weights(
+        cu_of(LENGTHS[:4]),
+        aggregation,
+        constant_length=10,
+        num_tokens=sum(LENGTHS),
+        num_sequences=len(LENGTHS),
+    )
+    assert torch.equal(part, weights[: sum(LENGTHS[:4])])
+
+
+def test_aggregation_errors() -> None:
+    cu = cu_of([2, 3])
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        losses.aggregate_weights(cu, "mean")
+    with pytest.raises(ValueError, match="constant_length >= 1, got None"):
+        losses.aggregate_weights(cu, "constant_length")
+    with pytest.raises(ValueError, match="got 4 and 2"):
+        losses.aggregate_weights(cu, num_tokens=4)
+    assert losses.aggregate_weights(cu_of([])).shape == (0,)
+
+
+# Inverse RL -------------------------------------------------------------------------------------------------
+
+
+def written_out(
+    kind: str,
+    normalize: str,
+    groups: list[int],
+    expert: list[Tensor],
+    policy: list[Tensor],
+    mu: list[Tensor],
+) -> Tensor:
+    """The loss as one would write it on paper, with `detach` where the method's weights are constants."""
+    expert_term = -torch.stack([e.sum() for e in expert]).mean()
+    if normalize == "token":
+        expert_term = -torch.cat(expert).mean()
+    terms, sizes = [], []
+    for group in sorted(set(groups)):
+        rows = [i for i, g in enumerate(groups) if g == group]
+        r = [policy[i] for i in rows]
+        x = [policy[i] - mu[i] for i in rows]
+        count = len(rows)
+        if kind == "trajectory":
+            log_w = torch.stack([v.sum() for v in x])
+            terms.append(log_w.logsumexp(0) - math.log(count))
+            sizes.append((log_w.softmax(0) * torch.tensor([float(len(v)) for v in r])).sum().detach())
+        elif kind in ("length_normalized", "uniform"):
+            log_w = torch.stack([v.sum() / max(len(v), 1) for v in x]).detach()
+            w = log_w.softmax(0) if kind == "length_normalized" else torch.full_like(log_w, 1 / count)
+            terms.append(sum(w[j] * r[j].sum() for j in range(count)))
+            sizes.append(sum(w[j] * len(r[j]) for j in range(count)))
+        elif kind == "token":
+            everything = torch.cat(x)
+            per_sequence = len(everything) / count
+            terms.append(per_sequence * (everything.logsumexp(0) - math.log(len(everything))))
+            sizes.append(torch.tensor(per_sequence, dtype=torch.float64))
+        else:
+            # Sequences that have ended stay, with reward 0 and their last weight.
+            total, size = torch.zeros(2, dtype=torch.float64)
+            for t in range(max(len(v) for v in r)):
+                prefix = torch.stack([v[: t + 1].sum() for v in x]).detach()
+                w = prefix.softmax(0)
+                for j in range(count):
+                    if t < len(r[j]):
+                        total = total + w[j] * r[j][t]
+                        size = size + w[j]
+            terms.append(total)
+            sizes.append(size)
+    policy_term = torch.stack(terms).mean()
+    if normalize == "token":
+        policy_term = policy_term / torch.stack(sizes).mean()
+    return expert_term + policy_term
+
+
+@pytest.mark.parametrize("group_by", segments.GROUPINGS)
+@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: str, group_by: str) -> None:
+    policy, mu, cu = rollouts(LENGTHS)
+    expert, _, expert_cu = rollouts(EXPERT_LENGTHS, seed=4)
+    policy.requires_grad_()
+    expert.requires_grad_()
+    groups = GROUPS if group_by == "prompt" else [0] * len(GROUPS)
+    explicit = written_out(
+        kind, normalize, groups, split(expert, expert_cu), split(policy, cu), split(mu, cu)
+    )
+    expected = torch.autograd.grad(explicit, [expert, policy])
+
+    options = {"group_ids": torch.tensor(GROUPS), "kind": kind, "group_by": group_by}
+    one_pass = losses.irl_loss(expert, expert_cu, policy, mu, cu, normalize=normalize, **options)
+    close(one_pass.detach(), explicit.detach())
+    for actual, wanted in zip(torch.autograd.grad(one_pass, [expert, policy]), expected, strict=True):
+        close(actual, wanted)
+
+    with torch.no_grad():
+        lw = segments.log_importance_weights(policy, mu, cu, **options)
+        weights = segments.self_normalize(lw.log_weight, lw.bucket_ids)
+        c = segments.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
+    two_pass = losses.irl_token_loss(expert, c.expert).sum() + losses.irl_token_loss(policy, c.policy).sum()
+    for actual, wanted in zip(torch.autograd.grad(two_pass, [expert, policy]), expected, strict=True):
+        close(actual, wanted)
+    if normalize == "token":
+        close(sum(g.sum() for g in expected), torch.zeros((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "shaping", [{"temper": 0.4}, {"target_ess": 0.95}, {"truncate": 1.5}, {"smooth": "psis"}]
+)
+@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+def test_one_pass_equals_two_with_shaped_weights(kind: str, normalize: str, shaping: dict) -> None:
+    lengths = LENGTHS * 5
+    policy, mu, cu = rollouts(lengths)
+    expert, _, expert_cu = rollouts(EXPERT_LENGTHS, seed=4)
+    base = rollouts(lengths, seed=8)[1]
+    policy.requires_grad_()
+    expert.requires_grad_()
+    options = {"group_ids": torch.tensor([0] * 30 + [1] * 5), "kind": kind, "base_logprob": base}
+    weighting = {k: v for k, v in shaping.items() if k in ("temper", "target_ess")}
+    loss = losses.irl_loss(
+        expert, expert_cu, policy, mu, cu, normalize=normalize, reward_l2=0.1, **options, **shaping
+    )
+    with torch.no_grad():
+        lw = segments.log_importance_weights(policy, mu, cu, **options, **weighting)
+        log_weight = lw.log_weight
+        if "smooth" in shaping:
+            log_weight, _ = segments.pareto_smooth(log_weight, lw.bucket_ids)
+        weights = segments.self_normalize(log_weight, lw.bucket_ids, truncate=shaping.get("truncate"))
+        plain = segments.log_importance_weights(policy, mu, cu, **options)
+        unshaped = segments.self_normalize(plain.log_weight, plain.bucket_ids)
+        assert (kind == "uniform") == torch.allclose(weights, unshaped)
+        c = segments.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
+    count = len(policy) + len(expert)
+    two_pass = sum(
+        losses.irl_token_loss(r, k, reward_l2=0.1, num_tokens=count).sum()
+        for r, k in [(expert, c.expert), (policy, c.policy)]
+    )
+    one = torch.autograd.grad(loss, [expert, policy])
+    two = torch.autograd.grad(two_pass, [expert, policy])
+    for actual, wanted in zip(two, one, strict=True):
+        close(actual, wanted, 1e-10)
+
+
+def test_irl_loss_keeps_float32() -> None:
+    policy, mu, cu = rollouts(LENGTHS)
+    expert, _, expert_cu = rollouts(EXPERT_LENGTHS)
+    exact = losses.irl_loss(expert, expert_cu, policy, mu, cu)
+    single = losses.irl_loss(expert.float(), expert_cu.int(), policy.float(), mu.float(), cu.int())
+    assert single.dtype == torch.float32
+    close(single.double(), exact, 1e-6)
+
+
+def test_irl_token_loss_errors() -> None:
+    with pytest.raises(ValueError, match=r"coefficient must have reward's shape \(2,\), got \(3,\)"):
+        losses.irl_token_loss(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="reward_l2 needs num_tokens >= 1"):
+        losses.irl_token_loss(torch.zeros(2), torch.zeros(2), reward_l2=0.1)
+    with pytest.raises(ValueError, match="smooth must be one of"):
+        losses.irl_loss(*rollouts([2])[::2], *rollouts([2]), smooth="pareto")

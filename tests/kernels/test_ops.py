@@ -1,0 +1,171 @@
+"""What the ops do before and around every backend: registrations, checks, shapes, the choice of a backend."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from kernel_checks import linear_case, run_linear
+from repirl_kernels import TokenStats, choose_backend, linear_token_stats, native, ops, token_stats
+
+needs_native = pytest.mark.skipif(not native.is_available(), reason="not built")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_linear(backend, masked):
+    case = linear_case(6, 30, 8, bias=masked)
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    bias = case.bias.requires_grad_() if masked else None
+    mask = torch.tensor([True, False, True, True, True, False]) if masked else None
+    softcap = 3.0 if masked else None
+    forward = (hidden, weight, case.targets, bias, mask, 0.7, softcap, -100, 28, backend)
+    case.targets.clamp_(max=27)
+    torch.library.opcheck(ops._linear_token_stats, forward)
+    _, logsumexp, _, entropy, low = (output.detach() for output in ops._linear_token_stats(*forward))
+    for needs in itertools.product([False, True], repeat=3):
+        backward = (*case.upstream, *(tensor.detach() for tensor in (hidden, weight)), case.targets)
+        backward += (
+            None if bias is None else bias.detach(),
+            mask,
+            logsumexp,
+            entropy,
+            low,
+            *forward[5:],
+            *needs,
+        )
+        # Double backward is refused, so there is no gradient of this one to check.
+        torch.library.opcheck(
+            ops._linear_token_stats_backward, backward, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_logits(backend, dtype):
+    logits = torch.randn(6, 30).to(dtype).requires_grad_()
+    targets = torch.tensor([1, 2, -100, 4, 5, 6])
+    forward = (logits, targets, None, 0.7, None, -100, 28, backend)
+    torch.library.opcheck(ops._token_stats, forward)
+    _, logsumexp, _, entropy, low = (output.detach() for output in ops._token_stats(*forward))
+    backward = (*torch.randn(4, 6), logits.detach(), targets, None, logsumexp, entropy, low, *forward[3:])
+    torch.library.opcheck(ops._token_stats_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_outputs_have_the_shape_of_targets_and_float32():
+    hidden, weight = torch.randn(2, 3, 8).bfloat16(), torch.randn(20, 8).bfloat16()
+    targets = torch.randint(20, (2, 3))
+    for stats in (linear_token_stats(hidden, weight, targets), token_stats(hidden @ weight.T, targets)):
+        assert isinstance(stats, TokenStats)
+        assert all(output.shape == (2, 3) and output.dtype == torch.float32 for output in stats)
+    one = linear_token_stats(hidden[0, 0], weight, targets[0, 0])
+    assert one.logprob.shape == ()
+    torch.testing.assert_close(one.logprob, linear_token_stats(hidden, weight, targets).logprob[0, 0])
+
+
+def test_frozen_inputs_give_no_graph():
+    case = linear_case(3, 20, 8)
+    assert not linear_token_stats(case.hidden, case.weight, case.targets).logprob.requires_grad
+
+
+def test_a_frozen_head_computes_no_weight_gradient(monkeypatch):
+    seen = []
+    backend = ops._backend_module(torch.zeros(1), "reference")
+    original = backend.linear_backward
+    monkeypatch.setattr(backend, "linear_backward", lambda *args: seen.append(args[-3:]) or original(*args))
+    case = linear_case(3, 20, 8)
+    stats = linear_token_stats(case.hidden.requires_grad_(), case.weight, case.targets, backend="reference")
+    stats.logprob.sum().backward()
+    assert seen == [(True, False, False)]
+
+
+def test_ignored_and_dead_rows_never_reach_the_backend(monkeypatch):
+    seen = []
+    backend = ops._backend_module(torch.zeros(1), "reference")
+    for name, position in (("linear_forward", 0), ("linear_backward", 4)):
+        original = getattr(backend, name)
+
+        def spy(*args, original=original, position=position):
+            seen.append(args[position].shape[0])
+            return original(*args)
+
+        monkeypatch.setattr(backend, name, spy)
+    case = linear_case(10, 20, 8)
+    case.targets[:2] = -100
+    mask = torch.arange(10) != 9
+    case.upstream[:, 5:7] = 0
+    run_linear(linear_token_stats, case._replace(options={"row_mask": mask, "backend": "reference"}))
+    assert seen == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
+        ({"temperature": float("nan")}, "got nan"),
+        ({"softcap": -1.0}, "softcap must be a finite number > 0 or None, got -1.0"),
+        ({"vocab_size": 0}, r"vocab_size must lie in \[1, 20\].* got 0"),
+        ({"vocab_size": 21}, r"vocab_size must lie in \[1, 20\].* got 21"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown, expected one of reference, triton, native"),
+        ({"row_mask": torch.ones(3, dtype=torch.bool)}, r"shape of targets, \(4,\), got \(3,\)"),
+        ({"bias": torch.zeros(19)}, r"expected bias \[20\].*got \(19,\)"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, r"\(4,\), got \(5,\)"),
+        ({"weight": torch.zeros(20, 7)}, r"got hidden \(4, 8\) and weight \(20, 7\)"),
+        ({"weight": torch.zeros(20, 8, device="meta")}, "weight is on meta but hidden is on cpu"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    arguments = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(20, 8),
+        "targets": torch.zeros(4, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_token_stats(**(arguments | changes))
+
+
+def test_an_empty_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="V = 0"):
+        token_stats(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64))
+
+
+def test_choose_backend():
+    assert choose_backend("cpu", torch.float32, "reference") == "reference"
+    assert choose_backend("meta", torch.float32) == "reference"
+    with pytest.raises(ValueError, match="backend='cuda' is unknown"):
+        choose_backend("cpu", torch.float32, "cuda")
+    with pytest.raises(TypeError, match="does not run in float64"):
+        choose_backend("cpu", torch.float64, "native")
+    with pytest.raises(ValueError, match="runs on the CPU, got tensors on cuda"):
+        choose_backend("cuda", torch.float32, "native")
+
+
+def test_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "_triton_installed", lambda: True)
+    with pytest.raises(ValueError, match="runs on a GPU, got tensors on cpu"):
+        token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), backend="triton")
+    assert choose_backend("cuda", torch.bfloat16) == "triton"
+    monkeypatch.setattr(ops, "_triton_installed", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        choose_backend("cuda", torch.float32, "triton")
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert choose_backend("cuda", torch.float32) == "reference"
+
+
+def test_without_the_native_module_one_warning_and_the_same_results(monkeypatch):
+    case = linear_case(6, 30, 8)
+    expected = run_linear(linear_token_stats, case)
+    monkeypatch.setattr(native, "_native", None)
+    ops._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="native CPU backend is not built") as caught:
+        actual = run_linear(linear_token_stats, case)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_linear(linear_token_stats, case)
+    torch.testing.assert_close(actual.stats, expected.stats)
+    torch.testing.assert_close(actual.dweight, expected.dweight)
+    with pytest.raises(RuntimeError, match="backend='native' is not built"):
+        choose_backend("cpu", torch.float32, "native")

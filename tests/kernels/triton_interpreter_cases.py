@@ -1,0 +1,364 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors: run by ``test_triton_interpreter.py``.
+
+Triton decides at import whether it interprets, so these cases need a process of their own with
+``TRITON_INTERPRET=1``. Numbers in the tests' names are those of the correctness protocol's list of edge
+cases.
+"""
+
+import functools
+import math
+import os
+
+import pytest
+import torch
+from kernel_checks import (
+    LinearCase,
+    assert_at_most_twice_as_wrong,
+    check_linear,
+    check_logits,
+    linear_case,
+    poisoned_memory,
+    run_linear,
+    run_logits,
+)
+from repirl_kernels import linear_token_stats, token_stats
+from repirl_kernels.triton import linear_backward, linear_forward, tiles
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
+
+linear_op = functools.partial(linear_token_stats, backend="triton")
+logits_op = functools.partial(token_stats, backend="triton")
+
+HALF_AND_FLOAT = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def logits_case(num_rows: int, num_columns: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(num_rows, num_columns, generator=generator)).to(dtype)
+    targets = torch.randint(num_columns, (num_rows,), generator=generator)
+    return logits, targets, torch.randn(4, num_rows, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "softcap": 5.0, "bias": True, "vocab_size": 91}]
+)
+def test_linear(dtype, options):
+    """Several row blocks, tiles in a split, splits and slabs would all show here."""
+    check_linear(linear_op, linear_case(37, 200, 40, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 5.0, "vocab_size": 600}])
+def test_logits(dtype, options):
+    logits, targets, upstream = logits_case(5, 700, dtype)
+    check_logits(logits_op, logits, targets.clamp(max=599), upstream, **options)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_01_large_logits(offset, temperature):
+    logits, targets, upstream = logits_case(6, 300)
+    check_logits(logits_op, 3e3 * logits, targets, upstream, temperature=temperature)
+    check_logits(logits_op, logits + offset, targets, upstream, temperature=temperature)
+    case = linear_case(6, 90, 20, bias=True)
+    check_linear(linear_op, case._replace(bias=case.bias + offset, options={"temperature": temperature}))
+    check_linear(linear_op, linear_case(6, 90, 20, scale=5e3, temperature=temperature))
+
+
+def test_02_very_negative_logits():
+    logits, targets, upstream = logits_case(6, 300)
+    check_logits(logits_op, logits - 1e4, targets, upstream)
+    case = linear_case(6, 90, 20, bias=True)
+    check_linear(linear_op, case._replace(bias=case.bias - 1e4))
+
+
+@pytest.mark.parametrize("num_columns", [1, 2, 17, 33, 97, 257])
+@pytest.mark.parametrize("num_features", [1, 33])
+def test_03_any_size(num_columns, num_features):
+    check_linear(linear_op, linear_case(3, num_columns, num_features))
+    check_logits(logits_op, *logits_case(3, num_columns))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_04_no_row_and_one_row(num_rows):
+    check_linear(linear_op, linear_case(num_rows, 50, 16))
+    check_logits(logits_op, *logits_case(num_rows, 50))
+
+
+def test_05_every_row_ignored():
+    case = linear_case(4, 50, 16)
+    outcome = run_linear(linear_op, case._replace(targets=torch.full((4,), -100)))
+    for value in (outcome.stats, outcome.dhidden, outcome.dweight):
+        assert not value.any()
+
+
+@pytest.mark.parametrize("target", [-1, 50, 2**31])
+def test_06_target_out_of_range(target):
+    case = linear_case(4, 50, 16)
+    case.targets[2] = target
+    with pytest.raises(ValueError, match=rf"{target}.*50"):
+        run_linear(linear_op, case)
+
+
+def test_07_ignore_index_inside_the_vocabulary():
+    case = linear_case(9, 50, 16)
+    case.targets[[1, 4]] = 7
+    outcome = run_linear(linear_op, case._replace(options={"ignore_index": 7}))
+    assert not outcome.stats[:, [1, 4]].any()
+    assert not outcome.dhidden[[1, 4]].any()
+    kept = torch.tensor([0, 2, 3, 5, 6, 7, 8])
+    alone = run_linear(
+        linear_op,
+        case._replace(hidden=case.hidden[kept], targets=case.targets[kept], upstream=case.upstream[:, kept]),
+    )
+    assert torch.equal(outcome.stats[:, kept], alone.stats)
+    assert torch.equal(outcome.dhidden[kept], alone.dhidden)
+    assert torch.equal(outcome.dweight, alone.dweight)
+
+
+def strided(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """The same numbers in other memory."""
+    if how == "transposed":
+        return tensor.T.contiguous().T
+    padded = torch.full((2 * tensor.shape[0], tensor.shape[1] + 3), torch.nan, dtype=tensor.dtype)
+    view = padded[::2, 1:-2]
+    view.copy_(tensor)
+    return view
+
+
+@pytest.mark.parametrize("how", ["transposed", "sliced"])
+def test_08_strides(how):
+    case = linear_case(7, 70, 24)
+    expected = linear_op(case.hidden, case.weight, case.targets)
+    hidden, weight = strided(case.hidden, how), strided(case.weight, how)
+    for a, b in zip(linear_op(hidden, weight, case.targets), expected, strict=True):
+        assert torch.equal(a, b)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    contiguous = run_linear(linear_op, case._replace(upstream=torch.ones(4, 7)))
+    stats = linear_op(hidden, weight, case.targets)
+    gradients = torch.autograd.grad([s.sum() for s in stats], [hidden, weight])  # expanded upstream gradients
+    assert torch.equal(gradients[0], contiguous.dhidden)
+    assert torch.equal(gradients[1], contiguous.dweight)
+    logits, targets, upstream = logits_case(5, 90)
+    check = run_logits(logits_op, logits, targets, upstream)
+    view = strided(logits, how).requires_grad_()
+    stats = torch.stack(list(logits_op(view, targets)))
+    assert torch.equal(stats, check.stats)
+    assert torch.equal(torch.autograd.grad(stats, view, upstream)[0], check.dhidden)
+
+
+def test_08_expanded():
+    case = linear_case(7, 70, 24)
+    row = case.hidden[:1].expand(7, 24)
+    outcome = linear_op(row, case.weight, case.targets)
+    for a, b in zip(outcome, linear_op(row.contiguous(), case.weight, case.targets), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_10_nan_stays_in_its_row():
+    case = linear_case(20, 90, 24)
+    clean = run_linear(linear_op, case)
+    hidden = case.hidden.clone()
+    hidden[3, 5] = math.nan
+    dirty = run_linear(linear_op, case._replace(hidden=hidden))
+    others = torch.arange(20) != 3
+    assert dirty.stats[:, 3].isnan().all()
+    assert torch.equal(dirty.stats[:, others], clean.stats[:, others])
+    assert dirty.dhidden[3].isnan().all()
+    assert torch.equal(dirty.dhidden[others], clean.dhidden[others])
+    logits, targets, upstream = logits_case(4, 300)
+    clean = run_logits(logits_op, logits, targets, upstream)
+    logits[2, 299] = math.nan
+    dirty = run_logits(logits_op, logits, targets, upstream)
+    others = torch.tensor([0, 1, 3])
+    assert dirty.stats[[0, 1, 3], 2].isnan().all()
+    assert torch.equal(dirty.stats[:, others], clean.stats[:, others])
+    assert torch.equal(dirty.dhidden[others], clean.dhidden[others])
+
+
+@pytest.mark.parametrize("banned", [slice(0, 40), slice(64, 96), slice(10, 199), slice(70, 200)])
+def test_11_banned_tokens(banned):
+    """-inf for part of a tile, for a whole tile, for all but two tokens, for whole splits at the end."""
+    case = linear_case(6, 200, 24, bias=True)
+    case.bias[banned] = -math.inf
+    allowed = torch.nonzero(case.bias > -math.inf).squeeze(-1)
+    case = case._replace(targets=allowed[case.targets % len(allowed)])
+    check_linear(linear_op, case)
+    logits, _, upstream = logits_case(6, 200)
+    logits[:, banned] = -math.inf
+    check_logits(logits_op, logits, case.targets, upstream)
+    outcome = run_logits(logits_op, logits, case.targets, upstream)
+    assert not outcome.dhidden[:, banned].any()
+
+
+def test_11_banned_target_and_impossible_rows():
+    logits, targets, _ = logits_case(4, 90)
+    logits[0, targets[0]] = -math.inf
+    logits[1] = -math.inf
+    logits[2, 5] = math.inf
+    stats = logits_op(logits, targets)
+    reference = token_stats(logits, targets, backend="reference")
+    for a, b in zip(stats, reference, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert stats.logprob[0] == -math.inf
+    assert stats.entropy[1].isnan()
+    assert stats.entropy[2].isnan()
+    assert stats.entropy[3].isfinite()
+
+
+def test_12_certain_target_with_a_gradient_on_logsumexp_alone():
+    logits = torch.zeros(1, 90)
+    logits[0, 3] = math.log(89 * (1e7 - 1))
+    upstream = torch.tensor([0.0, 1.0, 0.0, 0.0])[:, None]
+    outcome = run_logits(logits_op, logits, torch.tensor([3]), upstream)
+    truth = torch.softmax(logits.double(), dim=-1)
+    torch.testing.assert_close(outcome.dhidden.double(), truth, rtol=1e-5, atol=0)
+    check_logits(logits_op, logits, torch.tensor([3]), upstream)
+
+
+def test_13_one_hot_and_uniform_rows():
+    logits = torch.zeros(2, 300)
+    logits[0, 7] = 200.0
+    targets = torch.tensor([7, 250])
+    check_logits(logits_op, logits, targets, torch.ones(4, 2))
+    stats = logits_op(logits, targets)
+    assert stats.logprob[0] == 0
+    assert stats.entropy[0] == 0
+    assert abs(stats.entropy[1].item() - math.log(300)) < 1e-6
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_14_each_gradient_alone(output):
+    case = linear_case(8, 90, 20, bias=True)
+    upstream = torch.zeros_like(case.upstream)
+    upstream[output] = case.upstream[output]
+    check_linear(linear_op, case._replace(upstream=upstream))
+    logits, targets, _ = logits_case(8, 90)
+    check_logits(logits_op, logits, targets, upstream)
+
+
+@pytest.mark.parametrize("needed", range(3))
+def test_15_one_gradient_needed(needed):
+    case = linear_case(8, 90, 20, bias=True)
+    statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, 1.0, None, 90)
+    zeros = torch.zeros(8)
+    arguments = (
+        *(
+            zeros,
+            zeros,
+            case.upstream[2],
+            case.upstream[3],
+            case.hidden,
+            case.weight,
+            case.targets,
+            case.bias,
+        ),
+        *(statistics[1], statistics[4], 1.0, None, 90),
+    )
+    everything = linear_backward(*arguments, True, True, True)
+    only = linear_backward(*arguments, *[index == needed for index in range(3)])
+    for index in range(3):
+        if index == needed:
+            assert torch.equal(only[index], everything[index])
+        else:
+            assert only[index] is None
+
+
+def test_16_no_grad_equals_grad():
+    case = linear_case(8, 90, 20)
+    with torch.no_grad():
+        without = linear_op(case.hidden, case.weight, case.targets)
+    assert torch.equal(torch.stack(list(without)), run_linear(linear_op, case).stats)
+
+
+def test_19_mixed_dtypes():
+    case = linear_case(8, 90, 20)
+    outcome = run_linear(linear_op, case._replace(hidden=case.hidden.bfloat16()))
+    assert outcome.stats.dtype == torch.float32
+    assert (outcome.dhidden.dtype, outcome.dweight.dtype) == (torch.bfloat16, torch.float32)
+    rounded = run_linear(linear_op, case._replace(hidden=case.hidden.bfloat16().float()))
+    assert torch.equal(outcome.stats, rounded.stats)
+    assert torch.equal(outcome.dhidden, rounded.dhidden.bfloat16())
+    assert torch.equal(outcome.dweight, rounded.dweight)
+
+
+def test_21_padded_vocabulary():
+    case = linear_case(8, 128, 20, bias=True, vocab_size=70)
+    poisoned = case.weight.clone()
+    poisoned[70:] = math.nan
+    outcome = run_linear(linear_op, case._replace(weight=poisoned))
+    assert outcome.stats.isfinite().all()
+    assert outcome.dhidden.isfinite().all()
+    assert not outcome.dweight[70:].any()
+    assert not outcome.dbias[70:].any()
+    logits, targets, upstream = logits_case(4, 300)
+    logits[:, 270:] = math.nan
+    outcome = run_logits(logits_op, logits, targets % 270, upstream, vocab_size=270)
+    assert outcome.stats.isfinite().all()
+    assert outcome.dhidden.isfinite().all()
+    assert not outcome.dhidden[:, 270:].any()
+
+
+def test_22_repeatable_and_a_row_alone():
+    case = linear_case(20, 200, 24, dtype=torch.bfloat16)
+    first, second = run_linear(linear_op, case), run_linear(linear_op, case)
+    for a, b in zip(first[:3], second[:3], strict=True):
+        assert torch.equal(a, b)
+    logits, targets, upstream = logits_case(20, 600)
+    batch = run_logits(logits_op, logits, targets, upstream)
+    for row in (0, 19):
+        one = slice(row, row + 1)
+        alone = run_logits(logits_op, logits[one], targets[one], upstream[:, one])
+        assert torch.equal(alone.stats, batch.stats[:, one])
+        assert torch.equal(alone.dhidden, batch.dhidden[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_23_low_temperature_and_saturated_softcap(dtype):
+    check_linear(linear_op, linear_case(8, 90, 20, dtype=dtype, temperature=0.01))
+    check_linear(linear_op, linear_case(8, 90, 20, dtype=dtype, softcap=0.5))
+    check_linear(linear_op, linear_case(8, 90, 20, dtype=dtype, softcap=30.0, scale=100.0))
+    logits, targets, upstream = logits_case(8, 300, dtype)
+    # Scaled down so that not every row is one-hot: the largest entropy sets the scale of the errors.
+    check_logits(logits_op, 0.02 * logits, targets, upstream, temperature=0.01)
+    check_logits(logits_op, logits, targets, upstream, softcap=0.5, temperature=0.01)
+    check_logits(logits_op, 100 * logits, targets, upstream, softcap=30.0)
+
+
+def test_25_unsupported_dtype():
+    case = linear_case(4, 50, 16)
+    with pytest.raises(TypeError, match="float64"):
+        run_linear(linear_op, case._replace(hidden=case.hidden.double(), weight=case.weight.double()))
+    with pytest.raises(TypeError, match="float64"):
+        linear_forward(case.hidden.double(), case.weight.double(), case.targets, None, 1.0, None, 50)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_slabs_do_not_change_what_is_computed(width):
+    """``width`` tiles of columns at a time, the last slab incomplete, against one slab."""
+    case: LinearCase = linear_case(8, 200, 20, bias=True)
+    statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, 1.0, None, 170)
+    targets = case.targets % 170
+    arguments = (
+        *(*case.upstream, case.hidden, case.weight, targets, case.bias),
+        *(statistics[1], statistics[4], 1.0, None, 170, True, True, True),
+    )
+    whole = linear_backward(*arguments)
+    tile = tiles.backward_tile("interpreter", torch.float32, 1, True, False)
+    with poisoned_memory():
+        slabs = linear_backward(*arguments, slab_bytes=8 * 4 * tile.block_vocab * width)
+    for a, b, in_float64 in zip(slabs, whole, whole, strict=True):
+        assert_at_most_twice_as_wrong(a, b, in_float64.double())
+    assert torch.equal(slabs[1], whole[1])
+    assert torch.equal(slabs[2], whole[2])
+    assert not slabs[1][170:].any()
+
+
+def test_split_count_depends_on_the_vocabulary_alone():
+    assert tiles.split_tiles(151936, 256, "sm_90") == (10, 60)
+    for vocab_size in (1, 2, 997, 32000, 50257, 151936):
+        per_split, num_splits = tiles.split_tiles(vocab_size, 128, "sm_90")
+        assert 1 <= num_splits <= tiles.MAX_SPLITS
+        assert (num_splits - 1) * per_split * 128 < vocab_size <= num_splits * per_split * 128
