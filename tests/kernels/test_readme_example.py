@@ -11,7 +11,7 @@ README = Path(__file__).parents[2] / "kernels" / "README.md"
 def test_readme_example_runs_with_torch_alone():
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
-    # Nothing but torch beside the package: importing any of these would be a dependency that it must not have.
+    # Nothing but torch beside the package: none of these may be a dependency.
     check = example + (
         "\nassert stats.logprob[5] == 0 and hidden.grad[5].abs().sum() == 0"
         "\nassert hidden.grad.isfinite().all() and weight.grad.isfinite().all() and hidden.grad.norm() > 0"

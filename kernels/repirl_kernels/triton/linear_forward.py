@@ -282,11 +282,13 @@ def variants(arch: str) -> Iterator[tiles.Variant]:
 def linear_variants(
     kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str
 ) -> Iterator[tiles.Variant]:
-    """Variants of a linear kernel: operand types by flags by alignment."""
+    """Variants of a linear kernel: operand types by alignment by flags, for float16 both or none."""
     for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         for align in (16 // torch_dtype.itemsize, 1):
             for has_bias in (False, True):
                 for has_softcap in (False, True):
+                    if dtype == "fp16" and has_bias != has_softcap:
+                        continue  # the instructions of bfloat16 but for the operands' type
                     tile = tile_of(arch, torch_dtype, align, has_bias, has_softcap)
                     words = [
                         dtype,

@@ -135,7 +135,7 @@ def logits_forward(
     tiles.check_dtype("logits", logits)
     num_rows = logits.shape[0]
     arch = tiles.architecture(logits.device, tiles.is_interpreted(logits_forward_kernel))
-    tile = tiles.row_tile(arch)
+    tile = tiles.row_tile(arch, softcap is not None)
     align = tiles.alignment(logits, vocab_size)
     num_splits = triton.cdiv(vocab_size, tile.split_vocab)
     partials = tiles.empty_partials(num_splits, num_rows, logits.device)
@@ -175,7 +175,7 @@ def logits_backward(
     num_rows, num_columns = logits.shape
     interpreted = tiles.is_interpreted(logits_backward_kernel)
     arch = tiles.architecture(logits.device, interpreted)
-    tile = tiles.row_tile(arch)
+    tile = tiles.row_tile(arch, softcap is not None)
     align = min(tiles.alignment(logits, vocab_size), tiles.alignment(logits, num_columns))
     dlogits = torch.empty(
         (num_rows, num_columns), dtype=tiles.gradient_dtype(logits.dtype, interpreted), device=logits.device
@@ -239,11 +239,11 @@ def merge_splits(
 
 def variants(arch: str) -> Iterator[tiles.Variant]:
     """Every specialisation of this module's kernels that can be launched on ``arch``."""
-    tile = tiles.row_tile(arch)
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         pointers = {"logits_ptr": dtype, "dlogits_ptr": dtype}
         for align in (16 // itemsize, 1):
             for softcap in (False, True):
+                tile = tiles.row_tile(arch, softcap)
                 label = " ".join([dtype] + ["softcap"] * softcap + ["unaligned"] * (align == 1))
                 divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)
                 for kernel, constants in (

@@ -70,10 +70,12 @@ _HALF: Mapping[str, tuple[LinearTile, LinearTile]] = {
 # IEEE float32 products run outside the tensor cores; rows that are not whole vectors are read element by
 # element.
 _FLOAT = LinearTile(64, 64, 32, 4, 3)
-_UNALIGNED = LinearTile(64, 32, 16, 4, 2)
+_UNALIGNED = LinearTile(32, 32, 32, 4, 2)
 _INTERPRETED = LinearTile(16, 32, 32, 1, 1)
 
-_ROW = {"gpu": RowTile(4096, 32768, 8), "interpreter": RowTile(64, 256, 1)}
+# A softcap's temporaries need the registers of half a block.
+_ROW = (RowTile(4096, 32768, 8), RowTile(2048, 32768, 8))
+_ROW_INTERPRETED = RowTile(64, 256, 1)
 
 
 # Arguments on whose values (alignment, equality with 1) the compiler must not specialise: what is aligned is
@@ -124,9 +126,9 @@ def backward_tile(arch: str, dtype: torch.dtype, align: int, has_bias: bool, has
     return forward_tile(arch, dtype, align, has_softcap, has_softcap)
 
 
-def row_tile(arch: str) -> RowTile:
+def row_tile(arch: str, has_softcap: bool) -> RowTile:
     """Tile of the kernels that read given logits."""
-    return _ROW["interpreter" if arch == "interpreter" else "gpu"]
+    return _ROW_INTERPRETED if arch == "interpreter" else _ROW[has_softcap]
 
 
 def split_tiles(vocab_size: int, block_vocab: int, arch: str) -> tuple[int, int]:

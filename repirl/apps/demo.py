@@ -1,0 +1,328 @@
+"""`repirl demo`: the dual loop end to end on generated arithmetic, with a table and a page at the end.
+
+A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's
+(forgetting every second carry). From that one start, three runs unlearn it: RLOO, which is told only whether
+the final answer is right; rePIRL, which is told that and sees an expert's solutions to other problems; and
+rePIRL without any verifier.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from repirl.apps.localize import judge, step_scores
+from repirl.batch import PackedBatch, pack
+from repirl.config import Config, ConfigError, build_config, describe, load_preset, merge
+from repirl.data.tasks.arithmetic import (
+    Problem,
+    Solution,
+    build_tokenizer,
+    expert_solution,
+    planted_error,
+    problems,
+    sloppy_solution,
+)
+from repirl.dist.checkpoint import resolve_checkpoint
+from repirl.learner import Learner
+from repirl.loop import train
+from repirl.models import export_checkpoint, load_model
+from repirl.objectives import irl
+from repirl.report.html import write_report
+from repirl.report.metrics import print_table, read_metrics, reset_peak_memory
+
+NUM_STEPS = (3, 4)
+NUM_WARM, NUM_SLOPPY, NUM_TRAIN, NUM_HELD_OUT, NUM_PLANTED = 4000, 2000, 4000, 200, 200
+SLIP = 0.5
+WARM_UP = {"steps": 800, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 3e-3}}}
+SLOPPY = {"steps": 100, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 1e-3}}}
+# What each run changes in the preset `demo`.
+RUNS: dict[str, dict[str, Any]] = {
+    "RLOO": {"objective": "rloo"},
+    "rePIRL": {},
+    "rePIRL, PRM only": {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}},
+}
+
+
+def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int | None = None) -> int:
+    """Everything, into `output_dir`; returns the exit code. ConfigError where the folder holds something else."""
+    console, folder, start_time = Console(), Path(output_dir), time.perf_counter()
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "demo.json").is_file():
+            raise ConfigError(f"--output-dir {output_dir!r} exists and is no earlier demo; choose another")
+        _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo.json").write_text(json.dumps({"seed": seed}))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+    console.print("[bold]rePIRL demo[/]: a small model with a bad habit, and three ways to lose it")
+    tests = make_data(folder, seed)
+    make_base(folder / "base", seed)
+    train(_warm_up_config(folder, seed, "warm", folder / "base", WARM_UP))
+    export_checkpoint(folder / "warm", folder / "warm" / "export")
+    train(_warm_up_config(folder, seed, "sloppy", folder / "warm" / "export" / "policy", SLOPPY))
+    export_checkpoint(folder / "sloppy", folder / "sloppy" / "export")
+    (folder / "sloppy" / "export" / "policy").rename(folder / "start")
+
+    results, prms = {}, {"start policy's log-probs": _frozen(folder / "start", run_config(folder, seed, "rePIRL"))}
+    for name in RUNS:
+        config = run_config(folder, seed, name)
+        reset_peak_memory()
+        train(config)
+        results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+        if config.objective == "repirl":
+            export_checkpoint(resolve_checkpoint(config.output_dir), Path(config.output_dir) / "export")
+            prms[name] = _frozen(Path(config.output_dir) / "export" / "prm", config)
+    scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
+    found = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
+
+    columns, rows = comparison(results, found)
+    total = time.perf_counter() - start_time
+    print_table(f"Held-out accuracy and planted errors (seed {seed}, {total:.0f} s in all)", columns, rows, console)
+    (folder / "results.json").write_text(
+        json.dumps({"seed": seed, "seconds": total, "columns": columns, "rows": rows, "summary": summary(results, found)})
+    )
+    page = folder / "report.html"
+    write_report(page, report(results, columns, rows, tests, scores, run_config(folder, seed, "rePIRL"), total))
+    console.print(f"The report is at [bold]{page}[/]: open it in a browser.")
+    return 0
+
+
+def _remove(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def make_data(folder: Path, seed: int) -> list[Solution]:
+    """Write the JSON-lines files, all of distinct problems; returns the solutions that PRMs are judged on."""
+    rng, stream = random.Random(seed), problems(seed, NUM_STEPS)
+    (folder / "data").mkdir()
+
+    def write(name: str, solutions: Iterable[Solution]) -> None:
+        with open(folder / "data" / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for s in solutions:
+                row = {"prompt": s.problem.prompt, "answer": s.problem.answer, "solution": s.text}
+                file.write(json.dumps(row) + "\n")
+
+    write("warm", map(expert_solution, islice(stream, NUM_WARM)))
+    write("sloppy", (sloppy_solution(p, rng, SLIP) for p in islice(stream, NUM_SLOPPY)))
+    write("train", map(expert_solution, islice(stream, NUM_TRAIN)))
+    write("eval", map(expert_solution, islice(stream, NUM_HELD_OUT)))
+    judged: list[Problem] = list(islice(stream, NUM_PLANTED))
+    half = len(judged) // 2
+    return [planted_error(p, rng) for p in judged[:half]] + [expert_solution(p) for p in judged[half:]]
+
+
+def make_base(folder: Path, seed: int) -> None:
+    """A two-layer model of Qwen3's architecture from scratch, with the task's own tokenizer."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        # The usual 0.02 suits models ten times as wide; at this width learning starts much later with it.
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _warm_up_config(folder: Path, seed: int, name: str, model: Path, changes: dict[str, Any]) -> Config:
+    values = {
+        "objective": "sft",
+        "seed": seed,
+        "output_dir": str(folder / name),
+        "policy": {"model": str(model), "optimizer": {"schedule": "cosine", "warmup_steps": 20}},
+        "data": {"experts": {"path": str(folder / "data" / f"{name}.jsonl")}, "eval": None},
+        "eval": {"every": 0},
+        "checkpoint": {"every": changes["steps"]},
+        "log": {"tensorboard": False},
+    }
+    return build_config(merge(merge(load_preset("demo"), values), changes))
+
+
+def run_config(folder: Path, seed: int, name: str) -> Config:
+    """The preset `demo`, with what the run changes and with this demo's paths."""
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
+    values = {
+        "seed": seed,
+        "output_dir": str(folder / slug),
+        "policy": {"model": str(folder / "start")},
+        "data": {"train": str(folder / "data" / "train.jsonl"), "eval": str(folder / "data" / "eval.jsonl")},
+    }
+    return build_config(merge(merge(load_preset("demo"), RUNS[name]), values))
+
+
+def _frozen(model: Path, config: Config) -> tuple[Learner, Config]:
+    kind = "value" if config.prm.reward == "value" else "causal"
+    loaded = load_model(str(model), kind=kind, dtype=torch.float32, device=torch.device("cpu"))
+    budget = config.batch.tokens_per_microbatch
+    return Learner(loaded, config.prm.optimizer, num_updates=1, tokens_per_microbatch=budget), config
+
+
+def _encode(solutions: list[Solution]) -> tuple[PackedBatch, list[list[int]]]:
+    """The solutions packed, and the number of tokens of each worked step."""
+    tokenizer = build_tokenizer()
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    batch = pack([(ids(s.problem.prompt), [*ids(s.text), tokenizer.eos_token_id]) for s in solutions])
+    return batch, [[len(ids(line)) for line in s.lines[:-1]] for s in solutions]
+
+
+def score_solutions(
+    prm: tuple[Learner, Config], solutions: list[Solution]
+) -> list[tuple[list[float], list[float]]]:
+    """For each solution: a score for each worked step (its worst token), and every token's reward."""
+    learner, config = prm
+    batch, step_lens = _encode(solutions)
+    reward = irl.rewards(learner.score(batch), batch, config.prm)
+    parts = reward.split(batch.response_cu_seqlens.diff().tolist())
+    return [(step_scores(part, lens), part.tolist()) for part, lens in zip(parts, step_lens, strict=True)]
+
+
+def summary(results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The figures that runs of several seeds are compared by."""
+    figures = {"accuracy/start": results["RLOO"][0]["eval/accuracy"]}
+    for name, lines in results.items():
+        figures[f"accuracy/{name}"] = lines[-1]["eval/accuracy"]
+    for name, judged in found.items():
+        figures |= {f"{key}/{name}": value for key, value in judged.items()}
+    return figures
+
+
+def comparison(
+    results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the final table. Errors are found by each run's PRM; the start's row uses its own
+    log-probabilities, which is what a PRM has to beat."""
+    columns = ["", "accuracy", "error AUROC", "error F1", "ESS", "rollout s", "PRM s", "policy s", "tokens/s", "peak MiB"]
+    judged = found["start policy's log-probs"]
+    start = f"{results['RLOO'][0]['eval/accuracy']:.1%}"
+    rows = [["start", start, f"{judged['auroc']:.3f}", f"{judged['first_error_f1']:.3f}", *["-"] * 6]]
+    for name, lines in results.items():
+        steps = lines[1:]
+
+        def total(*keys: str, steps: list[dict[str, Any]] = steps) -> float:
+            return sum(line.get(key, 0.0) for line in steps for key in keys)
+
+        judged = found.get(name, {})
+        ess = [line["prm/ess_fraction"] for line in steps if "prm/ess_fraction" in line]
+        rows.append(
+            [
+                name,
+                f"{lines[-1]['eval/accuracy']:.1%}",
+                f"{judged['auroc']:.3f}" if judged else "-",
+                f"{judged['first_error_f1']:.3f}" if judged else "-",
+                f"{sum(ess) / len(ess):.2f}" if ess else "-",
+                f"{total('seconds/rollout'):.0f}",
+                f"{total('seconds/prm', 'seconds/reward'):.0f}" if ess else "-",
+                f"{total('seconds/policy', 'seconds/old_logprob'):.0f}",
+                f"{total('tokens') / total('seconds/rollout', 'seconds/old_logprob', 'seconds/prm', 'seconds/reward', 'seconds/policy'):.0f}",
+                f"{lines[-1]['memory/peak_bytes'] / 2**20:.0f}",
+            ]
+        )
+    return columns, rows
+
+
+def report(
+    results: dict[str, list[dict[str, Any]]],
+    columns: list[str],
+    rows: list[list[str]],
+    tests: list[Solution],
+    scores: dict[str, list[tuple[list[float], list[float]]]],
+    config: Config,
+    seconds: float,
+) -> dict[str, Any]:
+    """What repirl.report.html.write_report shows."""
+
+    def curve(title: str, key: str, ylabel: str, percent: bool = False) -> dict[str, Any]:
+        series = []
+        for name, lines in results.items():
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                series.append({"name": name, "x": [p[0] for p in points], "y": [p[1] for p in points]})
+        return {"title": title, "xlabel": "step", "ylabel": ylabel, "series": series, "percent": percent}
+
+    samples = []
+    with_errors = [i for i, t in enumerate(tests) if t.error_step is not None][:4]
+    clean = [i for i, t in enumerate(tests) if t.error_step is None][:2]
+    for index in [*with_errors, *clean]:
+        samples.append(_sample(tests[index], {name: score[index][1] for name, score in scores.items()}))
+    return {
+        "title": "rePIRL demo",
+        "subtitle": "A small model with a bad habit - it forgets every second carry - and three ways to lose it",
+        "configuration": describe(config),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "threads": str(torch.get_num_threads()),
+            "seconds": f"{seconds:.0f}",
+            "command": " ".join(["repirl", *sys.argv[1:]]),
+        },
+        "table": {"columns": columns, "rows": rows},
+        "notes": [
+            "All three runs begin with the same weights and see the same number of prompts. RLOO is told whether the "
+            "final answer is right. rePIRL also sees an expert's solutions to the training problems, without any "
+            "labels; PRM only sees nothing else.",
+            "Error AUROC: the chance that a step with a planted error scores below a right step. Error F1: does the "
+            "first step below a threshold, chosen on other solutions, match the planted one? A step scores as its "
+            "worst token. The start's row uses the start policy's own log-probabilities.",
+            "ESS: effective sample size of the importance weights as a share of the samples, mean over the run.",
+        ],
+        "curves": [
+            curve("Held-out accuracy", "eval/accuracy", "share of problems answered right, greedy", percent=True),
+            curve("Accuracy of the rollouts", "rollout/outcome", "share of sampled responses that are right", True),
+            curve("Expert minus policy reward", "prm/reward_gap", "nats per token"),
+            curve("Policy entropy", "policy/entropy", "nats per token"),
+        ],
+        "samples": samples,
+    }
+
+
+def _sample(solution: Solution, rewards: dict[str, list[float]]) -> dict[str, Any]:
+    tokenizer = build_tokenizer()
+    batch, [lens] = _encode([solution])
+    tokens = [tokenizer.decode([i]) for i in batch.response_ids.tolist()]
+    step = solution.error_step
+    span = None
+    note = "an expert's solution, all steps right"
+    if step is not None:
+        # The result stands between the sign of equality and the separator of its step.
+        end = sum(lens[: step + 1]) - 1
+        begin = max(i for i in range(end) if tokens[i] == "=") + 1
+        span, note = [begin, end], f"planted error in step {step + 1}; what follows is consistent with it"
+    return {
+        "title": solution.problem.prompt,
+        "prompt": solution.problem.prompt,
+        "note": note,
+        "variants": [
+            {"name": name, "tokens": tokens, "rewards": values, "error_span": span, "response_start": 0}
+            for name, values in rewards.items()
+        ],
+        "correct": step is None,
+    }
