@@ -304,7 +304,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         section = _section_at(first["loc"][:-1])
         names = list(section.model_fields) if section else []
-        message = f"unknown option {path!r}{_nearest(str(first['loc'][-1]), names)}"
+        parents = ".".join(map(str, first["loc"][:-1]))
+        full = [f"{parents}.{name}" if parents else name for name in names]
+        message = f"unknown option {path!r}{_nearest(path, full)}"
     elif first["type"] == "missing":
         message = f"option {path!r} is required"
     elif not path:

@@ -9,9 +9,9 @@ import torch
 
 from repirl.batch import EXPERT, PackedBatch, concatenate, pack
 from repirl.config import Config
+from repirl.evaluate import evaluate, verify
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import MetricsLogger, PhaseTimer, ProgressDisplay, peak_memory_bytes
-from repirl.rewards.math import math_reward
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.setup import Run, build, check_output_dir
 
@@ -38,12 +38,13 @@ def train(config: Config, *, resume: bool = False) -> int:
             if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
                 with timer("eval"):
                     metrics["eval/accuracy"] = evaluate(run)
-            if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
-                with timer("checkpoint"):
-                    run.save(done)
             metrics |= timer.step_metrics() | {"memory/peak_bytes": peak_memory_bytes()}
             logger.log(done, metrics)
             display.update(done, metrics)
+            # After the log: a step that a checkpoint holds has its line. Its seconds count for the next step.
+            if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
+                with timer("checkpoint"):
+                    run.save(done)
     return config.steps
 
 
@@ -108,11 +109,6 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
     return batch, metrics | ({"rollout/outcome": float(batch.outcome.mean())} if has_answers else {})
 
 
-def verify(run, response, answer) -> float:
-    """1 where the response ended and its answer is right; an unfinished response has given none."""
-    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer) * response.ended
-
-
 def sample_experts(run: Run) -> PackedBatch:
     indices = run.expert_cursor.next(run.config.irl.experts_per_step or run.config.rollout.prompts_per_step)
     chosen = [run.experts[i] for i in indices]
@@ -152,17 +148,6 @@ def update_policy(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[st
             loss = rloo.loss(rollouts, config.loss, config.rollout.max_response_tokens)
             metrics |= run.policy.step(rollouts, loss)
     return _named("policy", metrics)
-
-
-def evaluate(run: Run) -> float:
-    """Share of held-out prompts that the policy answers right (greedy at temperature 0)."""
-    prompts = [run.held_out[i] for i in range(min(run.config.eval.num_prompts or len(run.held_out), len(run.held_out)))]
-    seeds = [sequence_seed(run.config.seed, "eval", i) for i in range(len(prompts))]
-    sampling = Sampling(
-        run.config.rollout.max_response_tokens, run.config.eval.temperature, (run.tokenizer.eos_token_id,)
-    )
-    responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
-    return sum(verify(run, r, p.answer) for r, p in zip(responses, prompts)) / len(prompts)
 
 
 def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

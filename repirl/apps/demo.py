@@ -1,7 +1,7 @@
 """`repirl demo`: the dual loop end to end on generated arithmetic, with a table and a page at the end.
 
 A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's
-(forgetting every second carry). From that one start, three runs unlearn it: RLOO, which is told only whether
+(forgetting more than every second carry). From that one start, three runs unlearn it: RLOO, which is told only whether
 the final answer is right; rePIRL, which is told that and sees an expert's solutions to other problems; and
 rePIRL without any verifier.
 """
@@ -42,11 +42,11 @@ from repirl.objectives import irl
 from repirl.report.html import write_report
 from repirl.report.metrics import print_table, read_metrics, reset_peak_memory
 
-NUM_STEPS = (3, 4)
+NUM_STEPS = (4, 5)
 NUM_WARM, NUM_SLOPPY, NUM_TRAIN, NUM_HELD_OUT, NUM_PLANTED = 4000, 2000, 4000, 200, 200
-SLIP = 0.5
+SLIP = 0.6
 WARM_UP = {"steps": 800, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 3e-3}}}
-SLOPPY = {"steps": 100, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 1e-3}}}
+SLOPPY = {"steps": 150, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 1e-3}}}
 # What each run changes in the preset `demo`.
 RUNS: dict[str, dict[str, Any]] = {
     "RLOO": {"objective": "rloo"},
@@ -217,35 +217,41 @@ def summary(results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str,
 def comparison(
     results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the final table. Errors are found by each run's PRM; the start's row uses its own
+    """Columns and rows of the final table. Errors are found by each run's PRM; the start's column uses its own
     log-probabilities, which is what a PRM has to beat."""
-    columns = ["", "accuracy", "error AUROC", "error F1", "ESS", "rollout s", "PRM s", "policy s", "tokens/s", "peak MiB"]
-    judged = found["start policy's log-probs"]
-    start = f"{results['RLOO'][0]['eval/accuracy']:.1%}"
-    rows = [["start", start, f"{judged['auroc']:.3f}", f"{judged['first_error_f1']:.3f}", *["-"] * 6]]
-    for name, lines in results.items():
-        steps = lines[1:]
 
-        def total(*keys: str, steps: list[dict[str, Any]] = steps) -> float:
+    def cells(name: str) -> dict[str, str]:
+        steps = results[name][1:]
+
+        def total(*keys: str) -> float:
             return sum(line.get(key, 0.0) for line in steps for key in keys)
 
-        judged = found.get(name, {})
         ess = [line["prm/ess_fraction"] for line in steps if "prm/ess_fraction" in line]
-        rows.append(
-            [
-                name,
-                f"{lines[-1]['eval/accuracy']:.1%}",
-                f"{judged['auroc']:.3f}" if judged else "-",
-                f"{judged['first_error_f1']:.3f}" if judged else "-",
-                f"{sum(ess) / len(ess):.2f}" if ess else "-",
-                f"{total('seconds/rollout'):.0f}",
-                f"{total('seconds/prm', 'seconds/reward'):.0f}" if ess else "-",
-                f"{total('seconds/policy', 'seconds/old_logprob'):.0f}",
-                f"{total('tokens') / total('seconds/rollout', 'seconds/old_logprob', 'seconds/prm', 'seconds/reward', 'seconds/policy'):.0f}",
-                f"{lines[-1]['memory/peak_bytes'] / 2**20:.0f}",
-            ]
-        )
-    return columns, rows
+        phases = {
+            "rollout": total("seconds/rollout"),
+            "PRM": total("seconds/prm", "seconds/reward"),
+            "policy": total("seconds/policy", "seconds/old_logprob"),
+        }
+        return {
+            "held-out accuracy": f"{results[name][-1]['eval/accuracy']:.1%}",
+            "effective sample share": f"{sum(ess) / len(ess):.2f}" if ess else "-",
+            **{f"seconds, {phase}": f"{seconds:.1f}" if seconds else "-" for phase, seconds in phases.items()},
+            "tokens/s": f"{total('tokens') / sum(phases.values()):.0f}",
+            "peak memory, MiB": f"{results[name][-1]['memory/peak_bytes'] / 2**20:.0f}",
+        }
+
+    def localisation(name: str) -> dict[str, str]:
+        judged = found.get(name)
+        return {
+            "planted error, AUROC": f"{judged['auroc']:.3f}" if judged else "-",
+            "planted error, first-error F1": f"{judged['first_error_f1']:.3f}" if judged else "-",
+        }
+
+    start = {"held-out accuracy": f"{results['RLOO'][0]['eval/accuracy']:.1%}"}
+    table = {"start": start | localisation("start policy's log-probs")}
+    table |= {name: cells(name) | localisation(name) for name in results}
+    labels = list(table["rePIRL"])
+    return ["", *table], [[label, *(column.get(label, "-") for column in table.values())] for label in labels]
 
 
 def report(
@@ -274,7 +280,7 @@ def report(
         samples.append(_sample(tests[index], {name: score[index][1] for name, score in scores.items()}))
     return {
         "title": "rePIRL demo",
-        "subtitle": "A small model with a bad habit - it forgets every second carry - and three ways to lose it",
+        "subtitle": "A small model with a bad habit - it forgets most carries - and three ways to lose it",
         "configuration": describe(config),
         "environment": {
             "python": platform.python_version(),
@@ -291,7 +297,7 @@ def report(
             "labels; PRM only sees nothing else.",
             "Error AUROC: the chance that a step with a planted error scores below a right step. Error F1: does the "
             "first step below a threshold, chosen on other solutions, match the planted one? A step scores as its "
-            "worst token. The start's row uses the start policy's own log-probabilities.",
+            "worst token. The start's column uses the start policy's own log-probabilities.",
             "ESS: effective sample size of the importance weights as a share of the samples, mean over the run.",
         ],
         "curves": [

@@ -1,0 +1,166 @@
+"""The command line: repirl train | demo | eval | export."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+
+from repirl import __version__
+from repirl.config import Config, ConfigError, describe, list_presets, load_config
+
+OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what the user can mend (one message, no traceback), 130 when interrupted."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options, overrides)
+    except ConfigError as error:
+        print(f"repirl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("repirl: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="repirl", description="Process reward models and policies, trained together by inverse RL."
+    )
+    parser.add_argument("--version", action="version", version=f"repirl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train from a configuration", epilog=OVERRIDES, allow_abbrev=False)
+    command.add_argument("--config", metavar="FILE", help=f"YAML; its key `preset` may name one of {list_presets()}")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check configuration and data, print both and the batch arithmetic"
+    )
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("demo", help="the whole loop in minutes, without any download", allow_abbrev=False)
+    command.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    command.add_argument("--seed", type=int, default=0, help="of data, model and sampling")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False
+    )
+    command.add_argument("--config", metavar="FILE", help="the run's configuration")
+    command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
+    command.set_defaults(run=_eval)
+
+    command = commands.add_parser("export", help="write policy and PRM as plain Hugging Face models", allow_abbrev=False)
+    command.add_argument("--checkpoint", metavar="DIR", required=True, help="a run's folder or a step_N folder")
+    command.add_argument("--output", metavar="DIR", required=True, help="gets policy/ and prm/")
+    command.set_defaults(run=_export)
+    return parser
+
+
+def _no_overrides(overrides: list[str]) -> None:
+    if overrides:
+        raise ConfigError(f"unexpected argument {overrides[0]!r}; see repirl COMMAND --help")
+
+
+def _load(options: argparse.Namespace, overrides: list[str]) -> Config:
+    if options.config is None and not any(o.split("=")[0] == "--preset" for o in overrides):
+        raise ConfigError(f"give --config FILE, or --preset NAME with one of {list_presets()}")
+    return load_config(options.config, overrides)
+
+
+# Imports of torch and transformers take seconds, so they wait until the configuration is known to be right.
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = _load(options, overrides)
+    if options.dry_run:
+        print(describe(config))
+        print(batch_arithmetic(config))
+        return 0
+    from repirl.loop import train
+
+    train(config, resume=options.resume)
+    return 0
+
+
+def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
+    _no_overrides(overrides)
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads is {options.threads}, expected at least 1")
+    from repirl.apps.demo import run
+
+    return run(options.output_dir, options.seed, options.threads)
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    config = _load(options, overrides)
+    from repirl.evaluate import evaluate_checkpoint
+
+    accuracy, count = evaluate_checkpoint(config, options.checkpoint)
+    print(f"accuracy {accuracy:.4f} on {count} held-out prompts")
+    return 0
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> int:
+    _no_overrides(overrides)
+    from repirl.models import export_checkpoint
+
+    for folder in export_checkpoint(options.checkpoint, options.output):
+        print(folder)
+    return 0
+
+
+def batch_arithmetic(config: Config) -> str:
+    """What a step and the run come to, data read and checked, no weights loaded."""
+    from repirl.data.experts import load_experts
+    from repirl.data.prompts import load_prompts
+    from repirl.models import load_tokenizer
+
+    tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
+    rollout, budget = config.rollout, config.batch.tokens_per_microbatch
+    lines = []
+    experts_per_step = config.irl.experts_per_step or rollout.prompts_per_step
+    if config.objective != "sft":
+        prompts = load_prompts(config.data, tokenizer, "train")
+        longest = max(len(p.token_ids) for p in prompts.prompts)
+        responses = rollout.prompts_per_step * rollout.samples_per_prompt
+        worst = responses * (longest + rollout.max_response_tokens)
+        lines += [
+            f"prompts: {len(prompts)} loaded, {prompts.num_dropped} dropped as overlong, longest {longest} tokens",
+            f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {responses} responses, "
+            f"at most {worst} tokens in {_microbatches(responses, longest + rollout.max_response_tokens, budget)} "
+            f"micro-batches of {budget}",
+            f"run: {config.steps} steps = {config.steps * rollout.prompts_per_step} prompts = "
+            f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
+        ]
+    if config.objective != "rloo":
+        experts = load_experts(config.data, tokenizer)
+        lengths = [len(e.prompt_ids) + len(e.response_ids) for e in experts]
+        lines.append(
+            f"experts: {len(experts)} trajectories, {experts_per_step} a step, "
+            f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
+        )
+    if config.data.eval:
+        held_out = load_prompts(config.data, tokenizer, "eval")
+        used = min(config.eval.num_prompts or len(held_out), len(held_out))
+        lines.append(f"held out: {used} of {len(held_out)} prompts, every {config.eval.every} steps")
+    updates = f"{config.steps * config.policy.updates_per_step} of the policy"
+    if config.objective == "repirl":
+        updates += f", {config.steps * config.prm.updates_per_step} of the PRM"
+    return "\n".join([*lines, f"optimiser updates: {updates}"])
+
+
+def _microbatches(sequences: int, length: int, budget: int) -> int:
+    return math.ceil(sequences / max(1, budget // length))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The sampling engine: right log-probs, seeded per sequence, and the distribution that it claims."""
+
+import pytest
+import torch
+from tiny import make_model
+
+from repirl.batch import pack
+from repirl.config import OptimizerConfig
+from repirl.learner import Learner
+from repirl.models import load_model
+from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.rollout.transformers import TransformersEngine, _sample
+
+PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 4], [3, 4], [10, 11, 12]]
+END = 1
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = make_model(tmp_path_factory.mktemp("engine") / "m")
+    return load_model(str(path), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
+
+
+def engine(model, max_sequences=64):
+    return TransformersEngine(model, pad_id=0, max_sequences=max_sequences)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_are_the_trainers(model, temperature):
+    sampling = Sampling(12, temperature, (END,))
+    responses = engine(model).generate(PROMPTS, [sequence_seed(0, i) for i in range(5)], sampling)
+    batch = pack([(p, r.token_ids) for p, r in zip(PROMPTS, responses, strict=True)])
+    learner = Learner(
+        model, OptimizerConfig(), num_updates=1, tokens_per_microbatch=999, temperature=temperature
+    )
+    sampled = torch.tensor([x for r in responses for x in r.logprobs])
+    torch.testing.assert_close(learner.score(batch)["logprob"], sampled, atol=2e-5, rtol=1e-5)
+
+
+def test_a_response_depends_on_its_own_seed_only(model):
+    sampling = Sampling(12, 1.0, (END,))
+    seeds = [sequence_seed(7, i) for i in range(5)]
+    together = engine(model).generate(PROMPTS, seeds, sampling)
+    alone = [engine(model, 1).generate([p], [s], sampling)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    other = engine(model).generate(PROMPTS, [s + 1 for s in seeds], sampling)
+    assert [r.token_ids for r in other] != [r.token_ids for r in together]
+    # The global generator is neither read nor moved.
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert engine(model).generate(PROMPTS, seeds, sampling) == together
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_responses_end_with_the_end_token_or_at_the_limit(model):
+    responses = engine(model).generate([[3]] * 64, list(range(64)), Sampling(10, 1.0, (END,)))
+    assert any(r.ended for r in responses)
+    for r in responses:
+        assert r.ended == (r.token_ids[-1] == END)
+        assert END not in r.token_ids[:-1]
+        assert r.ended or len(r.token_ids) == 10
+        assert len(r.token_ids) == len(r.logprobs)
+
+
+def test_greedy_takes_the_most_likely_token(model):
+    [response] = engine(model).generate([[3, 4]], [0], Sampling(5, 0.0, (END,)))
+    ids = [3, 4]
+    model.config._attn_implementation = "sdpa"
+    for token in response.token_ids:
+        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+    model.config._attn_implementation = "repirl_packed"
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]]).expand(20_000, -1)
+    uniform = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    chosen, logprob = _sample(logits, uniform, 0.5)
+    expected = (logits[0] / 0.5).softmax(-1)
+    share = torch.bincount(chosen, minlength=5) / 20_000
+    torch.testing.assert_close(share, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(logprob, expected.log()[chosen])
+    # The ends of the unit interval give tokens that have probability.
+    ends, _ = _sample(logits[:2], torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), 1.0)
+    assert ends.tolist() == [0, 3]
+
+
+def test_seeds_of_neighbouring_keys_differ():
+    seeds = {sequence_seed(r, s, p, k) for r in range(3) for s in range(3) for p in range(9) for k in range(9)}
+    assert len(seeds) == 3 * 3 * 9 * 9
+    assert sequence_seed(0, "eval", 1) == sequence_seed(0, "eval", 1)
+
+
+def test_bad_calls_are_named(model):
+    with pytest.raises(ValueError, match="5 prompts and 1 seeds"):
+        engine(model).generate(PROMPTS, [0], Sampling(4, 1.0, (END,)))
+    with pytest.raises(ValueError, match="no tokens"):
+        engine(model).generate([[]], [0], Sampling(4, 1.0, (END,)))

@@ -1,0 +1,280 @@
+"""The dual loop end to end on a tiny model: every objective and reward model, survival, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_config, tiny_values
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from repirl.batch import EXPERT, pack
+from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
+from repirl.dist.checkpoint import list_checkpoints, resolve_checkpoint
+from repirl.loop import train
+from repirl.models import export_checkpoint
+from repirl.objectives import irl, rloo
+from repirl.report.metrics import read_metrics
+from repirl.setup import build, needs_reference
+
+SECONDS = ("seconds/", "memory/")
+
+
+def metrics_of(config):
+    """Lines of a run, without what differs between equal runs: seconds and memory."""
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(SECONDS)} for line in lines]
+
+
+def weights_of(config):
+    run = build(config)
+    run.restore(resolve_checkpoint(config.output_dir))
+    return {
+        f"{name}.{key}": value.clone()
+        for name, learner in run.learners.items()
+        for key, value in learner.model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("reward", ["value", "logit", "soft_q", "logprob", "implicit"])
+def test_every_reward_model_trains_both_sides(tmp_path, reward):
+    config = tiny_config(tmp_path, steps=2, prm={"reward": reward}, irl={"use_outcome": False})
+    assert train(config) == 2
+    lines = metrics_of(config)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert line["prm/grad_norm"] > 0
+        assert line["policy/grad_norm"] > 0
+        assert line["rollout/sampler_mismatch_max"] < 1e-4
+    trained, start = weights_of(config), build(config)
+    for name, learner in start.learners.items():
+        same = [torch.equal(trained[f"{name}.{k}"], v) for k, v in learner.model.state_dict().items()]
+        assert not all(same), f"{name} did not move"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "rloo"},
+        {"objective": "rloo", "loss": {"kl_coefficient": 0.1, "kl_estimator": "k2", "whiten": True}},
+        {"objective": "sft"},
+        {"order": "policy_first", "irl": {"base_measure": "reference", "weights": "token"}},
+        {"irl": {"weights": "trajectory", "target_ess": 0.5, "smooth": "psis", "truncate": 3.0}},
+        {"irl": {"group": "batch", "normalize": "token", "reward_l2": 0.1, "weights": "uniform"}},
+        {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}, "data": {"answer_column": None, "eval": None}},
+        {"policy": {"updates_per_step": 2}, "prm": {"updates_per_step": 3}, "batch": {"tokens_per_microbatch": 20}},
+        {"loss": {"aggregation": "constant_length", "gamma": 0.9, "clip_high": 0.3, "sampler_ratio_cap": None}},
+    ],
+)
+def test_options_run(tmp_path, changes):
+    config = tiny_config(tmp_path, steps=2, **changes)
+    train(config)
+    last = metrics_of(config)[-1]
+    assert last["step"] == 2
+    assert last["policy/grad_norm"] > 0
+    assert not last.get("nonfinite") or last["nonfinite"] == ["prm/pareto_k"]
+
+
+def test_training_with_experts_raises_their_likelihood(tmp_path):
+    config = tiny_config(tmp_path, objective="sft", steps=30, eval={"every": 0}, checkpoint={"every": 0})
+    train(config)
+    lines = metrics_of(config)
+    assert lines[-1]["policy/loss"] < 0.7 * lines[0]["policy/loss"]
+
+
+def test_a_run_repeats_to_the_bit(tmp_path):
+    first, second = (tiny_config(tmp_path, output_dir=str(tmp_path / name)) for name in "ab")
+    train(first)
+    train(second)
+    assert metrics_of(first) == metrics_of(second)
+    third = tiny_config(tmp_path, output_dir=str(tmp_path / "c"), seed=1)
+    train(third)
+    assert metrics_of(third) != metrics_of(first)
+
+
+def test_micro_batches_do_not_change_a_step(tmp_path):
+    results = []
+    for budget in (16, 100_000):
+        config = tiny_config(
+            tmp_path, output_dir=str(tmp_path / str(budget)), steps=1, batch={"tokens_per_microbatch": budget}
+        )
+        train(config)
+        results.append(metrics_of(config)[-1])
+    for key in ("policy/loss", "policy/grad_norm", "prm/loss", "prm/grad_norm", "policy/advantage_std"):
+        assert results[0][key] == pytest.approx(results[1][key], rel=1e-4, abs=1e-6), key
+
+
+def test_kill_9_and_resume_continues_to_the_bit(tmp_path):
+    """N steps = k steps, kill -9 at an arbitrary moment, resume: same metrics and same weights."""
+    options = {"steps": 12, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}}
+    whole = tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), **options)
+    train(whole)
+
+    killed = tiny_values(tmp_path, output_dir=str(tmp_path / "killed"), **options)
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(killed))
+    code = f"from repirl.config import load_config; from repirl.loop import train; train(load_config({str(file)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    folder, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
+    while len(list_checkpoints(folder)) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    config = tiny_config(tmp_path, output_dir=str(tmp_path / "killed"), **options)
+    resumed_from = int(list_checkpoints(folder)[-1].name.removeprefix("step_"))
+    assert 0 < resumed_from < 12
+    train(config, resume=True)
+
+    assert metrics_of(config) == metrics_of(whole)
+    ours, theirs = weights_of(config), weights_of(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_save_that_dies_half_way_costs_nothing(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, steps=1)
+    train(config)
+    folder = Path(config.output_dir) / "checkpoints"
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    longer = tiny_config(tmp_path, steps=2)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    for target in ("repirl.dist.checkpoint._flush", "repirl.dist.checkpoint.dcp.save"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(target, die)
+            train(longer, resume=True)
+        assert [p.name for p in list_checkpoints(folder)] == ["step_1"]
+        assert (folder / "step_2.tmp").exists()
+        after = {p.relative_to(folder): p.read_bytes() for p in (folder / "step_1").rglob("*") if p.is_file()}
+        assert before == after
+    train(longer, resume=True)
+    assert [p.name for p in list_checkpoints(folder)] == ["step_1", "step_2"]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    config = tiny_config(tmp_path, steps=4, checkpoint={"every": 1, "keep_last": 2})
+    train(config)
+    names = [p.name for p in list_checkpoints(Path(config.output_dir) / "checkpoints")]
+    assert names == ["step_3", "step_4"]
+
+
+def test_a_run_is_never_overwritten_by_accident(tmp_path):
+    config = tiny_config(tmp_path, steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match=r"already holds a run .*--resume"):
+        train(config)
+
+
+def test_resuming_with_other_data_is_refused(tmp_path):
+    train(tiny_config(tmp_path, steps=1))
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    values = tiny_values(tmp_path, steps=2)
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:-3]))
+    from repirl.config import build_config
+
+    with pytest.raises(ConfigError, match="24 rows .* now there are 21 rows"):
+        train(build_config(values), resume=True)
+
+
+@pytest.mark.parametrize("reward", ["value", "logprob"])
+def test_export_loads_as_plain_models_with_equal_outputs(tmp_path, reward):
+    config = tiny_config(tmp_path, steps=2, prm={"reward": reward}, irl={"use_outcome": False})
+    train(config)
+    written = export_checkpoint(config.output_dir, tmp_path / "export")
+    assert [p.name for p in written] == ["policy", "prm"]
+    run = build(config)
+    run.restore(resolve_checkpoint(config.output_dir))
+    pairs = [([3, 4, 5], [6, 7, 8, 1]), ([9], [10, 1])]
+    batch = pack(pairs)
+
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "policy", dtype=torch.float32)
+    assert type(policy).__name__ == "Qwen3ForCausalLM"
+    expected = [
+        policy(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(r)[:, None])
+        for p, r in pairs
+    ]
+    ours = run.policy.score(batch)["logprob"]
+    torch.testing.assert_close(ours, torch.cat(expected)[:, 0].detach(), atol=2e-5, rtol=1e-5)
+
+    if reward == "value":
+        prm = AutoModelForTokenClassification.from_pretrained(tmp_path / "export" / "prm", dtype=torch.float32).eval()
+        expected = [prm(torch.tensor([p + r])).logits[0, len(p) :, 0] for p, r in pairs]
+        assert float(torch.cat(expected).abs().max()) > 0
+        torch.testing.assert_close(run.prm.score(batch)["value"], torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
+    else:
+        prm = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "prm", dtype=torch.float32)
+        ids = torch.tensor([pairs[0][0] + pairs[0][1]])
+        expected = prm(ids).logits[0, 2:-1].log_softmax(-1).gather(1, torch.tensor(pairs[0][1])[:, None])[:, 0]
+        torch.testing.assert_close(run.prm.score(batch)["logprob"][:4], expected.detach(), atol=2e-5, rtol=1e-5)
+
+
+def test_outcome_decides_who_is_an_expert():
+    experts = pack([([3], [4, 1])], group_ids=[-1], source=EXPERT)
+    rollouts = pack([([3], [5, 1]), ([3], [6, 1]), ([3], [7, 1])], group_ids=[0, 0, 0], outcome=[1.0, 0.0, float("nan")])
+    for batch in (experts, rollouts):
+        batch.write("old_logprob", -torch.ones(batch.num_response_tokens))
+    joined = irl.training_batch(experts, rollouts, use_outcome=True)
+    assert joined.source.tolist() == [0, 0, 1, 1]
+    assert joined.response_ids.tolist() == [4, 1, 5, 1, 6, 1, 7, 1]
+    assert irl.training_batch(experts, rollouts, use_outcome=False).source.tolist() == [0, 1, 1, 1]
+    # With every rollout right there is nothing to estimate Z from.
+    assert irl.training_batch(experts, rollouts.select([0]), use_outcome=True) is None
+
+    joined.write("reward", torch.arange(8.0))
+    irl.write_coefficients(joined, IRLConfig(weights="uniform"))
+    coefficient = joined.read("coefficient")
+    torch.testing.assert_close(coefficient[:4], torch.full((4,), -0.5))
+    torch.testing.assert_close(coefficient[4:], torch.full((4,), 0.5))
+
+
+def test_only_what_needs_the_reference_loads_it(tmp_path):
+    assert not needs_reference(tiny_config(tmp_path))
+    assert needs_reference(tiny_config(tmp_path, prm={"reward": "implicit"}))
+    assert needs_reference(tiny_config(tmp_path, irl={"base_measure": "reference"}))
+    assert needs_reference(tiny_config(tmp_path, objective="rloo", loss={"kl_coefficient": 0.1}))
+    assert not needs_reference(tiny_config(tmp_path, objective="rloo", prm={"reward": "implicit"}))
+
+
+def test_policy_loss_has_the_policy_gradient(tmp_path):
+    """On policy and unclipped, the loss's gradient in log-probs is -advantage, averaged as configured."""
+    rollouts = pack([([3], [4, 5]), ([3], [6])], group_ids=[0, 0], outcome=[1.0, 0.0])
+    old = torch.tensor([-1.0, -2.0, -0.5])
+    for name in ("old_logprob", "sampler_logprob"):
+        rollouts.write(name, old)
+    config = LossConfig(entropy_coefficient=0.1)
+    rloo.write_advantages(rollouts, config)
+    torch.testing.assert_close(rollouts.read("advantage"), torch.tensor([1.0, 1.0, -1.0]))
+    outputs = {"logprob": old.clone().requires_grad_(), "entropy": torch.ones(3, requires_grad=True)}
+    rloo.loss(rollouts, config, max_response_tokens=9)(outputs, rollouts).backward()
+    torch.testing.assert_close(outputs["logprob"].grad, torch.tensor([-1.0, -1.0, 1.0]) / 3)
+    torch.testing.assert_close(outputs["entropy"].grad, torch.full((3,), -0.1 / 3))
+
+
+def test_rewards_of_micro_batches_equal_those_of_the_batch(tmp_path):
+    config = tiny_config(tmp_path, prm={"reward": "soft_q", "gamma": 0.9})
+    run = build(config)
+    batch = pack([([3], [4, 5, 1]), ([3, 4], [6]), ([5], [7, 8, 9, 1])])
+    whole = irl.rewards(run.prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
+    run.prm.tokens_per_microbatch = 4
+    parts = irl.rewards(run.prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+
+
+def test_metrics_are_json_lines_with_the_promised_names(tmp_path):
+    config = tiny_config(tmp_path, steps=1, log={"tensorboard": True})
+    train(config)
+    lines = [json.loads(x) for x in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    promised = {"rollout/outcome", "prm/ess_fraction", "prm/log_z", "prm/reward_gap", "prm/max_weight"}
+    promised |= {"policy/entropy", "seconds/rollout", "seconds/policy", "seconds/step", "memory/peak_bytes"}
+    assert promised <= set(lines[-1])
+    assert list((Path(config.output_dir) / "tensorboard").glob("events*"))

@@ -1,0 +1,129 @@
+"""The packed forward equals the plain model, for values and gradients, and export gives plain models back."""
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from repirl.attention import PackedLayout
+from repirl.batch import pack
+from repirl.config import ConfigError, OptimizerConfig
+from repirl.learner import Learner
+from repirl.models import load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]
+
+
+def learner(path, kind="causal", budget=10_000, **options):
+    model = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
+    return Learner(model, OptimizerConfig(lr=1e-2), num_updates=1, tokens_per_microbatch=budget, **options)
+
+
+def plain_logprobs(model, pairs, temperature=1.0):
+    """Sequence by sequence, with the whole logits, by the untouched model."""
+    logprobs, entropies = [], []
+    for prompt, response in pairs:
+        ids = torch.tensor([prompt + response])
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+        table = logits.log_softmax(-1)
+        logprobs.append(table.gather(1, torch.tensor(response)[:, None])[:, 0])
+        entropies.append(-(table.exp() * table).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_values_and_gradients_equal_the_plain_model(tmp_path, architecture, tied, checkpointing):
+    path = make_model(tmp_path / "m", tied=tied, architecture=architecture)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours = learner(path, budget=12, gradient_checkpointing=checkpointing, temperature=0.7)
+    batch = pack(PAIRS)
+    logprob, entropy = plain_logprobs(plain, PAIRS, temperature=0.7)
+    scored = ours.score(batch)
+    torch.testing.assert_close(scored["logprob"], logprob.detach(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["entropy"], entropy.detach(), atol=2e-5, rtol=1e-5)
+
+    weight = torch.linspace(-1, 1, batch.num_response_tokens)
+    (weight @ logprob + 0.3 * entropy.sum()).backward()
+    batch.write("weight", weight)
+    ours.max_grad_norm = float("inf")
+    ours.optimizer.step = lambda: None
+    ours.step(batch, lambda out, mb: (mb.read("weight") * out["logprob"] + 0.3 * out["entropy"]).sum())
+    for (name, a), (_, b) in zip(ours.model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=5e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradient_does_not_depend_on_packing_or_micro_batches(tmp_path):
+    path = make_model(tmp_path / "m")
+    grads = []
+    for budget, order in [(10_000, [0, 1, 2, 3, 4]), (1, [4, 2, 0, 1, 3]), (9, [1, 3, 0, 4, 2])]:
+        ours = learner(path, budget=budget)
+        ours.optimizer.step = lambda: None
+        batch = pack(PAIRS).select(order)
+        ours.step(batch, lambda out, mb: -out["logprob"].sum() / 18)
+        grads.append(torch.cat([p.grad.flatten() for p in ours.model.parameters()]))
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], atol=1e-6, rtol=1e-4)
+
+
+def test_value_model_equals_plain_token_classifier(tmp_path):
+    path = make_model(tmp_path / "m")
+    ours = learner(path, kind="value")
+    batch = pack(PAIRS)
+    # A new head starts at zero, so that no reward is invented before training.
+    assert torch.count_nonzero(ours.score(batch)["value"]) == 0
+    torch.nn.init.normal_(ours.model.score.weight)
+    ours.model.save_pretrained(tmp_path / "out")
+    plain = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    expected = [plain(torch.tensor([p + r])).logits[0, len(p) :, 0] for p, r in PAIRS]
+    torch.testing.assert_close(ours.score(batch)["value"], torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
+    # A trained head is kept when it is loaded again.
+    again = learner(tmp_path / "out", kind="value")
+    torch.testing.assert_close(again.score(batch)["value"], ours.score(batch)["value"])
+
+
+def test_saved_model_is_plain_and_generates(tmp_path):
+    path = make_model(tmp_path / "m")
+    ours = learner(path)
+    ours.model.save_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(plain).__name__ == "Qwen3ForCausalLM"
+    ids = torch.tensor([[3, 4, 5]])
+    ours.model.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(plain(ids).logits, ours.model(ids).logits)
+    generated = plain.generate(ids, max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > 3
+
+
+def test_packed_attention_refuses_to_run_without_a_layout(tmp_path):
+    model = load_model(str(make_model(tmp_path / "m")), kind="causal", dtype=torch.float32, device=CPU)
+    with pytest.raises(RuntimeError, match="packed_layout"):
+        model(torch.tensor([[3, 4]]))
+
+
+def test_layout_covers_every_token_once():
+    lengths = torch.tensor([1, 30, 2, 29, 7, 7, 1])
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    layout = PackedLayout(cu, CPU)
+    flat = torch.cat([index.flatten() for index in layout.groups])
+    assert flat[layout.inverse].tolist() == list(range(int(cu[-1])))
+    assert sum(index.numel() for index in layout.groups) <= 2 * int(cu[-1])
+
+
+def test_nonfinite_update_is_skipped_and_counted(tmp_path):
+    ours = learner(make_model(tmp_path / "m"))
+    before = [p.clone() for p in ours.model.parameters()]
+    result = ours.step(pack(PAIRS), lambda out, mb: out["logprob"].sum() * float("nan"))
+    assert result["skipped_updates"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
+    assert ours.step(pack(PAIRS), lambda out, mb: -out["logprob"].sum())["skipped_updates"] == 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
+
+
+def test_missing_model_is_one_clear_message(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot load the model .*nowhere"):
+        load_model(str(tmp_path / "nowhere"), kind="causal", dtype=torch.float32, device=CPU)
+    with pytest.raises(ConfigError, match=r"cannot load the tokenizer .*nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere"))

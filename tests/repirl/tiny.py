@@ -1,0 +1,84 @@
+"""A tiny model, its tokenizer and a data set on disk, shared by the trainer's tests."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from repirl.config import Config, build_config, merge
+from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
+
+
+def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3") -> Path:
+    """Save a random two-layer model with the arithmetic tokenizer."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, count: int = 24) -> dict[str, str]:
+    """Write train.jsonl and eval.jsonl; returns the options of the `data` section."""
+    stream = problems(0, (2, 3))
+    for name in ("train", "eval"):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for problem in islice(stream, count):
+                row = {
+                    "prompt": problem.prompt,
+                    "answer": problem.answer,
+                    "solution": expert_solution(problem).text,
+                }
+                file.write(json.dumps(row) + "\n")
+    return {
+        "train": str(folder / "train.jsonl"),
+        "eval": str(folder / "eval.jsonl"),
+        "solution_column": "solution",
+    }
+
+
+def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Plain values of a configuration that trains in a second."""
+    model = folder / "model"
+    if not model.exists():
+        make_model(model)
+    values = {
+        "output_dir": str(folder / "run"),
+        "steps": 4,
+        "device": "cpu",
+        "policy": {"model": str(model), "optimizer": {"lr": 1e-3}},
+        "prm": {"optimizer": {"lr": 1e-3}},
+        "data": make_data(folder),
+        "rollout": {"prompts_per_step": 3, "samples_per_prompt": 3, "max_response_tokens": 12},
+        "eval": {"every": 2, "num_prompts": 4},
+        "checkpoint": {"every": 1},
+        "log": {"tensorboard": False},
+    }
+    return merge(values, changes)
+
+
+def tiny_config(folder: Path, **changes: Any) -> Config:
+    return build_config(tiny_values(folder, **changes))
