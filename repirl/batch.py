@@ -170,7 +170,9 @@ def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
     names = set.intersection(*(set(batch.streams) for batch in batches)) if batches else set()
     return PackedBatch(
         torch.cat([b.token_ids for b in batches]),
-        torch.cat([torch.zeros(1, dtype=torch.int64), *(b.cu_seqlens[1:] + o for b, o in zip(batches, offsets))]),
+        torch.cat(
+            [torch.zeros(1, dtype=torch.int64), *(b.cu_seqlens[1:] + o for b, o in zip(batches, offsets, strict=False))]
+        ),
         torch.cat([b.prompt_lens for b in batches]),
         torch.cat([b.group_ids for b in batches]),
         torch.cat([b.source for b in batches]),

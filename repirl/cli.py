@@ -51,14 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser(
-        "eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False
-    )
+    command = commands.add_parser("eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False)
     command.add_argument("--config", metavar="FILE", help="the run's configuration")
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
     command.set_defaults(run=_eval)
 
-    command = commands.add_parser("export", help="write policy and PRM as plain Hugging Face models", allow_abbrev=False)
+    command = commands.add_parser(
+        "export", help="write policy and PRM as plain Hugging Face models", allow_abbrev=False
+    )
     command.add_argument("--checkpoint", metavar="DIR", required=True, help="a run's folder or a step_N folder")
     command.add_argument("--output", metavar="DIR", required=True, help="gets policy/ and prm/")
     command.set_defaults(run=_export)

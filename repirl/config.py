@@ -7,6 +7,7 @@ from the working directory. Whatever is wrong with one is a `ConfigError` with o
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -176,9 +177,7 @@ class Config(Section):
                 raise ValueError(
                     "rollout.samples_per_prompt is 1, but the leave-one-out baseline needs 2 or more responses a prompt"
                 )
-            uses_answers = self.loss.outcome_coefficient > 0 or (
-                self.objective == "repirl" and self.irl.use_outcome
-            )
+            uses_answers = self.loss.outcome_coefficient > 0 or (self.objective == "repirl" and self.irl.use_outcome)
             if uses_answers and self.data.answer_column is None:
                 raise ValueError(
                     "data.answer_column is null, but loss.outcome_coefficient > 0 or irl.use_outcome needs answers; "
@@ -256,10 +255,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"the value {text!r} of --{name} is not valid YAML") from error
         if isinstance(value, str):
             # YAML 1.1 reads 1e-4 as text; a person means a number.
-            try:
+            with suppress(ValueError):
                 value = float(value) if any(c.isdigit() for c in value) else value
-            except ValueError:
-                pass
         *parents, last = name.split(".")
         place = values
         for parent in parents:

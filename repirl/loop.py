@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from repirl.batch import EXPERT, PackedBatch, concatenate, pack
+from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import Config
 from repirl.evaluate import evaluate, verify
 from repirl.objectives import irl, rloo, sft
@@ -93,9 +93,11 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
     sampling = Sampling(config.rollout.max_response_tokens, config.rollout.temperature, end_ids)
     responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
     has_answers = config.data.answer_column is not None
-    outcome = [verify(run, r, p.answer) if has_answers else float("nan") for r, p in zip(responses, prompts)]
+    outcome = [
+        verify(run, r, p.answer) if has_answers else float("nan") for r, p in zip(responses, prompts, strict=True)
+    ]
     batch = pack(
-        [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses)],
+        [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses, strict=True)],
         group_ids=groups,
         outcome=outcome,
         streams={"sampler_logprob": [r.logprobs for r in responses]},

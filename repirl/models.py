@@ -40,9 +40,7 @@ class FusedHead(nn.Linear):
 
 def _hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, layout: PackedLayout) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
-    output = backbone(
-        input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout
-    )
+    output = backbone(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, packed_layout=layout)
     return output.last_hidden_state[0]
 
 
@@ -212,4 +210,3 @@ def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) 
         load_tokenizer(str(folder / name)).save_pretrained(Path(output) / name)
         written.append(Path(output) / name)
     return written
-

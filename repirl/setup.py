@@ -120,9 +120,7 @@ def build(config: Config) -> Run:
     if needs_reference(config):
         reference = learner(config.policy, "causal", 1, temperature)
         reference.model.requires_grad_(False)
-    engine = TransformersEngine(
-        policy.model, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences
-    )
+    engine = TransformersEngine(policy.model, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
     return Run(
         config,
         tokenizer,

@@ -92,7 +92,9 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int | None = 
     total = time.perf_counter() - start_time
     print_table(f"Held-out accuracy and planted errors (seed {seed}, {total:.0f} s in all)", columns, rows, console)
     (folder / "results.json").write_text(
-        json.dumps({"seed": seed, "seconds": total, "columns": columns, "rows": rows, "summary": summary(results, found)})
+        json.dumps(
+            {"seed": seed, "seconds": total, "columns": columns, "rows": rows, "summary": summary(results, found)}
+        )
     )
     page = folder / "report.html"
     write_report(page, report(results, columns, rows, tests, scores, run_config(folder, seed, "rePIRL"), total))
@@ -193,9 +195,7 @@ def _encode(solutions: list[Solution]) -> tuple[PackedBatch, list[list[int]]]:
     return batch, [[len(ids(line)) for line in s.lines[:-1]] for s in solutions]
 
 
-def score_solutions(
-    prm: tuple[Learner, Config], solutions: list[Solution]
-) -> list[tuple[list[float], list[float]]]:
+def score_solutions(prm: tuple[Learner, Config], solutions: list[Solution]) -> list[tuple[list[float], list[float]]]:
     """For each solution: a score for each worked step (its worst token), and every token's reward."""
     learner, config = prm
     batch, step_lens = _encode(solutions)

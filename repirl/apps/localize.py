@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ def first_error(scores: Sequence[float], threshold: float) -> int | None:
 def first_error_f1(scores: Sequence[Sequence[float]], errors: Sequence[int | None], threshold: float) -> float:
     """ProcessBench's F1 (Zheng et al. 2025): harmonic mean of the accuracy of the predicted first error
     on the solutions that have one, and of "no error" on those that have none."""
-    right = [first_error(s, threshold) == e for s, e in zip(scores, errors)]
-    wrong_part = [r for r, e in zip(right, errors) if e is not None]
-    clean_part = [r for r, e in zip(right, errors) if e is None]
+    right = [first_error(s, threshold) == e for s, e in zip(scores, errors, strict=True)]
+    wrong_part = [r for r, e in zip(right, errors, strict=True) if e is not None]
+    clean_part = [r for r, e in zip(right, errors, strict=True) if e is None]
     if not wrong_part or not clean_part:
         raise ValueError("first-error F1 needs solutions with and without an error")
     a, b = sum(wrong_part) / len(wrong_part), sum(clean_part) / len(clean_part)
@@ -50,7 +51,7 @@ def first_error_f1(scores: Sequence[Sequence[float]], errors: Sequence[int | Non
 def best_threshold(scores: Sequence[Sequence[float]], errors: Sequence[int | None]) -> float:
     """The threshold with the best first-error F1 on these (calibration) solutions."""
     values = sorted({score for sequence in scores for score in sequence})
-    middles = [(a + b) / 2 for a, b in zip(values, values[1:])]
+    middles = [(a + b) / 2 for a, b in pairwise(values)]
     candidates = [values[0] - 1.0, *middles[:: max(1, len(middles) // 200)], values[-1] + 1.0]
     return max(candidates, key=lambda threshold: first_error_f1(scores, errors, threshold))
 
@@ -62,7 +63,7 @@ def judge(scores: Sequence[Sequence[float]], errors: Sequence[int | None]) -> di
     comes from every second solution of either kind and is judged on the others.
     """
     wrong, right = [], []
-    for sequence, error in zip(scores, errors):
+    for sequence, error in zip(scores, errors, strict=True):
         right += sequence[: len(sequence) if error is None else error]
         if error is not None:
             wrong.append(sequence[error])

@@ -45,9 +45,7 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
             response_ids = (*tokenizer(solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
             fits = limit.allows(
                 len(prompt_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens
-            ) and limit.allows(
-                len(response_ids), number, "solution", "data.max_expert_tokens", data.max_expert_tokens
-            )
+            ) and limit.allows(len(response_ids), number, "solution", "data.max_expert_tokens", data.max_expert_tokens)
             if fits:
                 experts.append(Expert(prompt_ids, response_ids))
     limit.report(len(experts))

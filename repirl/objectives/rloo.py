@@ -35,9 +35,7 @@ def loss(rollouts: PackedBatch, config: LossConfig, max_response_tokens: int) ->
 
     Reads the streams `advantage`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
     """
-    weights = aggregate_weights(
-        rollouts.response_cu_seqlens, config.aggregation, constant_length=max_response_tokens
-    )
+    weights = aggregate_weights(rollouts.response_cu_seqlens, config.aggregation, constant_length=max_response_tokens)
     rollouts.write("loss_weight", weights)
 
     def loss_function(outputs: Outputs, micro: PackedBatch) -> Tensor:

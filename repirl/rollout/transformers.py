@@ -45,7 +45,7 @@ class TransformersEngine:
                 for start in range(0, len(order), self.max_sequences):
                     chunk = order[start : start + self.max_sequences]
                     found = self._decode([prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
-                    responses.update(zip(chunk, found))
+                    responses.update(zip(chunk, found, strict=True))
         finally:
             self.model.train(training)
         return [responses[i] for i in range(len(prompts))]
@@ -88,7 +88,7 @@ class TransformersEngine:
             logits = self._forward(chosen[:, None], mask, cache)
         return [
             Response(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), e)
-            for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist()))
+            for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
         ]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:

@@ -61,9 +61,9 @@ def test_concatenate_keeps_common_streams():
 
 def test_errors_name_what_is_wrong():
     batch = make()
-    with pytest.raises(KeyError, match="'reward'.*'x'"):
+    with pytest.raises(KeyError, match=r"'reward'.*'x'"):
         batch.read("reward")
-    with pytest.raises(ValueError, match="6 response tokens, got shape \\(5,\\)"):
+    with pytest.raises(ValueError, match=r"6 response tokens, got shape \(5,\)"):
         batch.write("reward", torch.zeros(5))
     with pytest.raises(ValueError, match="at least one token"):
         pack([([], [1])])

@@ -30,9 +30,7 @@ def test_sampled_logprobs_are_the_trainers(model, temperature):
     sampling = Sampling(12, temperature, (END,))
     responses = engine(model).generate(PROMPTS, [sequence_seed(0, i) for i in range(5)], sampling)
     batch = pack([(p, r.token_ids) for p, r in zip(PROMPTS, responses, strict=True)])
-    learner = Learner(
-        model, OptimizerConfig(), num_updates=1, tokens_per_microbatch=999, temperature=temperature
-    )
+    learner = Learner(model, OptimizerConfig(), num_updates=1, tokens_per_microbatch=999, temperature=temperature)
     sampled = torch.tensor([x for r in responses for x in r.logprobs])
     torch.testing.assert_close(learner.score(batch)["logprob"], sampled, atol=2e-5, rtol=1e-5)
 

@@ -22,9 +22,7 @@ def slope(x: list[int], y: list[float]) -> float:
     return float((a @ b) / (a @ a))
 
 
-def two_pass_gradient(
-    table: Tensor, expert_rows: Tensor, policy_rows: Tensor, sampler: Tensor, **options
-) -> Tensor:
+def two_pass_gradient(table: Tensor, expert_rows: Tensor, policy_rows: Tensor, sampler: Tensor, **options) -> Tensor:
     """Gradient of the IRL loss at a table of rewards, by coefficients."""
     normalize = options.pop("normalize", "sequence")
     e_states, e_actions, e_cu = mdp.packed(expert_rows)
@@ -82,9 +80,7 @@ def test_importance_sampling_converges_at_the_monte_carlo_rate(kind: str) -> Non
         gradient = torch.zeros(repetitions, mdp.NUM_STATES, mdp.V, dtype=torch.float64)
         owner = groups[segments.sequence_ids(cu)]
         gradient.index_put_((owner, states, actions), c, accumulate=True)
-        gradient_errors.append(
-            float((gradient - exact_gradient).flatten(1).norm(dim=1).square().mean().sqrt())
-        )
+        gradient_errors.append(float((gradient - exact_gradient).flatten(1).norm(dim=1).square().mean().sqrt()))
         if kind == "trajectory":
             log_z = segments.log_partition(log_weights.log_weight, log_weights.bucket_ids)
             log_z_errors.append(float((log_z - exact_log_z).square().mean().sqrt()))
@@ -232,9 +228,7 @@ def test_two_passes_equal_one_through_shared_parameters(kind: str, normalize: st
         **options,
     )
     (expected,) = torch.autograd.grad(loss, table)
-    actual = two_pass_gradient(
-        table.detach(), expert_rows, policy_rows, sampler, normalize=normalize, **options
-    )
+    actual = two_pass_gradient(table.detach(), expert_rows, policy_rows, sampler, normalize=normalize, **options)
     assert float(expected.norm()) > 0.1
     close(actual, expected, 1e-12)
 
@@ -329,9 +323,7 @@ def test_order_and_micro_batches_leave_the_irl_gradient(kind: str, normalize: st
     options = {"kind": kind, "normalize": normalize}
     expected = two_pass_gradient(table, experts, rows, sampler, group_ids=groups, **options)
     order = torch.randperm(16, generator=generator)
-    actual = two_pass_gradient(
-        table, experts.flip(0), rows[order], sampler, group_ids=groups[order], **options
-    )
+    actual = two_pass_gradient(table, experts.flip(0), rows[order], sampler, group_ids=groups[order], **options)
     close(actual, expected, 1e-13)
 
     # The second pass, three rollouts at a time, through parameters.

@@ -67,7 +67,11 @@ def test_every_reward_model_trains_both_sides(tmp_path, reward):
         {"order": "policy_first", "irl": {"base_measure": "reference", "weights": "token"}},
         {"irl": {"weights": "trajectory", "target_ess": 0.5, "smooth": "psis", "truncate": 3.0}},
         {"irl": {"group": "batch", "normalize": "token", "reward_l2": 0.1, "weights": "uniform"}},
-        {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}, "data": {"answer_column": None, "eval": None}},
+        {
+            "loss": {"outcome_coefficient": 0.0},
+            "irl": {"use_outcome": False},
+            "data": {"answer_column": None, "eval": None},
+        },
         {"policy": {"updates_per_step": 2}, "prm": {"updates_per_step": 3}, "batch": {"tokens_per_microbatch": 20}},
         {"loss": {"aggregation": "constant_length", "gamma": 0.9, "clip_high": 0.3, "sampler_ratio_cap": None}},
     ],
@@ -149,9 +153,10 @@ def test_a_save_that_dies_half_way_costs_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     for target in ("repirl.dist.checkpoint._flush", "repirl.dist.checkpoint.dcp.save"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(target, die)
-            train(longer, resume=True)
+            with pytest.raises(KeyboardInterrupt):
+                train(longer, resume=True)
         assert [p.name for p in list_checkpoints(folder)] == ["step_1"]
         assert (folder / "step_2.tmp").exists()
         after = {p.relative_to(folder): p.read_bytes() for p in (folder / "step_1").rglob("*") if p.is_file()}
@@ -182,7 +187,7 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:-3]))
     from repirl.config import build_config
 
-    with pytest.raises(ConfigError, match="24 rows .* now there are 21 rows"):
+    with pytest.raises(ConfigError, match=r"24 rows .* now there are 21 rows"):
         train(build_config(values), resume=True)
 
 
@@ -220,7 +225,9 @@ def test_export_loads_as_plain_models_with_equal_outputs(tmp_path, reward):
 
 def test_outcome_decides_who_is_an_expert():
     experts = pack([([3], [4, 1])], group_ids=[-1], source=EXPERT)
-    rollouts = pack([([3], [5, 1]), ([3], [6, 1]), ([3], [7, 1])], group_ids=[0, 0, 0], outcome=[1.0, 0.0, float("nan")])
+    rollouts = pack(
+        [([3], [5, 1]), ([3], [6, 1]), ([3], [7, 1])], group_ids=[0, 0, 0], outcome=[1.0, 0.0, float("nan")]
+    )
     for batch in (experts, rollouts):
         batch.write("old_logprob", -torch.ones(batch.num_response_tokens))
     joined = irl.training_batch(experts, rollouts, use_outcome=True)

@@ -82,7 +82,7 @@ def problems(seed: int, num_steps: tuple[int, int]) -> Iterator[Problem]:
 
 def _lines(problem: Problem, values: list[int]) -> tuple[str, ...]:
     before = [problem.start, *values[:-1]]
-    work = [f"{b}{op}{n}={after}; " for b, (op, n), after in zip(before, problem.steps, values)]
+    work = [f"{b}{op}{n}={after}; " for b, (op, n), after in zip(before, problem.steps, values, strict=True)]
     return (*work, f"#### {values[-1]}")
 
 
