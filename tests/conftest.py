@@ -1,5 +1,10 @@
 """Shared by all tests: seeded, and with as many threads as the machine is tested with everywhere."""
 
+import os
+
+# Set before transformers is imported: no test may reach for a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 

@@ -83,7 +83,8 @@ _SERIES_DARK = ("#58b0ea", "#ff8f4d", "#2fc79b", "#e69ac5", "#f0c14b", "#93d3f5"
 # Reward colours from low over middle to high: vermilion and blue differ for colour-blind readers too.
 _REWARD_LIGHT = ("#c43c06", "#f3f4f6", "#0f62ab")
 _REWARD_DARK = ("#ff7f45", "#242a35", "#5cb0f5")
-_INKS = ("#0b0d12", "#ffffff")
+# Of black and white, one has a contrast of 4.58 or more with whatever shade is behind it.
+_INKS = ("#000000", "#ffffff")
 _LEVELS = 7
 _WIDTH, _HEIGHT = 520, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 46
@@ -106,11 +107,14 @@ def render(report: Report) -> str:
     missing = sorted(Report.__annotations__.keys() - report.keys())
     if missing:
         raise ValueError(f"the report lacks {', '.join(missing)}; repirl.report.html.Report says what it holds")
+    # A name has one colour on the whole page.
+    names = dict.fromkeys(series["name"] for curve in report["curves"] for series in curve["series"])
+    shades = {name: f"s{index % len(_SERIES_LIGHT)}" for index, name in enumerate(names)}
     parts = [
         _header(report),
-        _tiles(report["curves"]),
+        _tiles(report["curves"], shades),
         _table(report["table"], report["notes"]),
-        _curves(report["curves"]),
+        _curves(report["curves"], shades),
         _samples(report["samples"]),
         _details(report),
     ]
@@ -164,13 +168,14 @@ def _header(report: Report) -> str:
     )
 
 
-def _tiles(curves: Sequence[Curve]) -> str:
+def _tiles(curves: Sequence[Curve], shades: dict[str, str]) -> str:
     """The first percent chart in large figures: where each series ended and how far that is from its start."""
     curve = next((c for c in curves if c["percent"]), None)
     if curve is None:
         return ""
     tiles = []
-    for index, series in enumerate(curve["series"]):
+    for series in curve["series"]:
+        shade = shades[series["name"]]
         values = [y for y in series["y"] if _finite(y)]
         if not values:
             continue
@@ -178,14 +183,18 @@ def _tiles(curves: Sequence[Curve]) -> str:
         kind = "up" if points > 0 else "down" if points < 0 else "same"
         change = f"{'+' if points >= 0 else _MINUS}{abs(points):.1f} points"
         tiles.append(
-            f'<li class="s{index % len(_SERIES_LIGHT)}"><span class="tile-name">{_escape(series["name"])}</span>'
+            f'<li class="{shade}"><span class="tile-name">{_escape(series["name"])}</span>'
             f'<span class="tile-value">{_number(values[-1], True)}</span>'
             f'<span class="tile-change {kind}">{change} from {_number(values[0], True)}</span></li>\n'
         )
     if not tiles:
         return ""
     label = _escape(curve["title"])
-    return f'<section aria-label="{label}">\n<p class="eyebrow">{label}</p>\n<ul class="tiles">\n{"".join(tiles)}</ul>\n</section>\n'
+    listed = "".join(tiles)
+    return (
+        f'<section aria-label="{label}">\n<p class="eyebrow">{label}</p>\n'
+        f'<ul class="tiles">\n{listed}</ul>\n</section>\n'
+    )
 
 
 def _table(table: ComparisonTable, notes: Sequence[str]) -> str:
@@ -197,8 +206,7 @@ def _table(table: ComparisonTable, notes: Sequence[str]) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f'<th scope="row">{_cell(cell)}</th>' if i == 0 else f"<td>{_cell(cell)}</td>"
-            for i, cell in enumerate(row)
+            f'<th scope="row">{_cell(cell)}</th>' if i == 0 else f"<td>{_cell(cell)}</td>" for i, cell in enumerate(row)
         )
         + "</tr>\n"
         for row in table["rows"]
@@ -213,12 +221,12 @@ def _table(table: ComparisonTable, notes: Sequence[str]) -> str:
     )
 
 
-def _curves(curves: Sequence[Curve]) -> str:
-    figures = "".join(_figure(curve) for curve in curves)
+def _curves(curves: Sequence[Curve], shades: dict[str, str]) -> str:
+    figures = "".join(_figure(curve, shades) for curve in curves)
     return f'<section>\n<h2>Learning curves</h2>\n<div class="grid">\n{figures}</div>\n</section>\n' if figures else ""
 
 
-def _figure(curve: Curve) -> str:
+def _figure(curve: Curve, shades: dict[str, str]) -> str:
     points = [_points(series) for series in curve["series"]]
     finite = [p for line in points for p in line if p[1] is not None]
     legend = []
@@ -226,10 +234,10 @@ def _figure(curve: Curve) -> str:
         last = next((y for _, y in reversed(line) if y is not None), None)
         shown = "no values" if last is None else _number(last, curve["percent"])
         legend.append(
-            f'<li class="s{index % len(_SERIES_LIGHT)}" data-series="{index}" data-last="{shown}">{_key(index)}'
+            f'<li data-series="{index}" data-last="{shown}">{_key(shades[series["name"]])}'
             f"{_escape(series['name'])} <b>{shown}</b></li>"
         )
-    drawing = _drawing(curve, points) if finite else '<p class="empty">No values were recorded.</p>\n'
+    drawing = _drawing(curve, points, shades) if finite else '<p class="empty">No values were recorded.</p>\n'
     return (
         f'<figure class="card">\n<figcaption><h3>{_escape(curve["title"])}</h3>'
         f'<p class="axis">{_escape(curve["ylabel"])}<span class="at"></span></p></figcaption>\n'
@@ -241,10 +249,11 @@ def _points(series: Series) -> list[tuple[float, float | None]]:
     x, y = series["x"], series["y"]
     if len(x) != len(y):
         raise ValueError(f"series {series['name']!r} has {len(x)} x and {len(y)} y values, expected as many")
-    return [(float(a), float(b) if b is not None and _finite(b) else None) for a, b in zip(x, y) if _finite(a)]
+    known = [(a, b) for a, b in zip(x, y, strict=True) if _finite(a)]
+    return [(float(a), float(b) if b is not None and _finite(b) else None) for a, b in known]
 
 
-def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]]) -> str:
+def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]], shades: dict[str, str]) -> str:
     """The chart as SVG: grid, axes, one line a series broken at gaps, and a spot with its value for each point."""
     xs = [x for line in points for x, y in line if y is not None]
     ys = [y for line in points for _, y in line if y is not None]
@@ -278,8 +287,8 @@ def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]]) -> st
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     out.append(f'<text class="x" x="{middle:.0f}" y="{_HEIGHT - 6}">{_escape(curve["xlabel"])}</text>\n')
     out.append(f'<line class="cursor" y1="{_TOP}" y2="{base}"/>\n')
-    for index, line in enumerate(points):
-        out.append(f'<g class="s{index % len(_SERIES_LIGHT)}" data-series="{index}">\n')
+    for index, (series, line) in enumerate(zip(curve["series"], points, strict=True)):
+        out.append(f'<g class="{shades[series["name"]]}" data-series="{index}">\n')
         for run in _runs(line):
             path = " ".join(f"{h:.1f},{v:.1f}" for h, v in (place(*point) for point in run))
             out.append(f'<polyline class="line" points="{path}"/>\n')
@@ -289,7 +298,7 @@ def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]]) -> st
         for x, y in spots[:: math.ceil(len(spots) / 400)] if spots else []:
             h, v = place(x, y)
             value = _number(y, percent)
-            name = _escape(curve["series"][index]["name"])
+            name = _escape(series["name"])
             out.append(
                 f'<circle class="spot{crowded}" cx="{h:.1f}" cy="{v:.1f}" r="3.2" data-x="{_number(x)}" '
                 f'data-y="{value}"><title>{name}, {_escape(curve["xlabel"])} {_number(x)}: {value}</title></circle>\n'
@@ -310,8 +319,8 @@ def _runs(line: list[tuple[float, float | None]]) -> list[list[tuple[float, floa
     return [run for run in runs if run]
 
 
-def _key(index: int) -> str:
-    return f'<svg class="key" viewBox="0 0 26 10" aria-hidden="true"><g class="s{index % len(_SERIES_LIGHT)}">' + (
+def _key(shade: str) -> str:
+    return f'<svg class="key" viewBox="0 0 26 10" aria-hidden="true"><g class="{shade}">' + (
         '<line class="line" x1="1" x2="25" y1="5" y2="5"/><circle class="spot" cx="13" cy="5" r="3.4"/></g></svg>'
     )
 
@@ -332,16 +341,18 @@ def _samples(samples: Sequence[Sample]) -> str:
     scales = {name: reward_scale(rewards) for name, rewards in pooled.items()}
     ramp = "".join(f'<i class="{_level_class(level)}"></i>' for level in range(-_LEVELS, _LEVELS + 1))
     legend = "".join(
-        f'<li><span class="who">{_escape(name)}</span><span class="ends">{_number(centre - spread)} or less</span>'
-        f'<span class="ramp">{ramp}</span><span class="ends">{_number(centre + spread)} or more</span></li>\n'
+        f'<li><span class="who">{_escape(name)}</span>'
+        f'<span class="ends">{_number(centre - spread, digits=3)} or less</span>'
+        f'<span class="ramp">{ramp}</span><span class="ends">{_number(centre + spread, digits=3)} or more</span></li>\n'
         for name, (centre, spread) in scales.items()
     )
     cards = "".join(_sample(sample, scales) for sample in samples)
     return (
         "<section>\n<h2>Token rewards</h2>\n"
         '<p class="lead">Every token in the colour of its reward: <b class="tone low">low</b> to '
-        '<b class="tone high">high</b>, pale at the median. <u class="err">Underlined</u>: the error that was planted. '
-        "Point at a token, or tap it, for its value. Each scale spans 97% of that model\u2019s rewards here.</p>\n"
+        '<b class="tone high">high</b>, plain at the median. <u class="err">Underlined</u>: the error that was '
+        "planted. Point at a token, or tap it, for its value. "
+        "Each scale spans 97% of that model\u2019s rewards here.</p>\n"
         f'<ul class="scales">\n{legend}</ul>\n{cards}</section>\n'
     )
 
@@ -352,7 +363,7 @@ def _sample(sample: Sample, scales: dict[str, tuple[float, float]]) -> str:
         kind, text = ("good", "\u2713 right") if sample["correct"] else ("bad", "\u2717 wrong")
         badge = f'<span class="badge {kind}">{text}</span>'
     title = f"<h3>{_escape(sample['title'])}</h3>" if sample["title"] != sample["prompt"] else ""
-    prompt = f'<p class="prompt">{_visible(sample["prompt"])}</p>' if sample["prompt"] else ""
+    prompt = f'<p class="prompt">{_escape(sample["prompt"])}</p>' if sample["prompt"] else ""
     variants = "".join(_variant(variant, scales[variant["name"]]) for variant in sample["variants"])
     return (
         f'<article class="card sample">\n<div class="sample-head">{title}{prompt}{badge}</div>\n'
@@ -385,7 +396,7 @@ def _lowest(variant: Variant) -> str:
         return ""
     reward, index = min(known)
     token, span = _visible(variant["tokens"][index]), variant["error_span"]
-    text = f"lowest: <code>{token}</code> {_number(reward)}"
+    text = f"lowest: <code>{token}</code> {_number(reward, digits=3)}"
     if span is None:
         return f'<span class="lowest">{text}</span>'
     if span[0] <= index < span[1]:
@@ -447,13 +458,13 @@ def _cell(cell: str | float) -> str:
     return _escape(cell) if isinstance(cell, str) else _number(cell)
 
 
-def _number(value: float, percent: bool = False) -> str:
-    """Four significant digits, or percent with one decimal; a real minus sign."""
+def _number(value: float, percent: bool = False, digits: int = 4) -> str:
+    """Significant digits, or percent with one decimal; a real minus sign."""
     if not _finite(value):
         return "n/a" if value is None else str(float(value)).replace("-", _MINUS)
     if percent:
         return f"{100 * value:.1f}%".replace("-", _MINUS)
-    text = f"{value:.0f}" if abs(value) >= 1e4 and abs(value) < 1e9 else f"{value:.4g}"
+    text = f"{value:.0f}" if abs(value) >= 1e4 and abs(value) < 1e9 else f"{value:.{digits}g}"
     return ("0" if float(text) == 0 else text).replace("-", _MINUS)
 
 
@@ -499,7 +510,7 @@ def _channels(colour: str) -> list[int]:
 
 
 def _mix(first: str, second: str, share: float) -> str:
-    pairs = zip(_channels(first), _channels(second))
+    pairs = zip(_channels(first), _channels(second), strict=True)
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
 
 
@@ -526,6 +537,7 @@ def _style() -> str:
 
 
 _LIGHT = """color-scheme:light dark;
+--mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;
 --page:#f6f7f9;--card:#ffffff;--ink:#14171d;--soft:#5b6370;--edge:#e1e4ea;--rule:#e9ebf0;
 --good:#0a7a52;--good-back:#e0f5ec;--bad:#b23405;--bad-back:#fdeae1;--wash:#e8f1fa;"""
 
@@ -582,8 +594,9 @@ svg text{font-size:12.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .lead{color:var(--soft);max-width:62em;margin:0 0 14px}
 .tone{padding:0 7px;border-radius:4px}
 .tone.low{background:var(--qm7);color:var(--qm7-ink)}.tone.high{background:var(--qp7);color:var(--qp7-ink)}
-.scales{list-style:none;margin:0 0 16px;padding:0;display:grid;grid-template-columns:max-content max-content minmax(90px,220px) max-content;
-gap:6px 12px;font-size:13.5px;align-items:center}
+.scales{list-style:none;margin:0 0 16px;padding:0;display:grid;
+grid-template-columns:max-content max-content minmax(90px,220px) max-content;gap:6px 12px;
+font-size:13.5px;align-items:center}
 .scales li{display:contents}
 .ends{color:var(--soft);font-variant-numeric:tabular-nums}
 .ends:nth-child(2){text-align:right}
@@ -592,8 +605,7 @@ gap:6px 12px;font-size:13.5px;align-items:center}
 .who{font-weight:600}
 .sample{padding:16px 18px 18px;margin-bottom:14px}
 .sample-head{display:flex;flex-wrap:wrap;gap:6px 12px;align-items:center}
-.prompt{font:600 17px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:0;white-space:pre-wrap;
-overflow-wrap:anywhere}
+.prompt{font:600 17px/1.5 var(--mono);margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 h3+.prompt{flex-basis:100%;font-weight:400;font-size:15px}
 .badge{font-size:13px;font-weight:600;border-radius:99px;padding:2px 11px}
 .good{color:var(--good);background:var(--good-back)}.bad{color:var(--bad);background:var(--bad-back)}
@@ -602,20 +614,21 @@ h3+.prompt{flex-basis:100%;font-weight:400;font-size:15px}
 .variant-head{margin:0 0 5px;font-size:14px;display:flex;flex-wrap:wrap;gap:0 14px;align-items:baseline}
 .lowest{color:var(--soft);font-variant-numeric:tabular-nums}
 .lowest.found{color:var(--good)}
-.lowest code{font-family:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;background:var(--q0);color:var(--q0-ink);
+.lowest code{font-family:var(--mono);background:var(--q0);color:var(--q0-ink);
 padding:1px 5px;border-radius:4px}
 .read{margin-left:auto;font-weight:600;font-variant-numeric:tabular-nums}
-.tokens{font:16px/2.05 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-.t{display:inline;padding:4px 4px;border-radius:4px;margin-right:2px;-webkit-box-decoration-break:clone;box-decoration-break:clone;
-cursor:default}
+.tokens{tab-size:4;font:16px/2.05 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere}
+.t{display:inline;padding:4px 4px;border-radius:4px;margin-right:2px;
+-webkit-box-decoration-break:clone;box-decoration-break:clone;cursor:default}
 .t.on{outline:2px solid var(--ink);outline-offset:1px}
 .p{color:var(--soft)}
-.qn{background:repeating-linear-gradient(45deg,var(--q0),var(--q0) 4px,var(--edge) 4px,var(--edge) 8px);color:var(--ink)}
+.qn{color:var(--ink);
+background:repeating-linear-gradient(45deg,var(--q0),var(--q0) 4px,var(--edge) 4px,var(--edge) 8px)}
 .err{text-decoration:none;border-bottom:3px solid var(--ink);padding-bottom:6px;margin-right:2px}
 .lead .err{padding-bottom:0}
 .tokens .err .t:last-child{margin-right:0}
 .w{font-style:normal;position:relative}
-.w::before{content:"\\00b7";position:absolute;left:0;width:100%;text-align:center;opacity:.55;line-height:1}
+.w::before{content:"\\00b7";position:absolute;left:0;width:100%;text-align:center;opacity:.5}
 .w.nl::before{content:"\\21b5";position:static}
 .w.tab::before{content:"\\21e5"}
 .w.none::before{content:"\\2205";position:static}
@@ -623,17 +636,19 @@ cursor:default}
 dt{color:var(--soft);font-size:13px}dd{margin:0;overflow-wrap:anywhere}
 details{background:var(--card);border:1px solid var(--edge);border-radius:14px;margin-top:14px}
 summary{cursor:pointer;padding:13px 18px;font-weight:600}
-pre{margin:0;padding:4px 18px 18px;overflow-x:auto;font:13.5px/1.6 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
+pre{margin:0;padding:4px 18px 18px;overflow-x:auto;font:13.5px/1.6 var(--mono)}
 .k{color:var(--s0)}.c{color:var(--soft)}
 :focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 @media (max-width:620px){main{padding:28px 16px 48px}section{margin-top:34px}svg text{font-size:16px}
 .subtitle{font-size:16px}.tiles{grid-template-columns:1fr}
 .tiles li{display:grid;grid-template-columns:1fr auto;align-items:center;padding:10px 16px 12px}
 .tile-value{grid-row:1/3;grid-column:2;font-size:32px}.tile-change{font-size:13px}
-figure{padding:14px 12px 12px}.sample{padding:14px}.facts{grid-template-columns:1fr 1fr}.facts div:last-child{grid-column:1/-1}
+figure{padding:14px 12px 12px}.sample{padding:14px}.facts{grid-template-columns:1fr 1fr}
+.facts div:last-child{grid-column:1/-1}
 .scales{grid-template-columns:max-content 1fr max-content}.scales .who{grid-column:1/-1;margin-top:2px}
 th,td{padding:10px 11px}th:first-child{border-right:1px solid var(--rule)}}
-@media print{body{background:none}.card,details{break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{body{background:none}.card,details{break-inside:avoid}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 # The legend doubles as the reading of the point that the cursor is at; a token shows its value on hover and on tap.

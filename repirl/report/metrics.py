@@ -15,8 +15,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -199,10 +201,18 @@ def _sparkline(values: list[float], width: int = 32) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], console: Console | None = None) -> None:
-    """A table that is never cut, however narrow the output is."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    (console or Console()).print(table)
+    """A table whose cells are never cut or broken; where the output is narrow, its headings are stacked instead."""
+    console = console or Console()
+    for narrow in (False, True):
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(not narrow)))
+        for index, column in enumerate(columns):
+            heading = column.replace(" ", "\n") if narrow else column
+            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(str, row))
+        needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+        if needed <= console.width:
+            break
+    # Wider than the output even so: long lines are better than lost digits.
+    table.width = needed
+    console.print(table, crop=False)

@@ -1,0 +1,148 @@
+"""What the user can get wrong costs one clear message, no traceback, and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_values
+
+from repirl.cli import main
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write the tiny configuration, changed; returns its path."""
+
+    def write(**changes):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(tiny_values(tmp_path, **changes)))
+        return str(path)
+
+    return write
+
+
+def fails(capsys, *arguments):
+    """Run the command line, expect exit code 2 and one line on stderr; returns that line."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def append_row(tmp_path, row):
+    with open(tmp_path / "train.jsonl", "a") as lines:
+        lines.write(row if isinstance(row, str) else json.dumps(row) + "\n")
+
+
+def test_dry_run_prints_configuration_and_arithmetic(file, capsys):
+    assert main(["train", "--config", file(), "--dry-run", "--rollout.prompts_per_step", "5"]) == 0
+    out = capsys.readouterr().out
+    resolved, arithmetic = out.split("\n\n", 1)
+    assert yaml.safe_load(resolved)["rollout"]["prompts_per_step"] == 5
+    assert yaml.safe_load(resolved)["loss"]["process_coefficient"] == 0.05
+    assert "5 prompts x 3 samples = 15 responses" in arithmetic
+    assert "prompts: 24 loaded, 0 dropped" in arithmetic
+    assert "4 of the policy, 4 of the PRM" in arithmetic
+
+
+def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
+    path = file(steps=2)
+    assert main(["train", "--config", path]) == 0
+    capsys.readouterr()
+    assert "already holds a run" in fails(capsys, "train", "--config", path)
+    assert main(["train", "--config", path, "--resume", "--steps=3"]) == 0
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert main(["eval", "--config", path, "--checkpoint", run]) == 0
+    assert "on 4 held-out prompts" in capsys.readouterr().out
+    assert main(["export", "--checkpoint", run, "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "policy" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "prm" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--rollout.prompt_per_step", "3"], ["rollout.prompt_per_step", "did you mean 'rollout.prompts_per_step'"]),
+        (["--polcy.model", "x"], ["polcy", "did you mean 'policy'"]),
+        (["--steps", "many"], ["'steps'", "'many'", "integer"]),
+        (["--steps", "0"], ["'steps'", "0", "greater than or equal to 1"]),
+        (["--prm.reward", "vlaue"], ["'prm.reward'", "'vlaue'", "'soft_q'"]),
+        (["--rollout.samples_per_prompt", "1"], ["samples_per_prompt is 1", "2 or more"]),
+        (["--data.answer_column", "null"], ["data.answer_column is null", "irl.use_outcome: false"]),
+        (["--data.solution_column", "null"], ["data.solution_column", "data.experts"]),
+        (["--data.train", "nowhere.jsonl"], ["'nowhere.jsonl' does not exist"]),
+        (["--data.prompt_column", "question"], ["no column 'question'", "data.prompt_column", "'prompt'"]),
+        (["--data.solution_column", "proof"], ["no column 'proof'", "data.solution_column"]),
+        (["--data.max_prompt_tokens", "3"], ["row 0", "max_prompt_tokens is 3", "data.overlong: drop"]),
+        (["--data.max_prompt_tokens", "1", "--data.overlong", "drop"], ["no row is left", "24 were over"]),
+        (["--policy.model", "nowhere"], ["cannot load the tokenizer 'nowhere'"]),
+        (["--device", "cuda"], ["PyTorch sees no GPU"]),
+        (["--preset", "demmo"], ["no preset 'demmo'", "did you mean 'demo'"]),
+        (["--steps"], ["--steps has no value"]),
+        (["stray"], ["unexpected argument 'stray'"]),
+        (["--irl.temper", "0.5", "--irl.target_ess", "0.5"], ["irl.temper or irl.target_ess"]),
+    ],
+)
+def test_each_mistake_has_its_message(file, capsys, monkeypatch, arguments, parts):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    error = fails(capsys, "train", "--config", file(), *arguments)
+    for part in parts:
+        assert part in error
+
+
+def test_mistakes_in_files_have_their_messages(file, tmp_path, capsys):
+    path = file()
+    append_row(tmp_path, '{"prompt": "1+1=", "ans\n')
+    assert "line 25 is not valid JSON" in fails(capsys, "train", "--config", path)
+    path = file()
+    append_row(tmp_path, "[1, 2]\n")
+    assert "line 25 is a list, expected a JSON object" in fails(capsys, "train", "--config", path)
+    path = file()
+    append_row(tmp_path, {"prompt": "1+1=", "answer": "2"})
+    assert "line 25 has no column 'solution'" in fails(capsys, "train", "--config", path)
+    path = file()
+    (tmp_path / "train.jsonl").write_text("\n")
+    assert "is empty" in fails(capsys, "train", "--config", path)
+    Path(path).write_text("steps: [1\n")
+    assert "not valid YAML" in fails(capsys, "train", "--config", path)
+    Path(path).write_text("just text")
+    assert "must hold options by name" in fails(capsys, "train", "--config", path)
+    assert "does not exist" in fails(capsys, "train", "--config", str(tmp_path / "none.yaml"))
+    assert "give --config FILE" in fails(capsys, "train")
+
+
+def test_other_commands_report_mistakes_too(file, tmp_path, capsys):
+    assert "no checkpoint at" in fails(
+        capsys, "export", "--checkpoint", str(tmp_path / "x"), "--output", str(tmp_path / "y")
+    )
+    assert "no checkpoint at" in fails(capsys, "eval", "--config", file(), "--checkpoint", str(tmp_path / "x"))
+    assert "data.eval is not set" in fails(capsys, "eval", "--config", file(), "--data.eval", "null")
+    assert "unexpected argument '--sed'" in fails(capsys, "demo", "--sed", "1")
+    assert "--threads is 0" in fails(capsys, "demo", "--threads", "0")
+
+
+def test_a_real_process_shows_no_traceback(file):
+    path = file()
+    result = subprocess.run(
+        [sys.executable, "-m", "repirl.cli", "train", "--config", path, "--rollout.sampels", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("repirl: unknown option 'rollout.sampels'")
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("train", "demo", "eval", "export"))
+    assert main([]) == 2

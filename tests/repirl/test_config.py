@@ -1,0 +1,74 @@
+"""Configuration: who overrides whom, how values are read, what the presets hold."""
+
+import pytest
+import yaml
+
+from repirl.config import (
+    ConfigError,
+    build_config,
+    describe,
+    list_presets,
+    load_config,
+    load_preset,
+    merge,
+    parse_overrides,
+)
+
+
+def test_file_over_preset_and_override_over_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: demo\nsteps: 7\nrollout: {prompts_per_step: 5}\n")
+    config = load_config(path, ["--rollout.prompts_per_step", "6", "--loss.gamma=0.5"])
+    assert config.steps == 7
+    assert config.rollout.prompts_per_step == 6
+    assert config.loss.gamma == 0.5
+    assert config.rollout.samples_per_prompt == load_preset("demo")["rollout"]["samples_per_prompt"]
+    # The command line's preset wins over the file's.
+    assert load_config(path, ["--preset", "paper-math-3b"]).data.prompt_column == "problem"
+
+
+def test_overrides_are_read_as_yaml():
+    assert parse_overrides(["--a.b", "1", "--a.c=[1, 2]", "--d", "null", "--e", "1e-4", "--f", "true"]) == {
+        "a": {"b": 1, "c": [1, 2]},
+        "d": None,
+        "e": 1e-4,
+        "f": True,
+    }
+    assert parse_overrides(["--model", "HuggingFaceTB/SmolLM2-135M", "--x", "-1"]) == {
+        "model": "HuggingFaceTB/SmolLM2-135M",
+        "x": -1,
+    }
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_overrides(["--a", "[1"])
+
+
+def test_merge_goes_section_by_section():
+    base = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert merge(base, {"a": {"b": 9}, "e": 4}) == {"a": {"b": 9, "c": 2}, "d": 3, "e": 4}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_presets_are_valid(name):
+    config = load_config(None, ["--preset", name])
+    assert build_config(yaml.safe_load(describe(config))) == config
+
+
+def test_paper_preset_holds_the_papers_recipe():
+    config = load_config(None, ["--preset", "paper-math-3b"])
+    assert config.rollout.samples_per_prompt == 4
+    assert config.rollout.prompts_per_step == 128
+    assert (config.data.max_prompt_tokens, config.rollout.max_response_tokens) == (1536, 3000)
+    assert config.loss.outcome_coefficient == 1.0
+    assert config.loss.process_coefficient == 0.05
+    assert config.loss.entropy_coefficient == 0.001
+
+
+def test_several_problems_are_counted():
+    with pytest.raises(ConfigError, match="and 2 more problems"):
+        build_config({"steps": "x", "seed": "y", "output_dir": "o", "policy": {"model": "m"}, "data": 3})
+
+
+def test_required_options_are_named():
+    with pytest.raises(ConfigError, match=r"option 'policy\.model' is required"):
+        build_config({"steps": 1, "output_dir": "o", "policy": {}, "data": {"train": "t"}})

@@ -1,0 +1,103 @@
+"""Prompts, experts and the order they come in."""
+
+import json
+
+import pytest
+from tiny import make_model
+
+from repirl.config import ConfigError, DataConfig, ExpertFileConfig
+from repirl.data.experts import load_experts
+from repirl.data.prompts import Cursor, DataError, encode_prompt, load_prompts
+from repirl.data.tasks.arithmetic import build_tokenizer
+from repirl.models import load_tokenizer
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_and_experts_of_one_file(tmp_path):
+    tokenizer = build_tokenizer()
+    path = write(
+        tmp_path / "t.jsonl",
+        {"prompt": "1+2=", "answer": 3, "solution": "1+2=3; #### 3"},
+        {"prompt": "4-1=", "answer": "3", "solution": ["#### 3", "4-1=3; #### 3"]},
+    )
+    data = DataConfig(train=path, solution_column="solution")
+    prompts = load_prompts(data, tokenizer, "train")
+    assert [tokenizer.decode(p.token_ids) for p in prompts.prompts] == ["1+2=", "4-1="]
+    assert [p.answer for p in prompts.prompts] == ["3", "3"]
+    experts = load_experts(data, tokenizer)
+    assert [tokenizer.decode(e.response_ids) for e in experts] == [
+        "1+2=3; #### 3<eos>",
+        "#### 3<eos>",
+        "4-1=3; #### 3<eos>",
+    ]
+    assert experts[1].prompt_ids == experts[2].prompt_ids == prompts[1].token_ids
+
+
+def test_experts_of_a_file_of_their_own(tmp_path):
+    tokenizer = build_tokenizer()
+    path = write(tmp_path / "e.jsonl", {"q": "1+1=", "a": "<<1+1>>#### 2"})
+    data = DataConfig(
+        experts=ExpertFileConfig(path=path, prompt_column="q", solution_column="a"), solution_remove="<<[^>]*>>"
+    )
+    [expert] = load_experts(data, tokenizer)
+    assert tokenizer.decode(expert.prompt_ids) == "1+1="
+    assert tokenizer.decode(expert.response_ids) == "#### 2<eos>"
+
+
+def test_overlong_rows_are_an_error_or_counted(tmp_path, caplog):
+    tokenizer = build_tokenizer()
+    rows = [{"prompt": "1" * n, "answer": "1", "solution": "1" * (6 - n)} for n in (1, 5, 3)]
+    path = write(tmp_path / "t.jsonl", *rows)
+    with pytest.raises(DataError, match=r"row 1: the prompt has 5 tokens, data.max_prompt_tokens is 4"):
+        load_prompts(DataConfig(train=path, max_prompt_tokens=4), tokenizer, "train")
+    kept = load_prompts(DataConfig(train=path, max_prompt_tokens=4, overlong="drop"), tokenizer, "train")
+    assert ([p.index for p in kept.prompts], kept.num_dropped) == ([0, 2], 1)
+    assert "dropped 1 overlong rows, kept 2" in caplog.text
+    # The end token counts: a solution of 5 characters has 6 tokens.
+    data = DataConfig(train=path, solution_column="solution", max_expert_tokens=5)
+    with pytest.raises(DataError, match=r"row 0: the solution has 6 tokens"):
+        load_experts(data, tokenizer)
+
+
+def test_chat_template_and_prompt_template(tmp_path):
+    tokenizer = load_tokenizer(str(make_model(tmp_path / "m")))
+    plain = DataConfig(train="t", prompt_template="1+{prompt}=")
+    assert tokenizer.decode(encode_prompt("{2}", plain, tokenizer)).startswith("1+")
+    assert tokenizer.decode(encode_prompt("2", plain, tokenizer)) == "1+2="
+    chat = DataConfig(train="t", chat_template=True, system="0")
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompt("2", chat, tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}+{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    assert tokenizer.decode(encode_prompt("2", chat, tokenizer)) == "0+2+="
+
+
+def test_solutions_must_be_text(tmp_path):
+    path = write(tmp_path / "t.jsonl", {"prompt": "1", "answer": "1", "solution": {"steps": 3}})
+    with pytest.raises(DataError, match="expected text"):
+        load_experts(DataConfig(train=path, solution_column="solution"), build_tokenizer())
+
+
+def test_cursor_visits_every_row_once_an_epoch_and_resumes():
+    cursor = Cursor(10, seed=3)
+    first, second = cursor.next(10), cursor.next(10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    # Another batch size goes through the same order.
+    other = Cursor(10, seed=3)
+    assert [i for _ in range(5) for i in other.next(4)] == first + second
+    state = other.state_dict()
+    following = other.next(7)
+    again = Cursor(10, seed=3)
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again.next(7) == following
+    assert Cursor(10, seed=4).next(10) != first
+    # More than an epoch in one go.
+    assert sorted(Cursor(3, seed=0).next(7)[:6]) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ConfigError, match="10 rows with seed 3, now there are 9 rows"):
+        Cursor(9, seed=3).load_state_dict(state)

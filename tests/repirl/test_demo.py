@@ -1,0 +1,66 @@
+"""The demo, end to end with a few steps: every part of it, none of its learning."""
+
+import json
+
+import pytest
+
+from repirl.apps import demo
+from repirl.config import ConfigError
+from repirl.report.metrics import read_metrics
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(demo, "NUM_WARM", 40)
+    monkeypatch.setattr(demo, "NUM_SLOPPY", 40)
+    monkeypatch.setattr(demo, "NUM_TRAIN", 40)
+    monkeypatch.setattr(demo, "NUM_HELD_OUT", 10)
+    monkeypatch.setattr(demo, "NUM_PLANTED", 12)
+    monkeypatch.setattr(demo, "WARM_UP", {**demo.WARM_UP, "steps": 3})
+    monkeypatch.setattr(demo, "SLOPPY", {**demo.SLOPPY, "steps": 2})
+    few = {"steps": 2, "checkpoint": {"every": 2}, "rollout": {"prompts_per_step": 3}, "log": {"tensorboard": False}}
+    runs = {name: demo.merge(changes, few) for name, changes in demo.RUNS.items()}
+    monkeypatch.setattr(demo, "RUNS", runs)
+
+
+def test_demo_makes_its_table_and_its_page(tmp_path, short, capsys):
+    folder = tmp_path / "demo"
+    assert demo.run(str(folder), seed=1) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["columns"] == ["", "start", *demo.RUNS]
+    labels = [row[0] for row in results["rows"]]
+    for label in ("held-out accuracy", "planted error, AUROC", "planted error, first-error F1", "tokens/s"):
+        assert label in labels
+        assert label in printed
+    for name in ("rePIRL", "rePIRL, PRM only"):
+        assert 0.0 <= results["summary"][f"auroc/{name}"] <= 1.0
+    page = (folder / "report.html").read_text()
+    assert "Held-out accuracy" in page
+    assert "PRM only" in page
+    # A second demo replaces the first; another folder's files are never touched.
+    assert demo.run(str(folder), seed=2) == 0
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="exists and is no earlier demo"):
+        demo.run(str(other))
+    assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_all_runs_start_from_the_same_weights_and_prompts(tmp_path, short):
+    folder = tmp_path / "demo"
+    demo.run(str(folder), seed=1)
+    firsts = []
+    for name in demo.RUNS:
+        lines = read_metrics(f"{demo.run_config(folder, 1, name).output_dir}/metrics.jsonl")
+        firsts.append((lines[0]["eval/accuracy"], lines[1]["rollout/outcome"], lines[1]["policy/entropy"]))
+    assert firsts[0] == firsts[1] == firsts[2]
+
+
+def test_data_files_share_no_problem(tmp_path, short):
+    tests = demo.make_data(tmp_path, seed=0)
+    seen = [test.problem.prompt for test in tests]
+    for name in ("warm", "sloppy", "train", "eval"):
+        seen += [json.loads(line)["prompt"] for line in (tmp_path / "data" / f"{name}.jsonl").open()]
+    assert len(seen) == len(set(seen)) == 40 + 40 + 40 + 10 + 12
