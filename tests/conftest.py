@@ -1,4 +1,4 @@
-"""Shared by all tests: seeded, and with as many threads as the machine is tested with everywhere."""
+"""Shared by all tests: seeded, and offline."""
 
 import os
 

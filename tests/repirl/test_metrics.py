@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from repirl.report.metrics import (
     MetricsLogger,
     PhaseTimer,
     ProgressDisplay,
+    _sparkline,
     peak_memory_bytes,
     print_table,
     read_metrics,
@@ -92,7 +94,94 @@ def test_display_on_a_terminal_shows_the_newest_metrics():
     assert "2/4" in out.getvalue()
 
 
-def test_tables_are_never_cut():
+@pytest.mark.parametrize("cut", [1, 5, 16])
+def test_a_line_cut_anywhere_is_left_out(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLogger(tmp_path, tensorboard=False) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"x": step})
+    path.write_text(path.read_text()[: -1 - cut])
+    assert steps(tmp_path) == [1, 2]
+    with MetricsLogger(tmp_path, tensorboard=False, start_step=2) as logger:
+        logger.log(3, {"x": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_whole_last_line_without_its_newline_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    with MetricsLogger(tmp_path, tensorboard=False, start_step=2) as logger:
+        logger.log(3, {})
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_tensorboard_gets_every_value(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLogger(tmp_path, tensorboard=True) as logger:
+        logger.log(1, {"policy/loss": 0.25})
+        logger.log(2, {"policy/loss": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_a_long_plain_run_prints_every_twentieth_step_and_every_evaluation():
     out = io.StringIO()
-    print_table("T", ["", "a" * 30], [["x", "1234567890123456789"]], Console(file=out, width=30))
-    assert "1234567890123456789" in out.getvalue().replace("\n", "").replace("│", "").replace(" ", "")
+    with ProgressDisplay(100, "run", console=Console(file=out, width=80)) as display:
+        for step in range(1, 101):
+            display.update(step, {"eval/accuracy": 0.5} if step == 7 else {"policy/loss": 0.0})
+    found = [int(re.match(r"run (\d+)/100", line)[1]) for line in out.getvalue().splitlines()]
+    assert found == sorted([*range(5, 101, 5), 7])
+
+
+def test_an_error_inside_leaves_the_terminal_with_its_cursor():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, _environ={"TERM": "xterm"})
+
+    def fail() -> None:
+        with ProgressDisplay(3, "run", console=console) as display:
+            display.update(1, {"eval/accuracy": 0.5})
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fail()
+    text = out.getvalue()
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_sparkline_spans_its_values_and_leaves_out_what_is_not_finite():
+    assert _sparkline([0.0, float("nan"), 1.0, 0.6]) == "▁█▅"
+    assert _sparkline([2.0, 2.0]) == "▁▁"
+    assert _sparkline([1.0]) == ""
+    assert len(_sparkline([float(i) for i in range(100)])) == 32
+
+
+@pytest.mark.parametrize("width", [120, 80, 40])
+def test_no_cell_of_a_table_is_cut_or_broken(width):
+    columns = [
+        "",
+        "accuracy",
+        "error AUROC",
+        "error F1",
+        "ESS",
+        "rollout s",
+        "PRM s",
+        "policy s",
+        "tokens/s",
+        "peak MiB",
+    ]
+    rows = [
+        ["start", "26.5%", "0.712", "0.401", *["-"] * 6],
+        ["rePIRL, PRM only", "81.0%", "0.951", "0.801", "0.44", "131", "122", "112", "14801", "702"],
+    ]
+    out = io.StringIO()
+    print_table("Results", columns, rows, Console(file=out, width=width))
+    lines = out.getvalue().splitlines()
+    for row in rows:
+        assert any(line.split() == " ".join(row).split() for line in lines)
+    # The demo's ten columns fit into a log of 80.
+    if width >= 80:
+        assert max(map(len, lines)) <= width

@@ -1,0 +1,1 @@
+"""Where and how state is laid out: checkpoints."""
