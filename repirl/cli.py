@@ -88,6 +88,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from repirl.loop import train
 
     train(config, resume=options.resume)
+    print_summary(config)
     return 0
 
 
@@ -116,6 +117,22 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     for folder in export_checkpoint(options.checkpoint, options.output):
         print(folder)
     return 0
+
+
+def print_summary(config: Config) -> None:
+    """The final table: the first, best and last value of the run's key metrics, and where everything is."""
+    from pathlib import Path
+
+    from repirl.report.metrics import SHOWN, print_table, read_metrics
+
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    rows = []
+    for name, label, form in SHOWN:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if values:
+            rows.append([label, *(form.format(v) for v in (values[0], min(values), max(values), values[-1]))])
+    print_table(f"{config.objective}, {lines[-1]['step']} steps", ["", "first", "lowest", "highest", "last"], rows)
+    print(f"metrics, TensorBoard and checkpoints: {config.output_dir}")
 
 
 def batch_arithmetic(config: Config) -> str:

@@ -93,7 +93,7 @@ class RolloutConfig(Section):
 
 class IRLConfig(Section):
     weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
-        "per_decision", description="importance weights in the estimate of log Z"
+        "trajectory", description="importance weights in the estimate of log Z; trajectory is the paper's"
     )
     temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
     target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(

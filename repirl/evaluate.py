@@ -10,9 +10,9 @@ from repirl.setup import Run, build
 
 
 def verify(run: Run, response: Response, answer: str) -> float:
-    """1.0 where the response ended and its answer is right; an unfinished response has given none."""
-    text = run.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-    return math_reward(text, answer) if response.ended else 0.0
+    """1.0 where the response's final answer is right. One that ran into the length limit is judged like any
+    other: what it wrote may hold an answer; the share of such responses is the metric `rollout/truncated`."""
+    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
 
 
 def evaluate(run: Run) -> float:

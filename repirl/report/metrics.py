@@ -126,8 +126,8 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-# metric, label, format
-_SHOWN = [
+# What people look at: metric, label, format.
+SHOWN = [
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
     ("rollout/outcome", "train accuracy", "{:.1%}"),
     ("policy/entropy", "entropy (nats/token)", "{:.3f}"),
@@ -179,12 +179,12 @@ class ProgressDisplay:
             return
         every = max(1, self.total_steps // 20)
         if step % every == 0 or step == self.total_steps or "eval/accuracy" in metrics:
-            shown = [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if name in metrics]
+            shown = [f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics]
             self.console.print(f"{self.title} {step}/{self.total_steps}: {', '.join(shown)}", soft_wrap=True)
 
     def _view(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        for name, label, form in _SHOWN:
+        for name, label, form in SHOWN:
             values = self._history.get(name)
             if values:
                 table.add_row(f"  {label}", form.format(values[-1]), _sparkline(values))

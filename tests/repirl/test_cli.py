@@ -54,7 +54,9 @@ def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
     capsys.readouterr()
     assert "already holds a run" in fails(capsys, "train", "--config", path)
     assert main(["train", "--config", path, "--resume", "--steps=3"]) == 0
-    capsys.readouterr()
+    table = capsys.readouterr().out
+    assert "repirl, 3 steps" in table
+    assert all(label in table for label in ("held-out accuracy", "PRM loss", "highest"))
     run = str(tmp_path / "run")
     assert main(["eval", "--config", path, "--checkpoint", run]) == 0
     assert "on 4 held-out prompts" in capsys.readouterr().out
