@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="the whole loop in minutes, without any download", allow_abbrev=False)
     command.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: runs/demo")
     command.add_argument("--seed", type=int, default=0, help="of data, model and sampling")
-    command.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    command.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads; default 1, the model is too small for more"
+    )
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False)
@@ -94,7 +96,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
     _no_overrides(overrides)
-    if options.threads is not None and options.threads < 1:
+    if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     from repirl.apps.demo import run
 

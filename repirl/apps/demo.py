@@ -55,7 +55,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int | None = None) -> int:
+def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> int:
     """Everything, into `output_dir`; returns the exit code. ConfigError where the folder holds something else."""
     console, folder, start_time = Console(), Path(output_dir), time.perf_counter()
     if folder.exists() and any(folder.iterdir()):
@@ -64,8 +64,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int | None = 
         _remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps({"seed": seed}))
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
 
     console.print("[bold]rePIRL demo[/]: a small model with a bad habit, and three ways to lose it")
     tests = make_data(folder, seed)
