@@ -133,16 +133,16 @@ def render(report: Report) -> str:
 
 
 def reward_scale(rewards: Iterable[float]) -> tuple[float, float]:
-    """(centre, spread) of a colour scale: the median, and the 97th percentile of the distance from it.
+    """(centre, spread) of a colour scale: the median, and the 99th percentile of the distance from it.
 
-    A few extreme tokens cannot wash out the others; they saturate. Values that are not finite are left out.
+    A rare extreme token cannot wash out the others; it saturates. Values that are not finite are left out.
     """
     values = sorted(r for r in rewards if _finite(r))
     if not values:
         return 0.0, 1.0
     centre = _quantile(values, 0.5)
     distances = sorted(abs(v - centre) for v in values)
-    return centre, _quantile(distances, 0.97) or distances[-1] or 1.0
+    return centre, _quantile(distances, 0.99) or distances[-1] or 1.0
 
 
 def contrast(first: str, second: str) -> float:
@@ -352,7 +352,7 @@ def _samples(samples: Sequence[Sample]) -> str:
         '<p class="lead">Every token in the colour of its reward: <b class="tone low">low</b> to '
         '<b class="tone high">high</b>, plain at the median. <u class="err">Underlined</u>: the error that was '
         "planted. Point at a token, or tap it, for its value. "
-        "Each scale spans 97% of that model\u2019s rewards here.</p>\n"
+        "Each scale spans 99% of that model\u2019s rewards here.</p>\n"
         f'<ul class="scales">\n{legend}</ul>\n{cards}</section>\n'
     )
 
