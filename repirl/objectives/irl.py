@@ -7,6 +7,8 @@ one micro-batch while the gradient is that of the whole loss.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from repirl_kernels import (
     importance_diagnostics,
@@ -80,7 +82,7 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig) -> dict[str, float
     # Experts stand before rollouts in a training batch, so their coefficients do, too.
     assert bool((batch.source.diff() >= 0).all())
     batch.write("coefficient", torch.cat([coefficients.expert, coefficients.policy]))
-    return importance_diagnostics(
+    diagnostics = importance_diagnostics(
         log_weights,
         weights,
         rollouts.read("reward"),
@@ -88,6 +90,8 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig) -> dict[str, float
         expert_reward=experts.read("reward"),
         expert_cu_seqlens=experts.response_cu_seqlens,
     )
+    # NaN says that no group has the 21 samples that a tail fit needs: nothing is wrong, there is just no figure.
+    return {name: value for name, value in diagnostics.items() if name != "pareto_k" or not math.isnan(value)}
 
 
 def loss(batch: PackedBatch, prm: PRMConfig, config: IRLConfig) -> LossFunction:
