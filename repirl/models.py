@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from repirl.attention import PACKED, PackedLayout
 from repirl.config import ConfigError
@@ -118,6 +119,13 @@ def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+def quiet_transformers() -> None:
+    """No bars and advice of transformers between the lines of a run's own display."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ConfigError where it cannot be loaded or has no end token."""
     try:
@@ -199,6 +207,7 @@ def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) 
     """
     from repirl.dist.checkpoint import load_weights, resolve_checkpoint
 
+    quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
     written = []
     for name in ("policy", "prm"):

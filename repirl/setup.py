@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import Config, ConfigError
@@ -16,7 +14,7 @@ from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
 from repirl.dist.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from repirl.learner import Learner
-from repirl.models import load_model, load_tokenizer
+from repirl.models import load_model, load_tokenizer, quiet_transformers
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 
@@ -82,9 +80,7 @@ def needs_reference(config: Config) -> bool:
 
 def build(config: Config) -> Run:
     """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_transformers()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)

@@ -37,7 +37,7 @@ from repirl.data.tasks.arithmetic import (
 from repirl.dist.checkpoint import resolve_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
-from repirl.models import export_checkpoint, load_model
+from repirl.models import export_checkpoint, load_model, quiet_transformers
 from repirl.objectives import irl
 from repirl.report.html import write_report
 from repirl.report.metrics import print_table, read_metrics, reset_peak_memory
@@ -65,6 +65,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps({"seed": seed}))
     torch.set_num_threads(num_threads)
+    quiet_transformers()
 
     console.print("[bold]rePIRL demo[/]: a small model with a bad habit, and three ways to lose it")
     tests = make_data(folder, seed)
