@@ -133,7 +133,12 @@ def build(config: Config) -> Run:
 
 
 def check_output_dir(config: Config, resume: bool) -> Path | None:
-    """The checkpoint to resume from, None for a fresh start; ConfigError where a run would be overwritten."""
+    """The checkpoint to resume from, None for a fresh start; ConfigError where a run would be overwritten,
+    or the folder cannot be made."""
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {config.output_dir!r} cannot be made: {error.strerror}") from error
     found = list_checkpoints(Path(config.output_dir) / "checkpoints")
     if found and not resume:
         raise ConfigError(

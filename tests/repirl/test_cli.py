@@ -115,6 +115,9 @@ def test_mistakes_in_files_have_their_messages(file, tmp_path, capsys):
     assert "must hold options by name" in fails(capsys, "train", "--config", path)
     assert "does not exist" in fails(capsys, "train", "--config", str(tmp_path / "none.yaml"))
     assert "give --config FILE" in fails(capsys, "train")
+    (tmp_path / "taken").write_text("a file")
+    path = file()
+    assert "cannot be made" in fails(capsys, "train", "--config", path, "--output_dir", str(tmp_path / "taken" / "run"))
 
 
 def test_other_commands_report_mistakes_too(file, tmp_path, capsys):
