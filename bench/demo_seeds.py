@@ -1,6 +1,6 @@
 """The demo over several seeds: mean and standard error of every figure.
 
-    python bench/demo_seeds.py --seeds 5 --threads 1 --output bench/results/cpu/demo.json
+python bench/demo_seeds.py --seeds 5 --threads 1 --output bench/results/cpu/demo.json
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -66,7 +67,12 @@ def main() -> None:
             run(f"{folder}/demo", seed, options.threads)
             results.append(json.loads(Path(folder, "demo", "results.json").read_text()))
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": described, "threads": options.threads, "runs": results}
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": described,
+            "threads": options.threads,
+            "runs": results,
+        }
         options.output.write_text(json.dumps(content, indent=1) + "\n")
     text = table(results)
     options.output.with_suffix(".md").write_text(text + "\n")

@@ -50,7 +50,6 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     packed_layout: PackedLayout | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -80,7 +79,7 @@ def packed_attention(
     for index in packed_layout.groups:
         grouped = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
-            *grouped, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=k.shape[1] != q.shape[1]
+            *grouped, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed_layout.inverse)[None], None

@@ -7,13 +7,14 @@ from the working directory. Whatever is wrong with one is a `ConfigError` with o
 from __future__ import annotations
 
 import difflib
+import re
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -118,7 +119,7 @@ class LossConfig(Section):
     process_coefficient: NonNegativeFloat = Field(0.05, description="c_p (paper: 0.05 math, 0.1 code)")
     entropy_coefficient: NonNegativeFloat = Field(0.001, description="beta_H, entropy bonus (paper: 0.001)")
     gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount of process returns")
-    clip_low: NonNegativeFloat = Field(0.2, description="PPO clip below 1")
+    clip_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO clip below 1")
     clip_high: NonNegativeFloat = Field(0.2, description="PPO clip above 1")
     sampler_ratio_cap: PositiveFloat | None = Field(2.0, description="cap of pi_old / mu; null: no correction")
     kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of KL(policy, reference)")
@@ -168,6 +169,15 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @field_validator("data")
+    @classmethod
+    def _pattern_compiles(cls, data: DataConfig) -> DataConfig:
+        try:
+            re.compile(data.solution_remove or "")
+        except re.error as error:
+            raise ValueError(f"solution_remove {data.solution_remove!r} is no regular expression: {error}") from error
+        return data
+
     @model_validator(mode="after")
     def _sides_fit(self) -> Config:
         if self.objective != "sft":
@@ -191,6 +201,17 @@ class Config(Section):
             )
         if self.data.eval is not None and self.data.answer_column is None:
             raise ValueError("data.eval is set but data.answer_column is null: nothing could be judged")
+        trained = {"policy": self.policy} | ({"prm": self.prm} if self.objective == "repirl" else {})
+        for name, section in trained.items():
+            if self.dtype == "bfloat16" and section.optimizer.lr < 1e-4:
+                raise ValueError(
+                    f"dtype is bfloat16 and {name}.optimizer.lr {section.optimizer.lr}: bfloat16 weights round away "
+                    "updates below about 1e-4, so nothing would be learned; use dtype: float32"
+                )
+        if self.objective == "repirl" and self.loss.outcome_coefficient == self.loss.process_coefficient == 0:
+            raise ValueError(
+                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
+            )
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
         return self
@@ -204,7 +225,9 @@ def list_presets() -> list[str]:
 def load_preset(name: str) -> dict[str, Any]:
     """The values of a shipped preset; ConfigError with the list where there is none of that name."""
     if name not in list_presets():
-        raise ConfigError(f"there is no preset {name!r}{_nearest(name, list_presets())}; shipped: {list_presets()}")
+        raise ConfigError(
+            f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
+        )
     return yaml.safe_load((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
@@ -219,6 +242,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             raise ConfigError(f"configuration file {str(path)!r} does not exist")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
@@ -261,6 +286,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--{name} goes into {parent!r}, which another option sets to {place!r}")
         place[last] = value
     return values
 

@@ -34,7 +34,11 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
         raise ConfigError("data.eval is not set: there are no held-out prompts to evaluate on")
     path = resolve_checkpoint(checkpoint) if checkpoint is not None else None
     # Only the policy is needed, so neither a PRM nor a reference is loaded.
-    policy_only = {"objective": "rloo", "loss": config.loss.model_copy(update={"kl_coefficient": 0.0})}
+    policy_only = {
+        "objective": "rloo",
+        "loss": config.loss.model_copy(update={"kl_coefficient": 0.0}),
+        "data": config.data.model_copy(update={"train": config.data.eval}),
+    }
     run = build(config.model_copy(update=policy_only))
     if path is not None:
         load_weights(path, "policy", run.policy.model)

@@ -68,7 +68,7 @@ class Learner:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _outputs(self, batch: PackedBatch) -> Outputs:
+    def _outputs(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
         device = self.device
         arguments: dict[str, Any] = {
             "input_ids": batch.token_ids.to(device),
@@ -77,17 +77,17 @@ class Learner:
             "response_index": batch.response_index.to(device),
         }
         if hasattr(self.model, "lm_head"):
-            arguments |= {"targets": batch.response_ids.to(device), "temperature": self.temperature}
+            arguments |= {"targets": batch.response_ids.to(device), "temperature": temperature or self.temperature}
             return self.model(**arguments)._asdict()
         return {"value": self.model(**arguments)}
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch) -> Outputs:
-        """Outputs for every response token [R], on the CPU, without gradients."""
+    def score(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
+        """Outputs for every response token [R], on the CPU, without gradients; at another temperature on request."""
         collected: Outputs = {}
         for sequences in batch.microbatches(self.tokens_per_microbatch):
             positions = batch.response_positions(sequences)
-            for name, values in self._outputs(batch.select(sequences)).items():
+            for name, values in self._outputs(batch.select(sequences), temperature).items():
                 stream = collected.setdefault(name, torch.zeros(batch.num_response_tokens))
                 stream[positions] = values.float().cpu()
         return collected

@@ -64,8 +64,7 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) 
     with timer("old_logprob"):
         outputs = run.policy.score(rollouts)
         rollouts.write("old_logprob", outputs["logprob"])
-        if run.reference:
-            rollouts.write("ref_logprob", run.reference.score(rollouts)["logprob"])
+        write_reference(run, rollouts)
     mismatch = (rollouts.read("old_logprob") - rollouts.read("sampler_logprob")).abs()
     metrics |= {
         "policy/entropy": float(outputs["entropy"].mean()),
@@ -80,6 +79,14 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) 
             metrics |= update_prm(run, rollouts, timer)
     run.engine.update_weights(run.policy.model)
     return metrics
+
+
+def write_reference(run: Run, batch: PackedBatch) -> None:
+    """The frozen reference's streams: `ref_logprob` at the policy's temperature, `prm_ref_logprob` at the PRM's."""
+    if run.reference:
+        batch.write("ref_logprob", run.reference.score(batch)["logprob"])
+        if run.prm and run.config.prm.reward == "implicit":
+            batch.write("prm_ref_logprob", run.reference.score(batch, run.prm.temperature)["logprob"])
 
 
 def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]:
@@ -124,8 +131,7 @@ def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, 
     config, prm = run.config, run.prm
     with timer("prm"):
         experts = sample_experts(run)
-        if "ref_logprob" in rollouts.streams:
-            experts.write("ref_logprob", run.reference.score(experts)["logprob"])
+        write_reference(run, experts)
         # mu of an expert is unknown and not needed: experts estimate no Z.
         experts.write("old_logprob", torch.zeros(experts.num_response_tokens))
         batch = irl.training_batch(experts, rollouts, config.irl.use_outcome)

@@ -91,7 +91,7 @@ class PackedTokenClassifier:
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
     """Teach a loaded causal LM or token classifier the packed forward, in place; returns it.
 
-    TypeError where the model has neither an `lm_head` nor a `score` layer that is an nn.Linear.
+    ConfigError where the model has neither an `lm_head` nor a `score` layer that is an nn.Linear.
     """
     head = getattr(model, "lm_head", None)
     if isinstance(head, nn.Linear):
@@ -100,7 +100,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     elif isinstance(getattr(model, "score", None), nn.Linear):
         mixin = PackedTokenClassifier
     else:
-        raise TypeError(
+        raise ConfigError(
             f"{type(model).__name__} has no linear `lm_head` or `score` layer; supported are decoder models with "
             "Llama's structure (Llama, Qwen2, Qwen3, SmolLM2, Mistral, ...)"
         )
@@ -171,7 +171,32 @@ def load_model(
         model.is_quantized = False
         model.config.__dict__.pop("quantization_config", None)
     # Rotary frequencies are buffers that `.to(bfloat16)` would round, hence dtype= above and only a device here.
-    return fuse(model.to(device))
+    model = fuse(model.to(device))
+    if kind == "causal":
+        _check_packed(model, name)
+    return model
+
+
+@torch.no_grad()
+def _check_packed(model: PreTrainedModel, name: str) -> None:
+    """ConfigError where the fused head does not say what the model itself says: some architectures scale logits
+    or attention in ways of their own, and would train on wrong numbers without a word."""
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device) % model.config.vocab_size
+    training = model.training
+    model.eval()
+    with ordinary_attention(model):
+        table = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
+    layout, index = PackedLayout(torch.tensor([0, 8]), device), torch.arange(1, 8, device=device)
+    positions = torch.arange(8, device=device)
+    stats = model(ids, position_ids=positions, packed_layout=layout, response_index=index, targets=ids[1:])
+    model.train(training)
+    difference = float((stats.logprob - table.gather(1, ids[1:, None])[:, 0]).abs().max())
+    if not difference < (1e-2 if model.dtype == torch.float32 else 0.5):
+        raise ConfigError(
+            f"model {name!r} ({type(model).__name__}) computes its logits in a way that the fused head does not know: "
+            f"log-probabilities differ by {difference:.3g}; supported are Llama, Qwen2, Qwen3, SmolLM2 and their like"
+        )
 
 
 def _load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:

@@ -55,6 +55,8 @@ class Run:
         """Load a checkpoint; returns the number of finished steps."""
         step, state = load_checkpoint(path, self.learners)
         for name, cursor in {"prompts": self.prompt_cursor, "experts": self.expert_cursor}.items():
+            if cursor and name not in state:
+                raise ConfigError(f"checkpoint {str(path)!r} is of a run without {name}; it had another objective")
             if cursor:
                 cursor.load_state_dict(state[name])
         self.engine.update_weights(self.policy.model)

@@ -2,7 +2,7 @@
 
 A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's
 (forgetting more than every second carry). From that one start, three runs unlearn it: RLOO, which is told only whether
-the final answer is right; rePIRL, which is told that and sees an expert's solutions to other problems; and
+the final answer is right; rePIRL, which is told that and sees an expert's solutions to the training problems; and
 rePIRL without any verifier.
 """
 

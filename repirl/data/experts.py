@@ -36,12 +36,18 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
     experts = []
     for number, row in read_rows(path, columns):
         prompt_ids = encode_prompt(row[prompt_column], data, tokenizer)
+        if not prompt_ids:
+            raise DataError(f"{path}, row {number}: the prompt has no tokens")
         found = row[solution_column]
+        if found == []:
+            raise DataError(f"{path}, row {number}: {solution_column!r} is an empty list, expected solutions")
         for solution in found if isinstance(found, list) else [found]:
             if not isinstance(solution, str):
                 raise DataError(f"{path}, row {number}: {solution_column!r} holds {solution!r}, expected text")
             if data.solution_remove is not None:
                 solution = re.sub(data.solution_remove, "", solution)
+            if not solution.strip():
+                raise DataError(f"{path}, row {number}: {solution_column!r} holds an empty solution")
             response_ids = (*tokenizer(solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
             fits = limit.allows(
                 len(prompt_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens

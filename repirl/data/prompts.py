@@ -164,6 +164,8 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: st
             raise DataError(f"{path}, row {number}: the prompt has no tokens")
         if limit.allows(len(token_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
             answer = None if data.answer_column is None else str(row[data.answer_column])
+            if data.answer_column is not None and row[data.answer_column] is None:
+                raise DataError(f"{path}, row {number}: {data.answer_column!r} is null, expected an answer")
             prompts.append(Prompt(number, token_ids, answer))
     limit.report(len(prompts))
     return PromptSet(prompts, limit.num_dropped)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -122,7 +123,12 @@ def load_checkpoint(path: Path, learners: dict[str, Learner]) -> tuple[int, dict
         raise ConfigError(f"checkpoint {str(path)!r} has no {missing[0]!r}; it holds {sorted(content['learners'])}")
     state = _tensors(learners)
     state["rng"] = {"torch": torch.get_rng_state()}
-    dcp.load(state, checkpoint_id=path / "tensors", no_dist=True)
+    try:
+        dcp.load(state, checkpoint_id=path / "tensors", no_dist=True)
+    except CheckpointException as error:
+        raise ConfigError(
+            f"checkpoint {str(path)!r} does not fit the configured models: {str(error).strip().splitlines()[-1]}"
+        ) from error
     for name, learner in learners.items():
         set_model_state_dict(learner.model, state[name]["model"])
         set_optimizer_state_dict(learner.model, learner.optimizer, state[name]["optimizer"])

@@ -27,10 +27,10 @@ from repirl.learner import LossFunction, Outputs
 
 
 def rewards(outputs: Outputs, batch: PackedBatch, config: PRMConfig) -> Tensor:
-    """r_t of every response token [R], by `config.reward`; `implicit` reads the stream `ref_logprob`."""
+    """r_t of every response token [R], by `config.reward`; `implicit` reads the stream `prm_ref_logprob`."""
     reference = None
     if config.reward == "implicit":
-        reference = batch.read("ref_logprob").to(outputs["logprob"].device)
+        reference = batch.read("prm_ref_logprob").to(outputs["logprob"].device)
     return token_rewards(
         config.reward,
         **{name: outputs.get(name) for name in ("value", "logprob", "logsumexp", "target_logit")},

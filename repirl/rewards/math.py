@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from math_verify import parse, verify
 
 # GSM8K writes its answers behind four number signs.
 _MARKED = re.compile(r"####[ \t]*([^\n]+)")
-_DECORATION = re.compile(r"[,$%\s]")
+# A plain number as people dress it: $1,234.50, 7., -3. Lists and percentages are for math-verify.
+_PLAIN = re.compile(r"([-+]?)\s*\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s*")
 
 # math-verify reports every answer that it cannot read as an error; here that is an ordinary wrong answer.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -30,12 +31,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def _number(text: str) -> Decimal | None:
-    """A plain number, dressed as people dress numbers ($1,234.50, 20%, 7.)."""
-    try:
-        value = Decimal(_DECORATION.sub("", text).removesuffix("."))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    """The value of a plain number, None for anything else."""
+    found = _PLAIN.fullmatch(text.strip())
+    return Decimal(found[1] + found[2].replace(",", "").removesuffix(".")) if found else None
 
 
 def math_reward(response: str, answer: str) -> float:
