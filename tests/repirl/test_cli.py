@@ -86,6 +86,12 @@ def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
         (["--preset", "demmo"], ["no preset 'demmo'", "did you mean 'demo'"]),
         (["--steps"], ["--steps has no value"]),
         (["stray"], ["unexpected argument 'stray'"]),
+        (["--dtype", "bfloat16", "--policy.optimizer.lr", "1e-6"], ["bfloat16", "round away", "float32"]),
+        (["--loss.outcome_coefficient", "0", "--loss.process_coefficient", "0"], ["both 0", "no reward"]),
+        (["--loss.clip_low", "1.5"], ["'loss.clip_low'", "1.5", "less than or equal to 1"]),
+        (["--data.solution_remove", "(("], ["is no regular expression"]),
+        (["--policy", "foo", "--policy.model", "bar"], ["--policy.model", "'foo'"]),
+        (["--preset", "5"], ["no preset 5"]),
         (["--irl.temper", "0.5", "--irl.target_ess", "0.5"], ["irl.temper or irl.target_ess"]),
     ],
 )
@@ -115,6 +121,14 @@ def test_mistakes_in_files_have_their_messages(file, tmp_path, capsys):
     assert "must hold options by name" in fails(capsys, "train", "--config", path)
     assert "does not exist" in fails(capsys, "train", "--config", str(tmp_path / "none.yaml"))
     assert "give --config FILE" in fails(capsys, "train")
+    for row, message in [
+        ({"prompt": "1+1=", "answer": None, "solution": "2"}, "'answer' is null"),
+        ({"prompt": "1+1=", "answer": "2", "solution": []}, "is an empty list"),
+        ({"prompt": "1+1=", "answer": "2", "solution": " "}, "holds an empty solution"),
+    ]:
+        path = file()
+        append_row(tmp_path, row)
+        assert message in fails(capsys, "train", "--config", path)
     (tmp_path / "taken").write_text("a file")
     path = file()
     assert "cannot be made" in fails(capsys, "train", "--config", path, "--output_dir", str(tmp_path / "taken" / "run"))
@@ -128,6 +142,21 @@ def test_other_commands_report_mistakes_too(file, tmp_path, capsys):
     assert "data.eval is not set" in fails(capsys, "eval", "--config", file(), "--data.eval", "null")
     assert "unexpected argument '--sed'" in fails(capsys, "demo", "--sed", "1")
     assert "--threads is 0" in fails(capsys, "demo", "--threads", "0")
+
+
+def test_resuming_with_other_models_is_refused(file, capsys):
+    path = file(steps=1)
+    assert main(["train", "--config", path]) == 0
+    capsys.readouterr()
+    error = fails(capsys, "train", "--config", path, "--resume", "--steps=2", "--prm.reward=logprob")
+    assert "does not fit the configured models" in error
+
+
+def test_eval_needs_no_training_data(file, tmp_path, capsys):
+    experts = {"path": str(tmp_path / "train.jsonl")}
+    path = file(objective="sft", data={"train": None, "experts": experts})
+    assert main(["eval", "--config", path]) == 0
+    assert "on 4 held-out prompts" in capsys.readouterr().out
 
 
 def test_a_real_process_shows_no_traceback(file):

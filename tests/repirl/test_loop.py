@@ -244,6 +244,16 @@ def test_outcome_decides_who_is_an_expert():
     torch.testing.assert_close(coefficient[4:], torch.full((4,), 0.5))
 
 
+def test_implicit_rewards_start_at_zero_at_any_temperature(tmp_path):
+    changes = {"prm": {"reward": "implicit"}, "rollout": {"temperature": 0.5}, "irl": {"use_outcome": False}}
+    config = tiny_config(tmp_path, steps=1, **changes)
+    train(config)
+    first = metrics_of(config)[-1]
+    assert first["prm/reward_mean"] == pytest.approx(0.0, abs=1e-5)
+    assert first["prm/reward_std"] == pytest.approx(0.0, abs=1e-5)
+    assert first["rollout/sampler_mismatch_max"] < 1e-4
+
+
 def test_only_what_needs_the_reference_loads_it(tmp_path):
     assert not needs_reference(tiny_config(tmp_path))
     assert needs_reference(tiny_config(tmp_path, prm={"reward": "implicit"}))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import make_model
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GraniteConfig, GraniteForCausalLM
 
 from repirl.attention import PackedLayout
 from repirl.batch import pack
@@ -120,6 +120,15 @@ def test_nonfinite_update_is_skipped_and_counted(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
     assert ours.step(pack(PAIRS), lambda out, mb: -out["logprob"].sum())["skipped_updates"] == 1
     assert not all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path):
+    shape = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = GraniteConfig(**shape, num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0)
+    config.initializer_range = 0.5
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    with pytest.raises(ConfigError, match=r"does not know: log-probabilities differ"):
+        load_model(str(tmp_path / "granite"), kind="causal", dtype=torch.float32, device=CPU)
 
 
 def test_missing_model_is_one_clear_message(tmp_path):
