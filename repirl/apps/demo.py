@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -34,7 +35,6 @@ from repirl.data.tasks.arithmetic import (
     problems,
     sloppy_solution,
 )
-from repirl.dist.checkpoint import resolve_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import export_checkpoint, load_model, quiet_transformers
@@ -61,7 +61,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "demo.json").is_file():
             raise ConfigError(f"--output-dir {output_dir!r} exists and is no earlier demo; choose another")
-        _remove(folder)
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.json").write_text(json.dumps({"seed": seed}))
     torch.set_num_threads(num_threads)
@@ -83,7 +83,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
         train(config)
         results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
         if config.objective == "repirl":
-            export_checkpoint(resolve_checkpoint(config.output_dir), Path(config.output_dir) / "export")
+            export_checkpoint(config.output_dir, Path(config.output_dir) / "export")
             prms[name] = _frozen(Path(config.output_dir) / "export" / "prm", config)
     scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
     found = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
@@ -100,11 +100,6 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     write_report(page, report(results, columns, rows, tests, scores, run_config(folder, seed, "rePIRL"), total))
     console.print(f"The report is at [bold]{page}[/]: open it in a browser.")
     return 0
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def make_data(folder: Path, seed: int) -> list[Solution]:
