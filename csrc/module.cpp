@@ -7,18 +7,23 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <nanobind/stl/optional.h>
 
+#include "linear.h"
 #include "statistics.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 
 namespace {
 
 using repirl::Kernels;
+using repirl::LinearGradients;
+using repirl::LinearOperands;
+using repirl::ProductKernels;
 using repirl::RowGradient;
 using repirl::RowState;
 using repirl::Transform;
@@ -29,27 +34,34 @@ template <class T>
 using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bias = std::optional<Column<const float>>;
 
-const Kernels &choose_kernels() {
-#if defined(REPIRL_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return repirl::avx512::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return repirl::avx2::kernels;
-#endif
-  return repirl::baseline::kernels;
-}
-
-const Kernels *g_kernels = &choose_kernels();
-
+// Those that this machine can run, the best one last.
 std::vector<const Kernels *> available_kernels() {
   std::vector<const Kernels *> result = {&repirl::baseline::kernels};
 #if defined(REPIRL_X86)
-  const Kernels *best = &choose_kernels();
-  if (best != &repirl::baseline::kernels) result.push_back(&repirl::avx2::kernels);
-  if (best == &repirl::avx512::kernels) result.push_back(best);
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return result;
+  result.push_back(&repirl::avx2::kernels);
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return result;
+  result.push_back(&repirl::avx512::kernels);
+#if defined(REPIRL_AVX512BF16)
+  if (__builtin_cpu_supports("avx512bf16")) result.push_back(&repirl::avx512bf16::kernels);
+#endif
 #endif
   return result;
+}
+
+const Kernels *g_kernels = available_kernels().back();
+
+// Null where products are left to the caller.
+template <class T>
+const ProductKernels *choose_products() {
+#if defined(REPIRL_AVX512BF16)
+  if (g_kernels == &repirl::avx512bf16::kernels)
+    return std::is_same_v<T, float> ? &repirl::avx512bf16::products_f32 : &repirl::avx512bf16::products_bf16;
+#endif
+  return nullptr;
 }
 
 nb::list list_instruction_sets() {
@@ -68,22 +80,15 @@ void use_instruction_set(std::string_view name) {
   throw nb::value_error("this machine or build does not have that instruction set; see instruction_sets()");
 }
 
-// Threads are started for each call and joined: tens of microseconds against milliseconds of work, and no pool that
-// would have to get along with PyTorch's OpenMP or survive a fork.
 template <class Function>
 void parallel_rows(size_t num_rows, size_t num_columns, int num_threads, const Function &function) {
   constexpr size_t kMinElements = 1 << 15;  // a thread is not worth starting for less
   const size_t useful = std::max<size_t>(1, num_rows * num_columns / kMinElements);
   const size_t workers = std::min({static_cast<size_t>(std::max(1, num_threads)), useful, std::max<size_t>(1, num_rows)});
-  auto run = [&](size_t worker) {
-    const size_t end = num_rows * (worker + 1) / workers;
-    for (size_t row = num_rows * worker / workers; row < end; ++row) function(row);
-  };
-  std::vector<std::thread> threads;
-  threads.reserve(workers - 1);
-  for (size_t worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
-  run(0);
-  for (std::thread &thread : threads) thread.join();
+  repirl::run_workers(static_cast<int>(workers), [&](int worker) {
+    const size_t index = static_cast<size_t>(worker), end = num_rows * (index + 1) / workers;
+    for (size_t row = num_rows * index / workers; row < end; ++row) function(row);
+  });
 }
 
 void check_length(size_t length, size_t expected) {
@@ -154,6 +159,117 @@ void gradient(const Matrix<const T> &slab, const Matrix<T> &out, const Bias &bia
   });
 }
 
+template <class T>
+const ProductKernels &require_products() {
+  const ProductKernels *products = choose_products<T>();
+  if (products == nullptr) throw nb::value_error("this instruction set has no matrix products; see has_products()");
+  return *products;
+}
+
+using Logits = std::optional<Matrix<float>>;
+
+template <class T>
+LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias,
+                             float temperature, float softcap, const Column<const int64_t> &targets,
+                             const Logits &logits) {
+  if (hidden.stride(1) != 1 || weight.stride(1) != 1) throw nb::value_error("the operands' columns must be contiguous");
+  // A row of hidden states may be followed by a 0 that fills its last word.
+  const size_t num_features = weight.shape(1);
+  if (hidden.shape(1) != num_features && !(sizeof(T) == 2 && hidden.shape(1) == num_features + 1))
+    throw nb::value_error("hidden and weight differ in their number of features");
+  if (sizeof(T) == 2 && hidden.shape(1) % 2 != 0) throw nb::value_error("hidden must have an even number of columns");
+  if (bias) check_length(bias->shape(0), weight.shape(0));
+  check_length(targets.shape(0), hidden.shape(0));
+  if (logits) {
+    check_length(logits->shape(0), hidden.shape(0));
+    check_length(logits->shape(1), weight.shape(0));
+    if (logits->stride(1) != 1) throw nb::value_error("the logits' columns must be contiguous");
+  }
+  return {hidden.data(),
+          hidden.stride(0),
+          weight.data(),
+          weight.stride(0),
+          static_cast<int64_t>(hidden.shape(0)),
+          static_cast<int64_t>(num_features),
+          static_cast<int64_t>(weight.shape(0)),
+          make_transform(bias, temperature, softcap),
+          targets.data(),
+          logits ? logits->data() : nullptr,
+          logits ? logits->stride(0) : 0};
+}
+
+template <class T>
+void linear_forward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
+                    float softcap, const Column<const int64_t> &targets, const Column<float> &maximum,
+                    const Column<double> &total, const Column<double> &weighted, const Column<float> &target_logit,
+                    const Logits &logits, int num_threads) {
+  const ProductKernels &products = require_products<T>();
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits);
+  const size_t num_rows = hidden.shape(0);
+  for (size_t length : {maximum.shape(0), total.shape(0), weighted.shape(0), target_logit.shape(0)})
+    check_length(length, num_rows);
+  float *m = maximum.data(), *z = target_logit.data();
+  double *a = total.data(), *b = weighted.data();
+  nb::gil_scoped_release release;
+  std::vector<RowState> states(num_rows);
+  repirl::linear_forward(*g_kernels, products, operands, states.data(), z, num_threads);
+  for (size_t row = 0; row < num_rows; ++row) {
+    m[row] = states[row].maximum;
+    a[row] = states[row].total;
+    b[row] = states[row].weighted;
+  }
+}
+
+template <class T>
+void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
+                     float softcap, const Column<const int64_t> &targets, const Column<const float> &logsumexp,
+                     const Column<const float> &mean_logit, const Column<const float> &mass,
+                     const Column<const float> &onehot, const Column<const float> &slope,
+                     const std::optional<Matrix<float>> &dhidden, const std::optional<Matrix<T>> &dweight,
+                     const std::optional<Matrix<float>> &dweight_sum, const std::optional<Column<float>> &dbias,
+                     const Logits &logits, int64_t workspace_bytes, int num_threads) {
+  const ProductKernels &products = require_products<T>();
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits);
+  const size_t num_rows = hidden.shape(0);
+  for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0)})
+    check_length(length, num_rows);
+  auto check_result = [&](const auto &result, size_t rows) {
+    if (!result) return;
+    check_length(result->shape(0), rows);
+    check_length(result->shape(1), weight.shape(1));
+    if (result->stride(1) != 1 || result->stride(0) != static_cast<int64_t>(weight.shape(1)))
+      throw nb::value_error("gradients must be contiguous");
+  };
+  check_result(dhidden, num_rows);
+  check_result(dweight, weight.shape(0));
+  check_result(dweight_sum, weight.shape(0));
+  if (dbias) check_length(dbias->shape(0), weight.shape(0));
+  const LinearGradients gradients{dhidden ? dhidden->data() : nullptr, dweight ? dweight->data() : nullptr,
+                                  dweight_sum ? dweight_sum->data() : nullptr, dbias ? dbias->data() : nullptr};
+  std::vector<RowGradient> rows(num_rows);
+  for (size_t row = 0; row < num_rows; ++row)
+    rows[row] = {logsumexp.data()[row], mean_logit.data()[row], mass.data()[row], onehot.data()[row],
+                 slope.data()[row]};
+  nb::gil_scoped_release release;
+  repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, workspace_bytes, num_threads);
+}
+
+template <class T>
+void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
+  module.def(forward_name, &linear_forward<T>,
+             "Statistics of hidden @ weight.T; writes the logits before bias, softcap and temperature to `logits`.",
+             nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
+             nb::arg("targets"), nb::arg("maximum"), nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"),
+             nb::arg("logits").none(), nb::arg("num_threads"));
+  module.def(backward_name, &linear_backward<T>,
+             "Gradients: adds to `dhidden` and `dweight_sum`, overwrites `dweight` and `dbias`. With `logits`, those are "
+             "read instead of computed again.",
+             nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
+             nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
+             nb::arg("slope"), nb::arg("dhidden").none(), nb::arg("dweight").none(), nb::arg("dweight_sum").none(),
+             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -210,4 +326,8 @@ NB_MODULE(_native, module) {
       nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"), nb::arg("targets"), nb::arg("first_column"),
       nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"), nb::arg("slope"),
       nb::arg("num_threads"));
+  module.def("has_products", [] { return choose_products<float>() != nullptr; },
+             "Whether linear_forward and linear_backward run with the instruction set in use.");
+  bind_linear<float>(module, "linear_forward_f32", "linear_backward_f32");
+  bind_linear<uint16_t>(module, "linear_forward_bf16", "linear_backward_bf16");
 }

@@ -71,13 +71,17 @@ inline Exponential exponential(Vector x) {
   return {scale, r + r * r * p};
 }
 
-// exp(x), exactly 0 below -87. Comparisons are written so that NaN passes through.
-inline Vector exp_or_zero(Vector x) {
+// exp(x) for x of about 0 and below, and x bounded from below where exp(x) is exactly 0: for banned columns, x = -inf,
+// exp(x) x is then 0. NaN stays NaN in both.
+struct Power {
+  Vector exp, x;
+};
+
+inline Power power(Vector x) {
   const Integers vanishes = x < -87.0f;
-  Vector clamped = vanishes ? splat(-87.0f) : x;
-  clamped = clamped > 88.0f ? splat(88.0f) : clamped;
-  const Exponential e = exponential(clamped);
-  return vanishes ? Vector{} : e.scale + e.scale * e.fraction;
+  const Vector bounded = vanishes ? splat(-87.0f) : x;
+  const Exponential e = exponential(bounded);
+  return {vanishes ? Vector{} : e.scale + e.scale * e.fraction, bounded};
 }
 
 // tanh|x| = t / (t + 2) with t = exp(2|x|) - 1, which keeps its relative accuracy near 0.
@@ -94,7 +98,13 @@ struct Logits {
   Vector z, tanh;
 };
 
+inline bool is_identity(const Transform &transform) {
+  return transform.bias == nullptr && transform.softcap == 0.0f && transform.temperature == 1.0f;
+}
+
+template <bool kIdentity>
 inline Logits final_logits(Vector x, Vector bias, const Transform &transform) {
+  if (kIdentity) return {x, Vector{}};
   Logits result{x + bias, Vector{}};
   if (transform.softcap != 0.0f) {
     result.tanh = tanh(result.z / transform.softcap);
@@ -105,9 +115,11 @@ inline Logits final_logits(Vector x, Vector bias, const Transform &transform) {
 }
 
 inline double sum(Vector v) {
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
-  return total;
+  double lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = v[lane];
+  for (int half = kLanes / 2; half > 0; half /= 2)  // by halves: short chains of additions
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
 // Copies the last, incomplete vector of a row, filled up with `fill`.
@@ -123,8 +135,8 @@ inline Vector load_bias(const float *bias, int64_t column, int64_t num_columns) 
   return column + kLanes <= num_columns ? load(bias + column) : load_tail(bias + column, num_columns - column, 0.0f);
 }
 
-template <class T>
-void update_row(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
+template <bool kIdentity, class T>
+void update_row_as(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
                 float &target_logit) {
   const float infinity = __builtin_inff();
   alignas(64) float block[kBlock];
@@ -133,13 +145,14 @@ void update_row(const T *x, int64_t num_columns, const Transform &transform, int
     const int64_t full = count / kLanes * kLanes;
     Vector largest = splat(-infinity);
     for (int64_t i = 0; i < full; i += kLanes) {
-      const Vector z = final_logits(load(x + start + i), load_bias(transform.bias, start + i, num_columns), transform).z;
+      const Vector bias = load_bias(transform.bias, start + i, num_columns);
+      const Vector z = final_logits<kIdentity>(load(x + start + i), bias, transform).z;
       store(block + i, z);
       largest = z > largest ? z : largest;
     }
     if (full < count) {
-      Vector z = final_logits(load_tail(x + start + full, count - full, 0.0f),
-                              load_bias(transform.bias, start + full, num_columns), transform).z;
+      const Vector bias = load_bias(transform.bias, start + full, num_columns);
+      Vector z = final_logits<kIdentity>(load_tail(x + start + full, count - full, 0.0f), bias, transform).z;
       // Lanes past the end become -inf after the transform: a softcap would make them finite.
       for (int lane = (int)(count - full); lane < kLanes; ++lane) z[lane] = -infinity;
       store(block + full, z);
@@ -167,42 +180,59 @@ void update_row(const T *x, int64_t num_columns, const Transform &transform, int
     Vector total{}, weighted{};
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const Vector shifted = load(block + i) - state.maximum;
-      const Vector e = exp_or_zero(shifted);
-      total += e;
-      weighted += e == 0.0f ? Vector{} : e * shifted;  // 0 * log 0 = 0
+      const Power p = power(load(block + i) - state.maximum);
+      total += p.exp;
+      weighted += p.exp * p.x;
     }
     state.total += sum(total);
     state.weighted += sum(weighted);
   }
 }
 
+template <class T>
+void update_row(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
+                float &target_logit) {
+  const auto function = is_identity(transform) ? update_row_as<true, T> : update_row_as<false, T>;
+  function(x, num_columns, transform, target, state, target_logit);
+}
+
+template <bool kIdentity>
 inline Vector gradient(const Logits &logits, const Transform &transform, const RowGradient &row, Vector onehot) {
-  const Vector p = exp_or_zero(logits.z - row.logsumexp);
-  const Vector slope = row.mass - row.slope * (logits.z - row.mean_logit);
-  Vector dz = (p == 0.0f ? Vector{} : p * slope) + onehot;
+  const Power p = power(logits.z - row.logsumexp);
+  // z - mean_logit in two steps, both between numbers that lie close together.
+  const Vector slope = row.mass - row.slope * (p.x + (row.logsumexp - row.mean_logit));
+  Vector dz = p.exp * slope + onehot;
+  if (kIdentity) return dz;
   if (transform.temperature != 1.0f) dz = dz / transform.temperature;
   if (transform.softcap != 0.0f) dz = dz * (1.0f - logits.tanh * logits.tanh);
   return dz;
 }
 
-template <class T>
-void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
-                  const RowGradient &row) {
+template <bool kIdentity, class T>
+void gradient_row_as(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
+                     const RowGradient &row) {
   const int64_t full = num_columns / kLanes * kLanes;
   for (int64_t i = 0; i < num_columns; i += kLanes) {
     Vector onehot{};
     if (target >= i && target < i + kLanes) onehot[target - i] = row.onehot;
     const Vector bias = load_bias(transform.bias, i, num_columns);
     if (i < full) {
-      store(out + i, gradient(final_logits(load(x + i), bias, transform), transform, row, onehot));
+      store(out + i, gradient<kIdentity>(final_logits<kIdentity>(load(x + i), bias, transform), transform, row, onehot));
     } else {
       const int64_t count = num_columns - i;
+      const Logits logits = final_logits<kIdentity>(load_tail(x + i, count, 0.0f), bias, transform);
       T lanes[kLanes];
-      store(lanes, gradient(final_logits(load_tail(x + i, count, 0.0f), bias, transform), transform, row, onehot));
+      store(lanes, gradient<kIdentity>(logits, transform, row, onehot));
       for (int64_t lane = 0; lane < count; ++lane) out[i + lane] = lanes[lane];
     }
   }
+}
+
+template <class T>
+void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
+                  const RowGradient &row) {
+  const auto function = is_identity(transform) ? gradient_row_as<true, T> : gradient_row_as<false, T>;
+  function(x, out, num_columns, transform, target, row);
 }
 
 }  // namespace

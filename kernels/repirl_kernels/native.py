@@ -1,11 +1,11 @@
-"""The native CPU backend: matrix products by torch over vocabulary slabs, everything between them in C++.
+"""The native CPU backend, in C++: a tile's logits, their statistics or gradient, and the products with that.
 
-A slab of logits is made by one matrix product, and its statistics, or its gradient in place, are computed by
-the C++ module while it is still in cache. Functions have the signatures and meaning of
-:mod:`repirl_kernels.reference`.
+Where the machine has AVX-512 with bfloat16, all is done by the C++ module, tile by tile in cache. Elsewhere, and
+for float16, torch makes the matrix products over vocabulary slabs, and the C++ module what lies between them; these
+products are taken in float32, for which half-precision operands are widened slab by slab. Either way logits are
+never rounded to half precision, and gradients are accumulated in float32 and rounded once.
 
-Products are taken in float32: operands in half precision are widened slab by slab, so that their logits are
-never rounded to half precision. Gradients are accumulated in float32 over the slabs and rounded once.
+Functions have the signatures and meaning of :mod:`repirl_kernels.reference`.
 
 Axes: N rows (tokens), D features, V vocabulary, C columns of a slab.
 """
@@ -25,6 +25,8 @@ except ImportError:
 # Logits in a slab: 2**22 float32 values, 16 MiB. Smaller slabs stay nearer to the cores, but their matrix
 # products lose more than that gains.
 _SLAB_ELEMENTS = 2**22
+# Bound of the C++ module's buffers of one slab's gradient; a slab of 384 columns is the narrowest.
+_WORKSPACE_BYTES = 8 << 20
 # A product with few columns reads all of hidden for little work.
 _MIN_SLAB_COLUMNS = 1024
 
@@ -107,14 +109,27 @@ def linear_forward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    logits: Tensor | None = None,
 ) -> ForwardResult:
-    """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``, slab by slab."""
+    """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``.
+
+    ``logits``, a float32 ``[N, vocab_size]``, receives the logits before bias, softcap and temperature.
+    """
     state = _RunningStatistics(targets, temperature, softcap)
+    bias_V = None if bias is None else bias.detach().float()[:vocab_size]
+    if _has_products(hidden):
+        function = _native.linear_forward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_forward_f32
+        function(
+            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, state.softcap, state.targets,
+            state.maximum, state.total, state.weighted, state.target_logit, logits, torch.get_num_threads(),
+        )  # fmt: skip
+        return state.result()
     hidden_ND = hidden.detach().float()
-    bias_V = None if bias is None else bias.detach().float()
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         buffer = _product(hidden_ND, weight[first:last].detach().float(), buffer)
+        if logits is not None:
+            logits[:, first:last] = buffer
         state.update(buffer, None if bias_V is None else bias_V[first:last], first)
     return state.result()
 
@@ -136,8 +151,14 @@ def linear_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    logits: Tensor | None = None,
+    dweight_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``."""
+    """Gradients of ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
+
+    With ``logits`` of :func:`linear_forward`, those are not computed again; they may be overwritten. The weight's
+    gradient is added to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``.
+    """
     rows = _RowGradients(
         g_logprob,
         g_logsumexp,
@@ -149,33 +170,73 @@ def linear_backward(
         temperature,
         softcap,
     )
-    hidden_ND = hidden.detach().float()
-    bias_V = None if bias is None else bias.detach().float()
+    bias_V = None if bias is None else bias.detach().float()[:vocab_size]
     dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
-    dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_weight else None
+    dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_weight and dweight_sum is None else None
     dbias = torch.zeros(weight.shape[0], dtype=torch.float32) if need_bias else None
     if dweight is not None:
         dweight[vocab_size:] = 0
-    buffer = None
-    for first, last in _slabs(hidden.shape[0], vocab_size):
-        weight_CD = weight[first:last].detach().float()
-        buffer = _product(hidden_ND, weight_CD, buffer)
-        rows.write(buffer, buffer, None if bias_V is None else bias_V[first:last], first)
-        if dhidden is not None:
-            dhidden.addmm_(buffer, weight_CD)
-        if dweight is not None:
-            if weight.dtype == torch.float32:
-                torch.mm(buffer.T, hidden_ND, out=dweight[first:last])
-            else:
-                # Products of half-precision operands, summed over all rows in float32, rounded once.
-                torch.mm(buffer.to(weight.dtype).T, hidden.detach(), out=dweight[first:last])
-        if dbias is not None:
-            torch.sum(buffer, dim=0, out=dbias[first:last])
+    if _has_products(hidden):
+        function = _native.linear_backward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_backward_f32
+        function(
+            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, rows.softcap, rows.targets,
+            rows.logsumexp, rows.mean_logit, rows.mass, rows.onehot, rows.slope, dhidden,
+            None if dweight is None else _bits(dweight[:vocab_size]),
+            None if dweight_sum is None else dweight_sum[:vocab_size],
+            None if dbias is None else dbias[:vocab_size],
+            logits, _WORKSPACE_BYTES, torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        _backward_by_slabs(rows, hidden, weight, bias_V, vocab_size, dhidden, dweight, dweight_sum, dbias, logits)
     return (
         None if dhidden is None else dhidden.to(hidden.dtype),
         dweight,
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )
+
+
+def _backward_by_slabs(
+    rows: "_RowGradients",
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_size: int,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dweight_sum: Tensor | None,
+    dbias: Tensor | None,
+    logits: Tensor | None,
+) -> None:
+    """Fill in the gradients with torch's products."""
+    hidden_ND = hidden.detach().float()
+    buffer = None
+    for first, last in _slabs(hidden.shape[0], vocab_size):
+        weight_CD = weight[first:last].detach().float()
+        buffer = _product(hidden_ND, weight_CD, buffer) if logits is None else logits[:, first:last]
+        rows.write(buffer, buffer, None if bias is None else bias[first:last], first)
+        if dhidden is not None:
+            dhidden.addmm_(buffer, weight_CD)
+        if dweight_sum is not None:
+            dweight_sum[first:last].addmm_(buffer.T, hidden_ND)
+        elif dweight is not None and weight.dtype == torch.float32:
+            torch.mm(buffer.T, hidden_ND, out=dweight[first:last])
+        elif dweight is not None:
+            # Products of half-precision operands, summed over all rows in float32, rounded once.
+            torch.mm(buffer.to(weight.dtype).T, hidden.detach(), out=dweight[first:last])
+        if dbias is not None:
+            torch.sum(buffer, dim=0, out=dbias[first:last])
+
+
+def _has_products(operand: Tensor) -> bool:
+    """Whether the C++ module multiplies, on machines with AVX-512 for bfloat16: then nothing is ever widened."""
+    return operand.dtype != torch.float16 and _native.has_products()
+
+
+def _whole_words(hidden: Tensor) -> Tensor:
+    """The C++ module reads pairs of bfloat16 values: an odd row is filled up with 0."""
+    if hidden.dtype == torch.bfloat16 and hidden.shape[1] % 2:
+        return torch.nn.functional.pad(hidden.detach(), (0, 1))
+    return hidden
 
 
 def _slabs(num_rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:

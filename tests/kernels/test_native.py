@@ -13,7 +13,7 @@ linear_op = functools.partial(linear_token_stats, backend="native")
 logits_op = functools.partial(token_stats, backend="native")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512bf16"])
 def instruction_set(request):
     if request.param not in native.instruction_sets():
         pytest.skip(f"no {request.param} on this machine")
@@ -80,6 +80,7 @@ def test_shapes_of_real_models(num_rows, num_columns, num_features, dtype):
 
 
 def test_slabs_do_not_change_results(monkeypatch):
+    monkeypatch.setattr(native, "_has_products", lambda operand: False)
     case = linear_case(9, 777, 16, bias=True, temperature=0.5, vocab_size=770)
     whole = run_linear(linear_op, case)
     monkeypatch.setattr(native, "_SLAB_ELEMENTS", 9 * 128)
@@ -97,14 +98,44 @@ def test_bfloat16_logits_are_never_rounded():
     torch.testing.assert_close(stats.target_logit.double(), truth, rtol=1e-5, atol=1e-4)
 
 
-def test_number_of_threads_does_not_change_results():
+@pytest.fixture
+def each_num_threads():
+    def run(function):
+        before = torch.get_num_threads()
+        outcomes = []
+        for num_threads in (1, 3):
+            torch.set_num_threads(num_threads)
+            outcomes.append(function())
+        torch.set_num_threads(before)
+        return outcomes
+
+    return run
+
+
+def test_number_of_threads_does_not_change_results(each_num_threads):
     case = linear_case(64, 3000, 16)
     logits = torch.randn(64, 3000)
-    before = torch.get_num_threads()
-    outcomes = []
-    for num_threads in (1, 3):
-        torch.set_num_threads(num_threads)
-        outcomes.append(run_logits(logits_op, logits, case.targets, case.upstream))
-    torch.set_num_threads(before)
-    assert torch.equal(outcomes[0].stats, outcomes[1].stats)
-    assert torch.equal(outcomes[0].dhidden, outcomes[1].dhidden)
+    one, three = each_num_threads(lambda: run_logits(logits_op, logits, case.targets, case.upstream))
+    assert torch.equal(one.stats, three.stats)
+    assert torch.equal(one.dhidden, three.dhidden)
+
+
+@pytest.mark.skipif("avx512bf16" not in native.instruction_sets(), reason="no AVX-512 with bfloat16 on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_products_do_not_depend_on_threads_or_on_other_rows(each_num_threads, dtype):
+    # Large enough for three threads, several tasks of rows and of columns, and several slabs.
+    case = linear_case(1100, 4000, 40, dtype=dtype, bias=True)
+    one, three = each_num_threads(lambda: run_linear(linear_op, case))
+    for left, right in zip(one, three, strict=True):
+        assert torch.equal(left, right)
+    alone = linear_op(case.hidden[1003:1004], case.weight, case.targets[1003:1004], bias=case.bias)
+    assert torch.equal(torch.stack(list(alone))[:, 0], one.stats[:, 1003])
+
+
+@pytest.mark.skipif("avx512bf16" not in native.instruction_sets(), reason="no AVX-512 with bfloat16 on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 49, 47), (2, 95, 97), (513, 1000, 49), (2100, 400, 130), (8, 48, 2)])
+def test_own_products_of_any_shape(monkeypatch, shape, dtype):
+    check_linear(linear_op, linear_case(*shape, dtype=dtype, bias=True))
+    monkeypatch.setattr(native, "_WORKSPACE_BYTES", 0)  # the narrowest slabs
+    check_linear(linear_op, linear_case(*shape, dtype=dtype))

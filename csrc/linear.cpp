@@ -1,0 +1,369 @@
+// Forward and backward of the linear op: what is computed when, and by which thread.
+
+#include "linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "threads.h"
+
+namespace repirl {
+namespace {
+
+// Panels that are in use together, and the rows that pass them, should stay in the second-level cache.
+constexpr int64_t kGroupBytes = 384 << 10;
+constexpr int64_t kMaxGroupColumns = 10 * kPanelColumns;
+// The forward pass sums over these columns, then merges the sums in order. As that depends on neither the number of rows
+// nor that of threads, neither do a row's statistics, to the bit.
+constexpr int64_t kSplitColumns = 20 * kPanelColumns;
+constexpr int64_t kMinSlabColumns = 8 * kPanelColumns, kMaxSlabColumns = 42 * kPanelColumns;
+// Sizes of tasks: packing a panel costs as much as the product of a few rows, and there should be tasks for all cores.
+constexpr int64_t kTaskRows = 512, kTaskColumns = 4 * kPanelColumns;
+constexpr int64_t kDepthWords = 1024;  // summed at a time into the weight's gradient
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+struct Free {
+  void operator()(void *pointer) const { std::free(pointer); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  void *pointer = std::aligned_alloc(64, static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * sizeof(T), 64)));
+  if (pointer == nullptr) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T *>(pointer));
+}
+
+// A matrix of operands, whose type has `value_bytes`.
+struct View {
+  const void *data;
+  int64_t stride, value_bytes;
+
+  const void *at(int64_t row, int64_t column) const {
+    return static_cast<const char *>(data) + (row * stride + column) * value_bytes;
+  }
+};
+
+// The problem, and what follows from it.
+struct Problem {
+  const Kernels &kernels;
+  const ProductKernels &products;
+  const LinearOperands &operands;
+  const int64_t value_bytes = 4 / products.values_per_word;
+  const View hidden{operands.hidden, operands.hidden_stride, value_bytes};
+  const View weight{operands.weight, operands.weight_stride, value_bytes};
+  const int64_t feature_words = words(operands.num_features);
+  const int64_t group_columns = std::clamp<int64_t>(kGroupBytes / (feature_words * kPanelColumns * 4) * kPanelColumns,
+                                                    kPanelColumns, kMaxGroupColumns);
+
+  int64_t words(int64_t values) const { return divide_up(values, products.values_per_word); }
+
+  int num_workers(int num_threads) const {
+    constexpr double kMinWork = 1 << 24;  // multiplications worth a thread
+    const double work = static_cast<double>(operands.num_rows) * operands.num_columns * operands.num_features;
+    return std::max(1, static_cast<int>(std::min<double>(num_threads, work / kMinWork)));
+  }
+
+  Transform transform(int64_t first_column) const {
+    Transform result = operands.transform;
+    if (result.bias != nullptr) result.bias += first_column;
+    return result;
+  }
+};
+
+// Logits of kTileRows rows and a group of columns, in buffers of one worker.
+class LogitTile {
+ public:
+  explicit LogitTile(const Problem &problem)
+      : problem_(problem), panels_(allocate<uint32_t>(problem.feature_words * problem.group_columns)),
+        tile_(allocate<float>(kTileRows * problem.group_columns)) {}
+
+  // Chooses the columns.
+  void pack(int64_t first_column, int64_t num_columns) {
+    num_columns_ = num_columns;
+    for (int64_t column = 0; column < num_columns; column += kPanelColumns)
+      problem_.products.pack_transposed(problem_.weight.at(first_column + column, 0), problem_.weight.stride,
+                                        std::min(kPanelColumns, num_columns - column), problem_.operands.num_features,
+                                        panels_.get() + column * problem_.feature_words);
+  }
+
+  // Rows beyond the last one repeat it.
+  void multiply(int64_t first_row) {
+    const void *rows[kTileRows];
+    for (int64_t r = 0; r < kTileRows; ++r)
+      rows[r] = problem_.hidden.at(std::min(first_row + r, problem_.operands.num_rows - 1), 0);
+    for (int64_t column = 0; column < num_columns_; column += kPanelColumns)
+      problem_.products.multiply_rows(rows, panels_.get() + column * problem_.feature_words, problem_.feature_words,
+                                      tile_.get() + column, stride());
+  }
+
+  float *row(int64_t r) { return tile_.get() + r * stride(); }
+  int64_t stride() const { return problem_.group_columns; }
+
+ private:
+  const Problem &problem_;
+  Buffer<uint32_t> panels_;
+  Buffer<float> tile_;
+  int64_t num_columns_ = 0;
+};
+
+void merge(const RowState &part, RowState &state) {
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  if (part.maximum > state.maximum) {
+    if (state.maximum != kNothing) {
+      const double change = static_cast<double>(state.maximum) - part.maximum, factor = std::exp(change);
+      state.weighted = factor * (state.weighted + change * state.total);
+      state.total *= factor;
+    }
+    state.maximum = part.maximum;
+  }
+  if (part.maximum == kNothing) {
+    state.total += part.total;  // 0, or NaN
+  } else {
+    const double change = static_cast<double>(part.maximum) - state.maximum, factor = std::exp(change);
+    state.weighted += factor * (part.weighted + change * part.total);
+    state.total += factor * part.total;
+  }
+}
+
+// The gradient of one slab's logits, twice: as the left operand of the product over columns, and of that over rows.
+class SlabGradient {
+ public:
+  SlabGradient(const Problem &problem, const LinearGradients &gradients, int64_t workspace_bytes)
+      : padded_rows_(round_up(problem.operands.num_rows, kTileRows)),
+        row_words_(padded_rows_ / problem.products.values_per_word), num_columns_(choose_width(problem, workspace_bytes)),
+        rows_(allocate<char>(gradients.hidden ? padded_rows_ * num_columns_ * problem.value_bytes : 0)),
+        blocks_(allocate<uint32_t>(gradients.weight || gradients.weight_sum ? row_words_ * num_columns_ : 0)),
+        rows_view_{gradients.hidden ? rows_.get() : nullptr, num_columns_, problem.value_bytes},
+        has_blocks_(gradients.weight || gradients.weight_sum) {}
+
+  int64_t max_columns() const { return num_columns_; }
+  const View &rows() const { return rows_view_; }
+
+  // 8 columns from `column` on, from a row on: [word][8].
+  uint32_t *block(int64_t column, int64_t row_word) {
+    return has_blocks_ ? blocks_.get() + column * row_words_ + row_word * kTileRows : nullptr;
+  }
+
+  void store(const Problem &problem, LogitTile &tile, int64_t first_row, int64_t column, int64_t num_columns) {
+    problem.products.store_gradient(tile.row(0), tile.stride(), round_up(num_columns, 16),
+                                    rows_view_.data ? const_cast<void *>(rows_view_.at(first_row, column)) : nullptr,
+                                    num_columns_, block(column, first_row / problem.products.values_per_word),
+                                    row_words_ * kTileRows);
+  }
+
+ private:
+  static int64_t choose_width(const Problem &problem, int64_t workspace_bytes) {
+    const int64_t bytes_per_column = 2 * problem.value_bytes * problem.operands.num_rows;
+    const int64_t columns = std::clamp(workspace_bytes / bytes_per_column / kPanelColumns * kPanelColumns,
+                                       kMinSlabColumns, kMaxSlabColumns);
+    return std::min(columns, round_up(problem.operands.num_columns, kPanelColumns));
+  }
+
+  const int64_t padded_rows_, row_words_, num_columns_;
+  Buffer<char> rows_;
+  Buffer<uint32_t> blocks_;
+  const View rows_view_;
+  const bool has_blocks_;
+};
+
+// One worker's buffers for the products of the backward pass.
+struct Scratch {
+  explicit Scratch(const Problem &problem)
+      : logits(problem), panel(allocate<uint32_t>(std::max(kDepthWords, problem.words(kMaxSlabColumns)) * kPanelColumns)),
+        sums(allocate<float>(kTaskColumns * kPanelColumns)) {}
+
+  LogitTile logits;
+  Buffer<uint32_t> panel;
+  Buffer<float> sums;
+};
+
+// The backward pass of one slab of columns, split into tasks.
+class SlabBackward {
+ public:
+  SlabBackward(const Problem &problem, const RowGradient *rows, const LinearGradients &gradients,
+               int64_t workspace_bytes)
+      : problem_(problem), operands_(problem.operands), rows_(rows), gradients_(gradients),
+        slab_(problem, gradients, workspace_bytes), num_row_chunks_(divide_up(operands_.num_rows, kTaskRows)),
+        num_feature_panels_(divide_up(operands_.num_features, kPanelColumns)),
+        bias_sums_(gradients.bias ? static_cast<size_t>(num_row_chunks_ * slab_.max_columns()) : 0) {}
+
+  void run(Phases &phases, Scratch &scratch) {
+    for (int64_t first = 0; first < operands_.num_columns; first += slab_.max_columns()) {
+      const int64_t num_columns = std::min(slab_.max_columns(), operands_.num_columns - first);
+      const int64_t num_groups = divide_up(num_columns, problem_.group_columns);
+      phases.run(num_groups * num_row_chunks_, [&](int64_t task) {
+        compute_gradient(scratch, first, num_columns, task / num_row_chunks_, task % num_row_chunks_);
+      });
+      const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
+      const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
+      phases.run((column_chunks + row_chunks) * num_feature_panels_ + (gradients_.bias ? 1 : 0), [&](int64_t task) {
+        const int64_t panel = task % num_feature_panels_, chunk = task / num_feature_panels_;
+        if (chunk < column_chunks) {
+          sum_over_rows(scratch, first, num_columns, chunk, panel);
+        } else if (chunk < column_chunks + row_chunks) {
+          sum_over_columns(scratch, first, num_columns, chunk - column_chunks, panel);
+        } else {
+          sum_bias(first, num_columns);
+        }
+      });
+    }
+  }
+
+ private:
+  int64_t chunk_end(int64_t row_chunk) const { return std::min((row_chunk + 1) * kTaskRows, operands_.num_rows); }
+
+  void compute_gradient(Scratch &scratch, int64_t first, int64_t num_columns, int64_t group, int64_t row_chunk) {
+    LogitTile &tile = scratch.logits;
+    const int64_t column = group * problem_.group_columns;
+    const int64_t count = std::min(problem_.group_columns, num_columns - column);
+    const Transform transform = problem_.transform(first + column);
+    double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
+    if (bias_sums) std::fill_n(bias_sums, count, 0.0);
+    if (operands_.logits == nullptr) tile.pack(first + column, count);
+    for (int64_t row = row_chunk * kTaskRows; row < chunk_end(row_chunk); row += kTileRows) {
+      if (operands_.logits == nullptr) tile.multiply(row);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        float *out = tile.row(r);
+        if (row + r >= operands_.num_rows) {
+          std::fill_n(out, round_up(count, kPanelColumns), 0.0f);
+          continue;
+        }
+        const float *x = operands_.logits ? operands_.logits + (row + r) * operands_.logits_stride + first + column : out;
+        problem_.kernels.gradient_f32(x, out, count, transform, operands_.targets[row + r] - first - column,
+                                      rows_[row + r]);
+        std::fill(out + count, out + round_up(count, kPanelColumns), 0.0f);
+        if (bias_sums)
+          for (int64_t i = 0; i < count; ++i) bias_sums[i] += out[i];
+      }
+      slab_.store(problem_, tile, row, column, count);
+    }
+  }
+
+  // The weight's gradient: some of the slab's columns, one panel of features.
+  void sum_over_rows(Scratch &scratch, int64_t first, int64_t num_columns, int64_t chunk, int64_t feature_panel) {
+    const int64_t begin = chunk * kTaskColumns, end = std::min(begin + kTaskColumns, num_columns);
+    const int64_t feature = feature_panel * kPanelColumns;
+    const int64_t width = std::min(kPanelColumns, operands_.num_features - feature);
+    std::fill_n(scratch.sums.get(), kTaskColumns * kPanelColumns, 0.0f);
+    const int64_t depth = kDepthWords * problem_.products.values_per_word;
+    for (int64_t row = 0; row < operands_.num_rows; row += depth) {
+      const int64_t num_rows = std::min(depth, operands_.num_rows - row);
+      problem_.products.pack(problem_.hidden.at(row, feature), problem_.hidden.stride, num_rows, width,
+                             scratch.panel.get());
+      for (int64_t column = begin; column < end; column += kTileRows)
+        problem_.products.multiply_block(slab_.block(column, problem_.words(row)), scratch.panel.get(),
+                                         problem_.words(num_rows), scratch.sums.get() + (column - begin) * kPanelColumns);
+    }
+    for (int64_t column = begin; column < end; ++column) {
+      const float *sums = scratch.sums.get() + (column - begin) * kPanelColumns;
+      const int64_t offset = (first + column) * operands_.num_features + feature;
+      if (gradients_.weight != nullptr) {
+        problem_.products.round(sums, width, static_cast<char *>(gradients_.weight) + offset * problem_.value_bytes);
+      } else {
+        for (int64_t i = 0; i < width; ++i) gradients_.weight_sum[offset + i] += sums[i];
+      }
+    }
+  }
+
+  // The slab's share of the hidden states' gradient: some rows, one panel of features.
+  void sum_over_columns(Scratch &scratch, int64_t first, int64_t num_columns, int64_t chunk, int64_t feature_panel) {
+    const int64_t feature = feature_panel * kPanelColumns;
+    const int64_t width = std::min(kPanelColumns, operands_.num_features - feature);
+    problem_.products.pack(problem_.weight.at(first, feature), problem_.weight.stride, num_columns, width,
+                           scratch.panel.get());
+    float *tile = scratch.sums.get();
+    for (int64_t row = chunk * kTaskRows; row < chunk_end(chunk); row += kTileRows) {
+      const void *rows[kTileRows];
+      for (int64_t r = 0; r < kTileRows; ++r) rows[r] = slab_.rows().at(row + r, 0);
+      problem_.products.multiply_rows(rows, scratch.panel.get(), problem_.words(num_columns), tile, kPanelColumns);
+      for (int64_t r = 0; r < std::min(kTileRows, operands_.num_rows - row); ++r) {
+        float *out = gradients_.hidden + (row + r) * operands_.num_features + feature;
+        for (int64_t i = 0; i < width; ++i) out[i] += tile[r * kPanelColumns + i];
+      }
+    }
+  }
+
+  void sum_bias(int64_t first, int64_t num_columns) {
+    for (int64_t column = 0; column < num_columns; ++column) {
+      double total = 0.0;
+      for (int64_t chunk = 0; chunk < num_row_chunks_; ++chunk)
+        total += bias_sums_[static_cast<size_t>(chunk * slab_.max_columns() + column)];
+      gradients_.bias[first + column] = static_cast<float>(total);
+    }
+  }
+
+  const Problem &problem_;
+  const LinearOperands &operands_;
+  const RowGradient *rows_;
+  const LinearGradients &gradients_;
+  SlabGradient slab_;
+  const int64_t num_row_chunks_, num_feature_panels_;
+  std::vector<double> bias_sums_;
+};
+
+}  // namespace
+
+void linear_forward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
+                    RowState *states, float *target_logits, int num_threads) {
+  const Problem problem{kernels, products, operands};
+  const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, kSplitColumns);
+  const int64_t num_row_chunks = divide_up(num_rows, kTaskRows);
+  const RowState nothing{-std::numeric_limits<float>::infinity(), 0.0, 0.0};
+  std::vector<RowState> parts(static_cast<size_t>(num_splits * num_rows), nothing);
+  const int num_workers = problem.num_workers(num_threads);
+  std::vector<LogitTile> tiles;
+  for (int worker = 0; worker < num_workers; ++worker) tiles.emplace_back(problem);
+  Phases phases(num_workers);
+
+  auto compute_part = [&](LogitTile &tile, int64_t split, int64_t row_chunk) {
+    const int64_t begin = split * kSplitColumns, end = std::min(begin + kSplitColumns, operands.num_columns);
+    const int64_t last_row = std::min((row_chunk + 1) * kTaskRows, num_rows);
+    for (int64_t column = begin; column < end; column += problem.group_columns) {
+      const int64_t count = std::min(problem.group_columns, end - column);
+      const Transform transform = problem.transform(column);
+      tile.pack(column, count);
+      for (int64_t first = row_chunk * kTaskRows; first < last_row; first += kTileRows) {
+        tile.multiply(first);
+        for (int64_t row = first; row < std::min(first + kTileRows, last_row); ++row) {
+          const float *x = tile.row(row - first);
+          if (operands.logits != nullptr) std::copy_n(x, count, operands.logits + row * operands.logits_stride + column);
+          kernels.update_f32(x, count, transform, operands.targets[row] - column,
+                             parts[static_cast<size_t>(split * num_rows + row)], target_logits[row]);
+        }
+      }
+    }
+  };
+  run_workers(num_workers, [&](int worker) {
+    phases.run(num_splits * num_row_chunks, [&](int64_t task) {
+      compute_part(tiles[static_cast<size_t>(worker)], task / num_row_chunks, task % num_row_chunks);
+    });
+  });
+  for (int64_t row = 0; row < num_rows; ++row) {
+    states[row] = nothing;
+    for (int64_t split = 0; split < num_splits; ++split)
+      merge(parts[static_cast<size_t>(split * num_rows + row)], states[row]);
+  }
+}
+
+void linear_backward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
+                     const RowGradient *rows, const LinearGradients &gradients, int64_t workspace_bytes,
+                     int num_threads) {
+  const Problem problem{kernels, products, operands};
+  SlabBackward backward(problem, rows, gradients, workspace_bytes);
+  const int num_workers = problem.num_workers(num_threads);
+  std::vector<Scratch> scratch;
+  for (int worker = 0; worker < num_workers; ++worker) scratch.emplace_back(problem);
+  Phases phases(num_workers);
+  run_workers(num_workers, [&](int worker) { backward.run(phases, scratch[static_cast<size_t>(worker)]); });
+}
+
+}  // namespace repirl
