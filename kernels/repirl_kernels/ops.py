@@ -145,6 +145,45 @@ def linear_token_stats(
             checked when the operator runs, also under ``torch.compile``.
         RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
     """
+    operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
+    outputs = _linear_token_stats(
+        operands.hidden,
+        operands.weight,
+        operands.targets,
+        operands.bias,
+        operands.row_mask,
+        float(temperature),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        operands.vocab_size,
+        backend or "",
+    )
+    return TokenStats(*(output.reshape(targets.shape) for output in outputs[:4]))
+
+
+class LinearOperands(NamedTuple):
+    """Checked operands: rows flattened to ``[N, D]`` and ``[N]``, in the dtype of the product."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    row_mask: Tensor | None
+    vocab_size: int
+
+
+def prepare_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    row_mask: Tensor | None,
+    vocab_size: int | None,
+    backend: str | None,
+) -> LinearOperands:
+    """Check the arguments of a linear op, whose docstring names the errors, and bring them into one form."""
     _check_tensor("hidden", hidden, SUPPORTED_DTYPES)
     _check_tensor("weight", weight, SUPPORTED_DTYPES)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -164,20 +203,14 @@ def linear_token_stats(
     if bias is not None and bias.dtype != dtype:
         # A bias more precise than a half-precision product costs nothing to keep: it is added in float32.
         bias = bias.to(statistics_dtype(dtype))
-    shape = targets.shape
-    outputs = _linear_token_stats(
+    return LinearOperands(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         weight.to(dtype),
         targets.reshape(-1).to(torch.int64),
         bias,
         None if row_mask is None else row_mask.reshape(-1),
-        float(temperature),
-        None if softcap is None else float(softcap),
-        ignore_index,
         num_columns,
-        backend or "",
     )
-    return TokenStats(*(output.reshape(shape) for output in outputs[:4]))
 
 
 def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str | None = None) -> str:
