@@ -1,5 +1,6 @@
 """Fused token-statistics ops for language-model losses; see the README beside this package."""
 
+from repirl_kernels.linear_loss import TokenLoss, linear_token_loss
 from repirl_kernels.losses import (
     PolicyLoss,
     aggregate_weights,
@@ -31,6 +32,7 @@ __all__ = [
     "Coefficients",
     "LogWeights",
     "PolicyLoss",
+    "TokenLoss",
     "TokenStats",
     "aggregate_weights",
     "choose_backend",
@@ -39,6 +41,7 @@ __all__ = [
     "irl_coefficients",
     "irl_loss",
     "irl_token_loss",
+    "linear_token_loss",
     "linear_token_stats",
     "log_importance_weights",
     "log_partition",

@@ -100,14 +100,22 @@ def linear_forward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    logits: Tensor | None = None,
 ) -> ForwardResult:
-    """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``."""
+    """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``.
+
+    ``logits [N, vocab_size]``, of the dtype of the statistics, is filled with what :func:`linear_backward` can use
+    instead of computing the logits again.
+    """
     dtype = statistics_dtype(hidden.dtype)
     weight_VD = weight[:vocab_size].to(dtype)
     bias_V = None if bias is None else bias[:vocab_size].to(dtype)
     parts = []
     for rows in _row_chunks(hidden.shape[0], vocab_size):
-        z, _ = _final_logits(_product(hidden[rows].to(dtype), weight_VD, bias_V), temperature, softcap)
+        product = _product(hidden[rows].to(dtype), weight_VD, bias_V)
+        if logits is not None:
+            logits[rows] = product
+        z, _ = _final_logits(product, temperature, softcap)
         parts.append(_statistics(z, targets[rows]))
     return _concatenate(parts)
 
@@ -129,20 +137,27 @@ def linear_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    logits: Tensor | None = None,
+    dweight_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
-    Sums over rows are accumulated in float32 (float64 for float64 operands) and rounded once.
+    Sums over rows are accumulated in float32 (float64 for float64 operands) and rounded once. With ``logits``, which
+    :func:`linear_forward` filled and which may be overwritten here, these are not computed again. With
+    ``dweight_sum [V, D]``, of the dtype of the statistics, the weight's gradient is added to that and ``None`` here.
     """
     dtype = statistics_dtype(hidden.dtype)
     weight_VD = weight[:vocab_size].to(dtype)
     bias_V = None if bias is None else bias[:vocab_size].to(dtype)
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need_weight else None
+    dweight = dweight_sum
+    if need_weight and dweight_sum is None:
+        dweight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     dbias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None
     for rows in _row_chunks(hidden.shape[0], vocab_size):
         hidden_ND = hidden[rows].to(dtype)
-        z, tanh = _final_logits(_product(hidden_ND, weight_VD, bias_V), temperature, softcap)
+        product = _product(hidden_ND, weight_VD, bias_V) if logits is None else logits[rows]
+        z, tanh = _final_logits(product, temperature, softcap)
         dz = _gradient(
             z, targets[rows], g_logprob[rows], g_logsumexp[rows], g_target_logit[rows], g_entropy[rows],
             logsumexp[rows], mean_logit[rows], temperature, tanh,
@@ -153,8 +168,7 @@ def linear_backward(
             dweight[:vocab_size].addmm_(dz.T, hidden_ND)
         if dbias is not None:
             dbias[:vocab_size] += dz.sum(dim=0)
-    if dweight is not None:
-        dweight = dweight.to(weight.dtype)
+    dweight = None if dweight is None or dweight_sum is not None else dweight.to(weight.dtype)
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
     return dhidden, dweight, dbias

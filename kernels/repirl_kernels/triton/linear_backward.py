@@ -25,6 +25,7 @@ from .linear_forward import (
     logits_tile,
     operand_alignment,
 )
+from .logits import logits_backward
 from .rows import logit_gradient, soft_cap
 
 
@@ -179,9 +180,14 @@ def linear_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    logits: Tensor | None = None,
+    dweight_sum: Tensor | None = None,
     slab_bytes: int = tiles.SLAB_BYTES,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dhidden [N, D], dweight [V, D], dbias [V])`` in the operands' dtypes, ``None`` where not needed.
+
+    With ``logits`` that :func:`linear_forward` wrote out, these are not computed again. The weight's gradient is added
+    to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then ``None`` here.
 
     The gradients of the four statistics, ``logsumexp`` and ``mean_logit`` are float32 ``[N]``. ``slab_bytes``
     bounds the one buffer that grows with N·V (at least one tile of columns is held).
@@ -214,26 +220,38 @@ def linear_backward(
     )
 
     buffer = torch.empty(
-        (num_rows, width), dtype=tiles.gradient_dtype(hidden.dtype, interpreted), device=hidden.device
+        (num_rows, width if logits is None else 0),
+        dtype=tiles.gradient_dtype(hidden.dtype, interpreted),
+        device=hidden.device,
     )
     dhidden = (
         torch.zeros((num_rows, hidden_size), dtype=torch.float32, device=hidden.device)
         if need_hidden
         else None
     )
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
+    dweight = None
+    if need_weight and dweight_sum is None:
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device) if need_bias else None
     if dweight is not None:
         dweight[vocab_size:] = 0
     for start in range(0, vocab_size, width):
         stop = min(start + width, vocab_size)
-        tiles.launch(
-            linear_dlogits_kernel,
-            triton.cdiv(num_rows, tile.block_rows) * triton.cdiv(stop - start, tile.block_vocab),
-            dict(**arguments, dlogits_ptr=buffer, slab_start=start, slab_stop=stop),
-            constants,
-        )
-        dlogits = buffer[:, : stop - start].to(hidden.dtype)
+        if logits is not None:
+            dlogits = logits_backward(
+                g_logprob, g_logsumexp, g_target_logit, g_entropy, logits[:, start:stop], targets - start, logsumexp,
+                mean_logit, temperature, softcap, stop - start, hidden.dtype,
+            )  # fmt: skip
+        else:
+            tiles.launch(
+                linear_dlogits_kernel,
+                triton.cdiv(num_rows, tile.block_rows) * triton.cdiv(stop - start, tile.block_vocab),
+                dict(**arguments, dlogits_ptr=buffer, slab_start=start, slab_stop=stop),
+                constants,
+            )
+            dlogits = buffer[:, : stop - start].to(hidden.dtype)
+        if dweight_sum is not None:
+            _accumulate_product(dweight_sum[start:stop], dlogits.T, hidden)
         if dweight is not None:
             _product_into(dweight[start:stop], dlogits.T, hidden)
         if dhidden is not None:

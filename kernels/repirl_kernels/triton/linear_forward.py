@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .logits import merge_splits
+from .logits import logits_forward, merge_splits
 from .rows import exponentials, rescale, soft_cap
 
 
@@ -203,14 +203,23 @@ def linear_forward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(logprob, logsumexp, target_logit, entropy, mean_logit)``, each ``[N]``; see :func:`merge_splits`.
 
     ``hidden [N, D]`` and ``weight [V, D]`` have one dtype (float32, float16 or bfloat16; else TypeError) and
     contiguous features; ``targets [N]`` are int64 in ``[0, vocab_size)``; weights and bias from
     ``vocab_size`` on are not read.
+
+    With ``logits``, float32 ``[N, vocab_size]``, these are written out, bias included, for a backward pass that shall
+    not compute them again; then the vendor's product makes them.
     """
     tiles.check_dtype("hidden", hidden)
+    if logits is not None:
+        _logits_into(logits, hidden, weight[:vocab_size])
+        if bias is not None:
+            logits += bias[:vocab_size]
+        return logits_forward(logits, targets, temperature, softcap, vocab_size)
     num_rows, hidden_size = hidden.shape
     interpreted = tiles.is_interpreted(linear_forward_kernel)
     arch = tiles.architecture(hidden.device, interpreted)
@@ -240,6 +249,13 @@ def linear_forward(
         linear_constants(tile, align, bias is not None, softcap is not None, interpreted),
     )
     return merge_splits(partials, num_rows, num_splits)
+
+
+def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+    else:
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
 
 
 def operand_alignment(hidden: Tensor, weight: Tensor) -> int:

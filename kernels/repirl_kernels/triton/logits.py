@@ -170,15 +170,20 @@ def logits_backward(
     temperature: float,
     softcap: float | None,
     vocab_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of ``logits [N, V]``, in their dtype, from the statistics' float32 ``[N]`` gradients."""
+    """Gradient of ``logits [N, V]``, in ``dtype`` or theirs, from the statistics' float32 ``[N]`` gradients.
+
+    A target outside ``[0, V)`` belongs to columns that are not here.
+    """
+    dtype = dtype or logits.dtype
     num_rows, num_columns = logits.shape
     interpreted = tiles.is_interpreted(logits_backward_kernel)
     arch = tiles.architecture(logits.device, interpreted)
     tile = tiles.row_tile(arch, softcap is not None)
     align = min(tiles.alignment(logits, vocab_size), tiles.alignment(logits, num_columns))
     dlogits = torch.empty(
-        (num_rows, num_columns), dtype=tiles.gradient_dtype(logits.dtype, interpreted), device=logits.device
+        (num_rows, num_columns), dtype=tiles.gradient_dtype(dtype, interpreted), device=logits.device
     )
     tiles.launch(
         logits_backward_kernel,
@@ -202,7 +207,7 @@ def logits_backward(
         ),
         _backward_constants(tile, align, softcap is not None),
     )
-    return dlogits.to(logits.dtype)
+    return dlogits.to(dtype)
 
 
 def merge_splits(
@@ -240,17 +245,19 @@ def merge_splits(
 def variants(arch: str) -> Iterator[tiles.Variant]:
     """Every specialisation of this module's kernels that can be launched on ``arch``."""
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        pointers = {"logits_ptr": dtype, "dlogits_ptr": dtype}
         for align in (16 // itemsize, 1):
             for softcap in (False, True):
                 tile = tiles.row_tile(arch, softcap)
                 label = " ".join([dtype] + ["softcap"] * softcap + ["unaligned"] * (align == 1))
                 divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)
-                for kernel, constants in (
-                    (logits_forward_kernel, _forward_constants(tile, align, softcap)),
-                    (logits_backward_kernel, _backward_constants(tile, align, softcap)),
-                ):
-                    yield tiles.Variant.of(kernel, label, pointers, constants, divisible)
+                forward = _forward_constants(tile, align, softcap)
+                yield tiles.Variant.of(logits_forward_kernel, label, {"logits_ptr": dtype}, forward, divisible[1:])
+                # float32 logits that were kept have gradients in the operands' dtype.
+                for gradient in ("bf16", "fp16", "fp32") if dtype == "fp32" else (dtype,):
+                    pointers = {"logits_ptr": dtype, "dlogits_ptr": gradient}
+                    constants = _backward_constants(tile, align, softcap)
+                    suffix = "" if gradient == dtype else f" to {gradient}"
+                    yield tiles.Variant.of(logits_backward_kernel, label + suffix, pointers, constants, divisible)
     yield tiles.Variant.of(merge_splits_kernel, "fp32", {"logsumexp_ptr": "fp64"}, _merge_constants(), [])
 
 

@@ -1,0 +1,438 @@
+"""``linear_token_loss``: a loss of token statistics whose gradients are computed while the logits are at hand.
+
+A chunk of rows gives logits, these statistics, these the loss and its derivatives, these the gradient of the logits
+and with it those of hidden states and weights, all in the forward pass. That takes three products of the size of the
+logits; ``linear_token_stats`` followed by ``backward()`` takes four, because it has to compute the logits again.
+The price is memory: the logits of one chunk, and, for half-precision weights and more than one chunk, the sum of the
+weight's gradient in float32.
+
+Axes: N rows (tokens), D features, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repirl_kernels.ops import (
+    LinearOperands,
+    TokenStats,
+    _backend_module,
+    _check_target_values,
+    _contiguous,
+    _empty_stats,
+    _fold_upstream,
+    _kept_rows,
+    _live_rows,
+    _put,
+    _refuse_double_backward,
+    _row_indices,
+    _split_logsumexp,
+    _take,
+    prepare_linear,
+)
+from repirl_kernels.reference import statistics_dtype
+
+# Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
+_CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
+
+
+class TokenLoss(NamedTuple):
+    """What :func:`linear_token_loss` returns."""
+
+    loss: Tensor
+    """Sum of ``token_loss``, without axes: the one to call ``backward()`` of."""
+    token_loss: Tensor
+    """``[*]``, what the loss function returned, 0 in rows that are ignored; detached."""
+    stats: TokenStats
+    """Statistics ``[*]`` of all rows, detached."""
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_fn: Callable[[TokenStats, slice], Tensor],
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    row_mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    main_grad: Tensor | None = None,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> TokenLoss:
+    """The sum of a per-token loss of the statistics, and its gradients at once: three products instead of four.
+
+    ``loss_fn`` may be any differentiable function of the four statistics of each row. It is called once for each chunk
+    of rows, with their statistics and the range of rows that they are, so that it can take its share of advantages or
+    old log-probabilities. It must return each row's loss by itself; weights and normalisers belong into it::
+
+        def loss_fn(stats, rows):
+            ratio = torch.exp(stats.logprob - old_logprob[rows])
+            return -ratio * advantage[rows] / num_tokens - 0.01 / num_tokens * stats.entropy
+
+        linear_token_loss(hidden, weight, targets, loss_fn).loss.backward()
+
+    Gradients are those of ``linear_token_stats`` followed by the same loss. If none is wanted (``torch.no_grad()``, no
+    argument requires one), none is computed.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, backend: as in
+            :func:`repirl_kernels.linear_token_stats`.
+        loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are :class:`TokenStats` of ``[R]``, ``rows`` is a
+            ``slice`` of the flattened rows of length R. Ignored rows hold 0 there, and their losses do not count. It
+            is differentiated with respect to ``stats`` only, by ``torch.func.vjp``.
+        main_grad: float32 ``[V, D]``, the weight's gradient accumulator where one is kept beside ``weight.grad``
+            (Megatron's ``weight.main_grad``). The weight's gradient is added to it in the forward pass, without a buffer
+            of its own, and ``weight`` gets none from autograd. ``backward()`` must then start from the loss as it is
+            (an upstream gradient of 1): scale it in ``loss_fn``.
+        chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
+
+    Returns:
+        :class:`TokenLoss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`repirl_kernels.linear_token_stats`.
+        ValueError: ``loss_fn`` returns another shape, or uses a tensor that requires a gradient (it would silently
+            get none: detach it); ``main_grad`` has another shape or dtype; ``chunk_bytes`` is not positive.
+        RuntimeError: in backward, an upstream gradient other than 1 with ``main_grad``.
+    """
+    operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
+    if chunk_bytes is None:
+        chunk_bytes = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_GPU
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
+    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != torch.float32):
+        raise ValueError(
+            f"main_grad must be float32 of the weight's shape {tuple(weight.shape)}, got {main_grad.dtype} of "
+            f"{tuple(main_grad.shape)}"
+        )
+    dtype = statistics_dtype(operands.hidden.dtype)
+    if operands.bias is not None:
+        operands = operands._replace(bias=operands.bias.to(dtype))  # sums over chunks are rounded once
+    options = _Options(float(temperature), softcap, ignore_index, operands.vocab_size, backend or "")
+    leaves = (operands.hidden, operands.weight, operands.bias)
+    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    num_rows = operands.hidden.shape[0]
+    max_rows = max(1, chunk_bytes // (operands.vocab_size * dtype.itemsize))
+    num_chunks = 1 if num_rows <= max_rows else -(-num_rows // max_rows)
+    step = -(-num_rows // num_chunks)
+    with torch.no_grad():
+        weight_sum = main_grad
+        if needs[1] and main_grad is None and num_chunks > 1:
+            weight_sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        logits = torch.empty((step, operands.vocab_size), dtype=dtype, device=hidden.device)
+        chunks = []
+        for chunk in range(num_chunks):
+            rows = slice(chunk * step, min((chunk + 1) * step, num_rows))
+            chunks.append(_run_chunk(operands, rows, loss_fn, logits, weight_sum, options, needs))
+        token_loss, *stats = (torch.cat(column) for column in zip(*(chunk.values for chunk in chunks), strict=True))
+        loss = token_loss.sum()
+        if any(needs):
+            dhidden = torch.cat([chunk.dhidden for chunk in chunks])
+            dweight = chunks[0].dweight if weight_sum is None else weight_sum.to(operands.weight.dtype)
+            dbias = torch.stack([chunk.dbias for chunk in chunks]).sum(dim=0)
+    if any(needs):
+        loss = _attach_gradients(
+            loss,
+            operands.hidden,
+            operands.weight,
+            operands.bias,
+            dhidden,
+            dweight if main_grad is None else None,
+            dbias,
+        )
+    shape = targets.shape
+    return TokenLoss(loss, token_loss.reshape(shape), TokenStats(*(column.reshape(shape) for column in stats)))
+
+
+class _Options(NamedTuple):
+    """The last arguments of the operators on chunks."""
+
+    temperature: float
+    softcap: float | None
+    ignore_index: int
+    vocab_size: int
+    backend: str
+
+
+class _Chunk(NamedTuple):
+    """One chunk's loss and four statistics, each ``[R]``, and gradients; those not needed are empty tensors."""
+
+    values: tuple[Tensor, ...]
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def _run_chunk(
+    operands: LinearOperands,
+    rows: slice,
+    loss_fn: Callable[[TokenStats, slice], Tensor],
+    logits: Tensor,
+    weight_sum: Tensor | None,
+    options: _Options,
+    needs: list[bool],
+) -> _Chunk:
+    hidden, targets = operands.hidden[rows], operands.targets[rows]
+    row_mask = None if operands.row_mask is None else operands.row_mask[rows]
+    buffer = logits[: hidden.shape[0]]
+    *stats, logsumexp_low = _chunk_forward(
+        hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options
+    )
+    with torch.enable_grad():  # so that a captured tensor that requires a gradient shows in the result
+        losses, pull_back = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
+    if not isinstance(losses, Tensor) or losses.shape != targets.shape:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss_fn must return one loss for each of the rows, {tuple(targets.shape)}, got {got}")
+    if losses.requires_grad:
+        raise ValueError(
+            "loss_fn uses a tensor that requires a gradient, and would give it none: detach it. Only the statistics "
+            "are differentiated here; linear_token_stats with a loss of its own differentiates all"
+        )
+    kept = _kept_rows(targets, row_mask, options.ignore_index)
+    values = (torch.where(kept, losses, 0).to(stats[0].dtype), *stats)
+    if not any(needs):
+        return _Chunk(values, *[hidden.new_empty(0)] * 3)
+    upstream = pull_back(torch.ones_like(losses))
+    _, logsumexp, _, entropy = stats
+    dhidden, dweight, dbias = _chunk_backward(
+        *upstream,
+        hidden,
+        operands.weight,
+        targets,
+        operands.bias,
+        row_mask,
+        logsumexp,
+        entropy,
+        logsumexp_low,
+        buffer,
+        weight_sum,
+        *options,
+        *needs,
+    )
+    return _Chunk(values, dhidden, dweight, dbias)
+
+
+@torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits",))
+def _chunk_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logits: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
+    keep = _kept_rows(targets, row_mask, ignore_index)
+    _check_target_values(targets, keep, vocab_size)
+    rows = _row_indices(keep)
+    num_rows = hidden.shape[0]
+    num_kept = num_rows if rows is None else rows.shape[0]
+    if num_kept == 0:
+        return _empty_stats(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprob, logsumexp, target_logit, entropy, _ = _backend_module(hidden, backend).linear_forward(
+            _take(hidden, rows), _take(weight, None), _take(targets, rows), _contiguous(bias), temperature,
+            softcap, vocab_size, logits[:num_kept],
+        )  # fmt: skip
+    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    return (
+        _put(logprob, rows, num_rows),
+        _put(logsumexp, rows, num_rows),
+        _put(target_logit, rows, num_rows),
+        _put(entropy, rows, num_rows),
+        _put(logsumexp_low, rows, num_rows),
+    )
+
+
+@_chunk_forward.register_fake
+def _chunk_forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logits: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_stats(hidden)
+
+
+@torch.library.custom_op("repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum"))
+def _chunk_backward(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    logits: Tensor,
+    weight_sum: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight (if there is no ``weight_sum`` to add it to) and bias, or empty tensors."""
+    upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
+    keep = _kept_rows(targets, row_mask, ignore_index)
+    live = _live_rows(upstream, keep)
+    rows = _row_indices(live)
+    num_rows = hidden.shape[0]
+    num_live = num_rows if rows is None else rows.shape[0]
+    return_weight = need_weight and weight_sum is None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    if num_live == 0:
+        dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if return_weight else None
+        dbias = torch.zeros_like(bias) if bias is not None and need_bias else None
+    else:
+        _compact(logits, live[keep].nonzero().squeeze(-1))
+        taken = [_take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
+        mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+        with torch.autocast(hidden.device.type, enabled=False):
+            dhidden, dweight, dbias = _backend_module(hidden, backend).linear_backward(
+                torch.zeros_like(mass), mass, onehot, slope, _take(hidden, rows), _take(weight, None),
+                _take(targets, rows), _contiguous(bias), taken[4], mean_logit, temperature, softcap,
+                vocab_size, need_hidden, need_weight, need_bias and bias is not None, logits[:num_live],
+                weight_sum if need_weight else None,
+            )  # fmt: skip
+        if dhidden is not None:
+            dhidden = _put(dhidden, rows, num_rows)
+    return (
+        hidden.new_empty(0) if dhidden is None else dhidden,
+        weight.new_empty(0) if dweight is None else dweight,
+        hidden.new_empty(0) if dbias is None else dbias,
+    )
+
+
+@_chunk_backward.register_fake
+def _chunk_backward_fake(
+    g_logprob: Tensor,
+    g_logsumexp: Tensor,
+    g_target_logit: Tensor,
+    g_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    logsumexp_low: Tensor,
+    logits: Tensor,
+    weight_sum: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return_weight = need_weight and weight_sum is None
+    return (
+        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
+        torch.empty(weight.shape if return_weight else (0,), dtype=weight.dtype, device=weight.device),
+        hidden.new_empty(0) if bias is None or not need_bias else torch.empty_like(bias),
+    )
+
+
+def _compact(logits: Tensor, rows: Tensor) -> None:
+    """Move ``rows``, in ascending order, to the front, a few at a time: a row is never overwritten before its turn."""
+    if rows.shape[0] == logits.shape[0]:
+        return
+    first = 0
+    for some in rows.split(64):
+        logits[first : first + some.shape[0]] = logits[some]
+        first += some.shape[0]
+
+
+@torch.library.custom_op("repirl_kernels::attach_gradients", mutates_args=())
+def _attach_gradients(
+    loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dhidden: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor,
+) -> Tensor:
+    """``loss``, whose gradients with respect to hidden, weight and bias are those given.
+
+    Without ``dweight``, the weight's gradient has been delivered already, for an upstream gradient of 1.
+    """
+    return loss.clone()
+
+
+@_attach_gradients.register_fake
+def _attach_gradients_fake(
+    loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dhidden: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor,
+) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _attach_gradients_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, _, _, dhidden, dweight, dbias = inputs
+    ctx.save_for_backward(dhidden, dweight, dbias)
+
+
+def _attach_gradients_autograd(ctx, upstream):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        _refuse_double_backward(ctx)
+    gradients = ctx.saved_tensors
+    # Unless the graph is kept, these are now the only references: a gradient need not be copied to become `.grad`.
+    ctx.maybe_clear_saved_tensors()
+    # What a compiled graph does cannot depend on a value.
+    scale = None if not torch.compiler.is_compiling() and upstream == 1 else upstream
+    if ctx.needs_input_grad[2] and gradients[1] is None and scale is not None and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"with main_grad the weight's gradient is computed in the forward pass, for an upstream gradient of 1, got "
+            f"{float(upstream)}: put the scale into loss_fn"
+        )
+    return (
+        None,
+        *(
+            None if not needed or gradient is None else gradient if scale is None else gradient * scale
+            for needed, gradient in zip(ctx.needs_input_grad[1:4], gradients, strict=True)
+        ),
+        None,
+        None,
+        None,
+    )
+
+
+_attach_gradients.register_autograd(_attach_gradients_autograd, setup_context=_attach_gradients_context)
