@@ -18,13 +18,16 @@ import math
 import os
 import warnings
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repirl_kernels import native
 from repirl_kernels.reference import statistics_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BACKENDS = ("reference", "triton", "native")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,7 +88,8 @@ def token_stats(
     if logits.dim() < 1:
         raise ValueError("logits must have shape [*, V], got a tensor without axes")
     _check_rows("logits", logits, targets, row_mask)
-    num_columns = _check_options(logits.shape[-1], temperature, softcap, vocab_size, backend)
+    _check_options(temperature, softcap, backend)
+    num_columns = _check_vocab_size(logits.shape[-1], vocab_size)
     shape = targets.shape
     outputs = _token_stats(
         logits.reshape(-1, logits.shape[-1]),
@@ -111,6 +115,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    tp_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Token statistics of ``softcap(hidden @ weight.T + bias) / temperature`` without holding the logits.
@@ -133,7 +138,15 @@ def linear_token_stats(
         ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
         row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever they hold, and cost no product.
         vocab_size: only the first ``vocab_size`` rows of ``weight`` take part; the others get zero gradient.
+        tp_group: a process group whose ranks each hold a part of the vocabulary; see below.
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
+
+    Vocabulary-parallel: with ``tp_group``, ``weight [V_r, D]`` and ``bias [V_r]`` are this rank's shard: the shards in
+    rank order are the vocabulary, they may be uneven, and one may be empty. ``targets`` are global columns and
+    ``vocab_size`` counts those. ``hidden``, ``targets``, ``row_mask`` and all options are the same on every rank of the
+    group, and so must be the gradients that arrive at the statistics, each as of one process's loss (not divided by
+    the number of ranks). All ranks return the same statistics. ``hidden`` gets its whole gradient on every rank,
+    summed over the ranks in here: reduce it no further. ``weight`` and ``bias`` get that of their shard.
 
     Returns:
         :class:`TokenStats` with tensors of the shape of ``targets``; ignored rows hold 0
@@ -141,10 +154,21 @@ def linear_token_stats(
 
     Raises:
         TypeError: a dtype is not supported, or an argument is a DTensor.
-        ValueError: a shape, a device, an option or a target's value is wrong. Values of targets are
-            checked when the operator runs, also under ``torch.compile``.
+        ValueError: a shape, a device, an option or a target's value is wrong, or ranks disagree about the rows.
+            Values of targets are checked when the operator runs, also under ``torch.compile``.
         RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
     """
+    if tp_group is not None:
+        # Imported when first used: not every build of torch has process groups.
+        from repirl_kernels.parallel import vocab_parallel_token_stats
+
+        operands = prepare_linear(
+            hidden, weight, targets, bias, temperature, softcap, row_mask, None, backend, is_shard=True
+        )
+        stats = vocab_parallel_token_stats(
+            operands, temperature, softcap, ignore_index, vocab_size, backend, tp_group
+        )
+        return TokenStats(*(output.reshape(targets.shape) for output in stats))
     operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
     outputs = _linear_token_stats(
         operands.hidden,
@@ -182,8 +206,12 @@ def prepare_linear(
     row_mask: Tensor | None,
     vocab_size: int | None,
     backend: str | None,
+    is_shard: bool = False,
 ) -> LinearOperands:
-    """Check the arguments of a linear op, whose docstring names the errors, and bring them into one form."""
+    """Check the arguments of a linear op, whose docstring names the errors, and bring them into one form.
+
+    A shard of the vocabulary may be empty.
+    """
     _check_tensor("hidden", hidden, SUPPORTED_DTYPES)
     _check_tensor("weight", weight, SUPPORTED_DTYPES)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
@@ -193,7 +221,8 @@ def prepare_linear(
         )
     _check_device("weight", weight, "hidden", hidden)
     _check_rows("hidden", hidden, targets, row_mask)
-    num_columns = _check_options(weight.shape[0], temperature, softcap, vocab_size, backend)
+    _check_options(temperature, softcap, backend)
+    num_columns = weight.shape[0] if is_shard else _check_vocab_size(weight.shape[0], vocab_size)
     if bias is not None:
         _check_tensor("bias", bias, SUPPORTED_DTYPES)
         _check_device("bias", bias, "hidden", hidden)
@@ -303,23 +332,22 @@ def _check_rows(name: str, rows: Tensor, targets: Tensor, row_mask: Tensor | Non
             )
 
 
-def _check_options(
-    num_columns: int, temperature: float, softcap: float | None, vocab_size: int | None, backend: str | None
-) -> int:
+def _check_options(temperature: float, softcap: float | None, backend: str | None) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
+
+
+def _check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
     if num_columns == 0:
         raise ValueError("the vocabulary is empty: V = 0")
     if vocab_size is None:
         return num_columns
     if not 1 <= vocab_size <= num_columns:
-        raise ValueError(
-            f"vocab_size must lie in [1, {num_columns}] (V of the given tensor), got {vocab_size}"
-        )
+        raise ValueError(f"vocab_size must lie in [1, {num_columns}] (the number of columns), got {vocab_size}")
     return vocab_size
 
 

@@ -1,0 +1,115 @@
+"""Processes that run functions as the ranks of gloo process groups, for the tests of sharded weights.
+
+They are started once for a module of tests, as each start takes seconds. After a failure they are ended, since ranks
+may wait in different collectives, and the next use starts new ones.
+"""
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+WORLD_SIZE = 3
+# A collective that waits for longer fails; the answer of a test may take a little more.
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+ANSWER_SECONDS = 100.0
+
+
+class RankProcesses:
+    """Three processes, which run a function as the ranks of a group of 2 or of 3."""
+
+    def __init__(self) -> None:
+        self._processes: list[multiprocessing.context.SpawnProcess] = []
+        self._connections: list[Connection] = []
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(group, *args)`` on each rank; the results in rank order.
+
+        A group of 2 has the global ranks 1 and 2: a rank within the group must not be taken for a global one.
+        """
+        if not self._processes:
+            self._start()
+        connections = self._connections[WORLD_SIZE - num_ranks :]
+        # Plain bytes: tensors in shared memory would have to outlive their process.
+        message = pickle.dumps((num_ranks, function, args))
+        for connection in connections:
+            connection.send_bytes(message)
+        results, failures = [], []
+        for rank, connection in enumerate(connections):
+            if not connection.poll(ANSWER_SECONDS):
+                failures.append(f"rank {rank} gave no answer in {ANSWER_SECONDS:.0f} s")
+                break
+            try:
+                result, failure = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                result, failure = None, "the process ended"
+            results.append(result)
+            if failure:
+                failures.append(f"rank {rank}: {failure}")
+                break
+        if failures:
+            self.end()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def end(self) -> None:
+        """End the processes, by force where they do not answer."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._connections = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        init_file = os.path.join(tempfile.mkdtemp(), "rendezvous")
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"):
+            for rank in range(WORLD_SIZE):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, init_file, there), daemon=True)
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._connections.append(here)
+
+
+def _serve(rank: int, init_file: str, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE, timeout=COLLECTIVE_TIMEOUT
+    )
+    groups = {2: dist.new_group([1, 2], timeout=COLLECTIVE_TIMEOUT), 3: dist.group.WORLD}
+    with contextlib.suppress(EOFError):  # the tests are over
+        while True:
+            num_ranks, function, args = pickle.loads(connection.recv_bytes())
+            result, failure = None, ""
+            try:
+                result = function(groups[num_ranks], *args)
+            except Exception:
+                failure = traceback.format_exc()
+            connection.send_bytes(pickle.dumps((result, failure)))
+    dist.destroy_process_group()
+    os._exit(0)  # threads of gloo have been seen to abort an interpreter that ends in the ordinary way
+
+
+@contextlib.contextmanager
+def rank_processes() -> Iterator[RankProcesses]:
+    """The processes, ended on leaving."""
+    processes = RankProcesses()
+    try:
+        yield processes
+    finally:
+        processes.end()
