@@ -85,11 +85,11 @@ def linear_token_loss(
             :func:`repirl_kernels.linear_token_stats`.
         loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are :class:`TokenStats` of ``[R]``, ``rows`` is a
             ``slice`` of the flattened rows of length R. Ignored rows hold 0 there, and their losses do not count. It
-            is differentiated with respect to ``stats`` only, by ``torch.func.vjp``.
+            is differentiated with respect to ``stats`` only.
         main_grad: float32 ``[V, D]``, the weight's gradient accumulator where one is kept beside ``weight.grad``
-            (Megatron's ``weight.main_grad``). The weight's gradient is added to it in the forward pass, without a buffer
-            of its own, and ``weight`` gets none from autograd. ``backward()`` must then start from the loss as it is
-            (an upstream gradient of 1): scale it in ``loss_fn``.
+            (Megatron's ``weight.main_grad``). The weight's gradient is added to it in the forward pass, without a
+            buffer of its own, and ``weight`` gets none from autograd. ``backward()`` must then start from the loss as
+            it is (an upstream gradient of 1): scale it in ``loss_fn``.
         chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
 
     Returns:
@@ -181,24 +181,12 @@ def _run_chunk(
     hidden, targets = operands.hidden[rows], operands.targets[rows]
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
     buffer = logits[: hidden.shape[0]]
-    *stats, logsumexp_low = _chunk_forward(
-        hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options
-    )
-    with torch.enable_grad():  # so that a captured tensor that requires a gradient shows in the result
-        losses, pull_back = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
-    if not isinstance(losses, Tensor) or losses.shape != targets.shape:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss_fn must return one loss for each of the rows, {tuple(targets.shape)}, got {got}")
-    if losses.requires_grad:
-        raise ValueError(
-            "loss_fn uses a tensor that requires a gradient, and would give it none: detach it. Only the statistics "
-            "are differentiated here; linear_token_stats with a loss of its own differentiates all"
-        )
+    *stats, logsumexp_low = _chunk_forward(hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options)
+    losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
     kept = _kept_rows(targets, row_mask, options.ignore_index)
     values = (torch.where(kept, losses, 0).to(stats[0].dtype), *stats)
     if not any(needs):
         return _Chunk(values, *[hidden.new_empty(0)] * 3)
-    upstream = pull_back(torch.ones_like(losses))
     _, logsumexp, _, entropy = stats
     dhidden, dweight, dbias = _chunk_backward(
         *upstream,
@@ -216,6 +204,53 @@ def _run_chunk(
         *needs,
     )
     return _Chunk(values, dhidden, dweight, dbias)
+
+
+def _differentiate(
+    loss_fn: Callable[[TokenStats, slice], Tensor], stats: TokenStats, rows: slice
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The losses ``[R]``, and the gradients of their sum with respect to the four statistics."""
+    with torch.enable_grad():
+        if torch.compiler.is_compiling():  # traces vjp, but not autograd.grad
+            losses, pull_back = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
+            _check_losses(losses, stats.logprob, losses.requires_grad)
+            return losses.detach(), pull_back(torch.ones_like(losses))
+        # Hooks of a surrounding graph (activation checkpointing, offloading) are not for this one, which ends here.
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            leaves = TokenStats(*(column.detach().requires_grad_() for column in stats))
+            losses = loss_fn(leaves, rows)
+            _check_losses(losses, stats.logprob, _has_other_leaves(losses, leaves))
+            if not losses.requires_grad:
+                return losses, tuple(torch.zeros_like(column) for column in stats)
+            upstream = torch.autograd.grad(losses, leaves, torch.ones_like(losses), materialize_grads=True)
+            return losses.detach(), upstream
+
+
+def _check_losses(losses: Tensor, expected: Tensor, uses_other_leaves: bool) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != expected.shape:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss_fn must return one loss for each of the rows, {tuple(expected.shape)}, got {got}")
+    if uses_other_leaves:
+        raise ValueError(
+            "loss_fn uses a tensor that requires a gradient, and would give it none: detach it. Only the statistics "
+            "are differentiated here; linear_token_stats with a loss of its own differentiates all"
+        )
+
+
+def _has_other_leaves(losses: Tensor, leaves: TokenStats) -> bool:
+    """Whether the graph of ``losses`` ends in leaves that are not among ``leaves``."""
+    known = {id(leaf) for leaf in leaves}
+    nodes, seen = [getattr(losses, "grad_fn", None)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 @torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits",))
@@ -416,9 +451,10 @@ def _attach_gradients_autograd(ctx, upstream):  # type: ignore[no-untyped-def]
     gradients = ctx.saved_tensors
     # Unless the graph is kept, these are now the only references: a gradient need not be copied to become `.grad`.
     ctx.maybe_clear_saved_tensors()
-    # What a compiled graph does cannot depend on a value.
-    scale = None if not torch.compiler.is_compiling() and upstream == 1 else upstream
-    if ctx.needs_input_grad[2] and gradients[1] is None and scale is not None and not torch.compiler.is_compiling():
+    # What a traced graph does cannot depend on a value.
+    traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
+    scale = None if not traced and upstream == 1 else upstream
+    if ctx.needs_input_grad[2] and gradients[1] is None and scale is not None and not traced:
         raise RuntimeError(
             f"with main_grad the weight's gradient is computed in the forward pass, for an upstream gradient of 1, got "
             f"{float(upstream)}: put the scale into loss_fn"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from repirl_kernels import TokenStats
+from repirl_kernels import TokenStats, linear_token_loss
 from torch import Tensor
 
 STATS = TokenStats._fields
@@ -76,9 +76,7 @@ def plain_stats(
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
     logprobs = torch.log_softmax(z, dim=-1)
-    entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs.clamp(min=-1e38)).sum(
-        dim=-1
-    )
+    entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs.clamp(min=-1e38)).sum(dim=-1)
     target = targets[:, None]
     # The gradient of logsumexp is exp(z - L), which a large common offset would spoil even in float64.
     z_max = z.detach().amax(dim=-1, keepdim=True)
@@ -101,14 +99,45 @@ def run_linear(op: Callable[..., TokenStats], case: LinearCase) -> Outcome:
     return Outcome(stats.detach(), gradients[0], gradients[1], gradients[2] if bias is not None else None)
 
 
-def run_logits(
-    op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options
-) -> Outcome:
+def run_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options) -> Outcome:
     """``op(logits, targets, **options)`` with its gradient for ``upstream [4, N]``."""
     logits = logits.detach().clone().requires_grad_()
     stats = torch.stack(list(op(logits, targets, **options)))
     (gradient,) = torch.autograd.grad(stats, [logits], upstream.to(stats.dtype))
     return Outcome(stats.detach(), gradient, None, None)
+
+
+class _StatsByLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, options):
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.targets, ctx.options = targets, options
+        result = linear_token_loss(hidden, weight, targets, lambda stats, rows: stats.logprob, bias=bias, **options)
+        return tuple(result.stats)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        hidden, weight, bias = leaves = [
+            tensor if tensor is None else tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
+        flat = [gradient.reshape(-1) for gradient in upstream]
+
+        def loss_fn(stats, rows):
+            return sum(gradient[rows] * column for gradient, column in zip(flat, stats, strict=True))
+
+        with torch.enable_grad():
+            loss = linear_token_loss(hidden, weight, ctx.targets, loss_fn, bias=bias, **ctx.options).loss
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(loss, wanted))
+        return *(None if leaf is None or not leaf.requires_grad else next(gradients) for leaf in leaves), None, None
+
+
+def stats_by_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options
+) -> TokenStats:
+    """``linear_token_loss`` in the shape of ``linear_token_stats``: the loss is the upstream gradients' product."""
+    return TokenStats(*_StatsByLoss.apply(hidden, weight, bias, targets, options))
 
 
 def plain_linear(
@@ -165,9 +194,7 @@ def check_linear(op: Callable[..., TokenStats], case: LinearCase) -> None:
     assert_outcome(actual, run_linear(plain_linear, case), run_linear(plain_linear, in_float64(case)))
 
 
-def check_logits(
-    op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options
-) -> None:
+def check_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options) -> None:
     """The whole comparison for one case of ``token_stats``, on poisoned memory."""
     with poisoned_memory():
         actual = run_logits(op, logits, targets, upstream, **options)

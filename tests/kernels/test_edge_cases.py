@@ -1,4 +1,7 @@
-"""The numbered edge cases of the fused ops, each for every backend that runs on this CPU."""
+"""The numbered edge cases of the fused ops, each for every backend that runs on this CPU.
+
+``linear_op`` stands for ``linear_token_stats``, and for ``linear_token_loss`` with a loss that has any gradients.
+"""
 
 import functools
 import math
@@ -18,8 +21,9 @@ from kernel_checks import (
     poisoned_memory,
     run_linear,
     run_logits,
+    stats_by_loss,
 )
-from repirl_kernels import linear_token_stats, native, token_stats
+from repirl_kernels import linear_token_loss, linear_token_stats, native, token_stats
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -36,8 +40,13 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=[linear_token_stats, stats_by_loss], ids=["stats", "loss"])
+def linear_op(request, backend):
+    return functools.partial(request.param, backend=backend)
+
+
 @pytest.fixture
-def linear_op(backend):
+def stats_op(backend):
     return functools.partial(linear_token_stats, backend=backend)
 
 
@@ -80,9 +89,7 @@ def test_edge_case_02_all_logits_very_negative(linear_op, logits_op):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("num_columns", "num_features"), [(1, 1), (2, 3), (3, 17), (31, 64), (997, 33), (1025, 100)]
-)
+@pytest.mark.parametrize(("num_columns", "num_features"), [(1, 1), (2, 3), (3, 17), (31, 64), (997, 33), (1025, 100)])
 def test_edge_case_03_odd_shapes(linear_op, logits_op, num_columns, num_features, dtype):
     case = linear_case(5, num_columns, num_features, dtype=dtype, bias=True)
     check_linear(linear_op, case)
@@ -141,9 +148,7 @@ def test_edge_case_05_rows_without_upstream_gradient_leak_nothing(linear_op):
     outcome = run_linear(linear_op, case)
     assert bool(outcome.stats[:, 2].isnan().all())
     others = torch.arange(8) != 2
-    few = case._replace(
-        hidden=case.hidden[others], targets=case.targets[others], upstream=case.upstream[:, others]
-    )
+    few = case._replace(hidden=case.hidden[others], targets=case.targets[others], upstream=case.upstream[:, others])
     expected = run_linear(linear_op, few)
     assert torch.equal(outcome.dweight, expected.dweight)
     assert torch.equal(outcome.dhidden[2], torch.zeros(6))
@@ -193,9 +198,7 @@ def test_edge_case_08_strided_inputs_and_upstream_gradients(linear_op, logits_op
         for gradient, other in zip(gradients, expected[1:], strict=True):
             torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
         logits = torch.randn(6, 40)
-        assert torch.equal(
-            logits_op(layout(logits), case.targets).entropy, logits_op(logits, case.targets).entropy
-        )
+        assert torch.equal(logits_op(layout(logits), case.targets).entropy, logits_op(logits, case.targets).entropy)
     # sum() sends back one number expanded to every row.
     ones = run_linear(linear_op, case._replace(upstream=torch.ones(4, 6)))
     weight = case.weight.clone().requires_grad_()
@@ -324,9 +327,7 @@ def test_edge_case_15_only_one_input_requires_a_gradient(linear_op, needed):
     expected = run_linear(linear_op, case)
     inputs = {name: getattr(case, name).clone() for name in ("hidden", "weight", "bias")}
     inputs[needed].requires_grad_()
-    stats = torch.stack(
-        list(linear_op(inputs["hidden"], inputs["weight"], case.targets, bias=inputs["bias"]))
-    )
+    stats = torch.stack(list(linear_op(inputs["hidden"], inputs["weight"], case.targets, bias=inputs["bias"])))
     stats.backward(case.upstream)
     assert torch.equal(inputs[needed].grad, getattr(expected, "d" + needed))
     assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
@@ -346,14 +347,33 @@ def test_edge_case_16_no_grad_equals_grad_mode(linear_op, logits_op):
             assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_edge_case_17_compiles_whole_with_a_dynamic_number_of_rows(linear_op, logits_op):
+def test_edge_case_17_compiles_whole_with_a_dynamic_number_of_rows(stats_op, logits_op):
     weight = torch.randn(60, 8, requires_grad=True)
 
     def loss(hidden, weight, targets):
-        fused = linear_op(hidden, weight, targets, temperature=0.9)
+        fused = stats_op(hidden, weight, targets, temperature=0.9)
         unfused = logits_op(hidden @ weight.T, targets)
         return (fused.logprob * fused.entropy + unfused.logsumexp - unfused.target_logit).sum()
 
+    check_compiled(loss, weight)
+
+
+def test_edge_case_17_compiles_whole_with_a_loss_function(backend):
+    weight = torch.randn(60, 8, requires_grad=True)
+
+    def loss(hidden, weight, targets):
+        advantage = targets / 30 - 1
+
+        def loss_fn(stats, rows):
+            return advantage[rows] * stats.logprob * stats.entropy
+
+        return 3 * linear_token_loss(hidden, weight, targets, loss_fn, backend=backend).loss
+
+    check_compiled(loss, weight)
+
+
+def check_compiled(loss, weight):
+    """Values and gradients, one graph for every number of rows, and the errors that depend on values."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -413,9 +433,7 @@ def test_edge_case_19_mixed_dtypes_promote(linear_op, hidden_dtype, weight_dtype
     case = case._replace(hidden=case.hidden.to(hidden_dtype), weight=case.weight.to(weight_dtype))
     common = torch.promote_types(hidden_dtype, weight_dtype)
     outcome = run_linear(linear_op, case)
-    expected = run_linear(
-        linear_op, case._replace(hidden=case.hidden.to(common), weight=case.weight.to(common))
-    )
+    expected = run_linear(linear_op, case._replace(hidden=case.hidden.to(common), weight=case.weight.to(common)))
     assert torch.equal(outcome.stats, expected.stats)
     assert outcome.dhidden.dtype == hidden_dtype
     assert outcome.dweight.dtype == weight_dtype
@@ -512,9 +530,7 @@ def test_edge_case_22_a_row_alone_equals_that_row_in_a_batch(linear_op, logits_o
         assert torch.equal(alone.dhidden, in_batch.dhidden[one])
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 0.01}, {"softcap": 0.5}, {"temperature": 0.01, "softcap": 1.0}]
-)
+@pytest.mark.parametrize("options", [{"temperature": 0.01}, {"softcap": 0.5}, {"temperature": 0.01, "softcap": 1.0}])
 def test_edge_case_23_low_temperature_and_saturated_softcap(linear_op, logits_op, options):
     # Logits of standard deviation 20 under a softcap of 0.5: tanh is 1 in float32, its slope 0.
     case = linear_case(6, 60, 8, scale=20.0, **options)
@@ -522,11 +538,16 @@ def test_edge_case_23_low_temperature_and_saturated_softcap(linear_op, logits_op
     check_logits(logits_op, torch.randn(6, 60) * 20, case.targets, case.upstream, **options)
 
 
-def test_edge_case_24_double_backward_refuses(linear_op, logits_op):
+def test_edge_case_24_double_backward_refuses(stats_op, logits_op, backend):
     case = linear_case(4, 20, 8)
     hidden = case.hidden.requires_grad_()
+    result = linear_token_loss(
+        hidden, case.weight, case.targets, lambda stats, rows: stats.logprob.square(), backend=backend
+    )
+    with pytest.raises(RuntimeError, match="gradient of a gradient"):
+        torch.autograd.grad(result.loss, hidden, create_graph=True)
     for stats in (
-        linear_op(hidden, case.weight, case.targets),
+        stats_op(hidden, case.weight, case.targets),
         logits_op(hidden @ case.weight.T, case.targets),
     ):
         (gradient,) = torch.autograd.grad(stats.logprob.sum(), hidden, create_graph=True)

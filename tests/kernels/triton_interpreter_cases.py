@@ -20,6 +20,7 @@ from kernel_checks import (
     poisoned_memory,
     run_linear,
     run_logits,
+    stats_by_loss,
 )
 from repirl_kernels import linear_token_stats, token_stats
 from repirl_kernels.triton import linear_backward, linear_forward, tiles
@@ -46,6 +47,31 @@ def logits_case(num_rows: int, num_columns: int, dtype: torch.dtype = torch.floa
 def test_linear(dtype, options):
     """Several row blocks, tiles in a split, splits and slabs would all show here."""
     check_linear(linear_op, linear_case(37, 200, 40, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+@pytest.mark.parametrize("chunk_bytes", [None, 200 * 4 * 15])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "softcap": 5.0, "bias": True, "vocab_size": 91}, {"bias": True}]
+)
+def test_loss(dtype, chunk_bytes, options):
+    """``linear_token_loss``: kept logits, in one chunk and in several, and slabs of their gradient."""
+    loss_op = functools.partial(stats_by_loss, backend="triton", chunk_bytes=chunk_bytes)
+    check_linear(loss_op, linear_case(37, 200, 40, dtype=dtype, **options))
+
+
+def test_loss_with_rows_that_do_not_count(monkeypatch):
+    monkeypatch.setattr(tiles, "slab_width", lambda *args: 32)
+    loss_op = functools.partial(stats_by_loss, backend="triton", chunk_bytes=90 * 4 * 7)
+    case = linear_case(20, 90, 24)
+    case.hidden[3] = math.nan
+    case.upstream[:, 3] = 0
+    case.targets[[0, 8, 9]] = -100
+    outcome = run_linear(loss_op, case)
+    expected = run_linear(linear_op, case)
+    torch.testing.assert_close(outcome.stats, expected.stats, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(outcome.dhidden, expected.dhidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outcome.dweight, expected.dweight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
