@@ -6,6 +6,7 @@ the shards, put together, are compared like any backend's: at most twice as wron
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -446,3 +447,26 @@ def test_batch_axes(ranks):
     expected = run_parallel(ranks, case, (60, 37)).stats
     for stats in ranks.run(2, batch_axes, case, (60, 37)):
         assert torch.equal(stats, expected.reshape(4, 2, 3))
+
+
+def readme_gradients(group, case, sizes):
+    """On a rank: the loss of the example in the README, and dH."""
+    readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Vocabulary-parallel\n")[1].split("\n## ")[0]
+    names: dict = {}
+    exec(section.split("```python\n")[1].split("```")[0], names)
+    case = own_shard(group, case, sizes)
+    hidden = case.hidden.clone().requires_grad_()
+    loss = names["tensor_parallel_loss"](hidden, case.weight, case.targets, 6, group)
+    loss.backward()
+    return loss.detach(), hidden.grad
+
+
+def test_the_example_of_the_readme(ranks):
+    case = linear_case(6, NUM_COLUMNS, 16)
+    hidden = case.hidden.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(hidden @ case.weight.T, case.targets)
+    expected.backward()
+    for loss, dhidden in ranks.run(3, readme_gradients, case, (40, 30, 27)):
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(dhidden, hidden.grad, rtol=1e-5, atol=1e-6)
