@@ -189,12 +189,14 @@ struct Scratch {
 // The backward pass of one slab of columns, split into tasks.
 class SlabBackward {
  public:
-  SlabBackward(const Problem &problem, const RowGradient *rows, const LinearGradients &gradients,
+  SlabBackward(const Problem &problem, const RowGradient *rows, const LinearGradients &gradients, SkipLimits limits,
                int64_t workspace_bytes)
-      : problem_(problem), operands_(problem.operands), rows_(rows), gradients_(gradients),
+      : problem_(problem), operands_(problem.operands), rows_(rows), gradients_(gradients), limits_(limits),
         slab_(problem, gradients, workspace_bytes), num_row_chunks_(divide_up(operands_.num_rows, kTaskRows)),
         num_feature_panels_(divide_up(operands_.num_features, kPanelColumns)),
-        bias_sums_(gradients.bias ? static_cast<size_t>(num_row_chunks_ * slab_.max_columns()) : 0) {}
+        bias_sums_(gradients.bias ? static_cast<size_t>(num_row_chunks_ * slab_.max_columns()) : 0),
+        counts_(limits ? static_cast<size_t>(divide_up(slab_.max_columns(), problem.group_columns) * operands_.num_rows)
+                       : 0) {}
 
   void run(Phases &phases, Scratch &scratch) {
     for (int64_t first = 0; first < operands_.num_columns; first += slab_.max_columns()) {
@@ -243,9 +245,29 @@ class SlabBackward {
         std::fill(out + count, out + round_up(count, kPanelColumns), 0.0f);
         if (bias_sums)
           for (int64_t i = 0; i < count; ++i) bias_sums[i] += out[i];
+        if (limits_) {
+          const float limit = limits_[row + r];
+          int large = 0;
+          for (int64_t i = 0; i < count; ++i) large |= !(std::fabs(out[i]) < limit);  // NaN is not negligible
+          counts_[static_cast<size_t>(group * operands_.num_rows + row + r)] = large != 0;
+        }
       }
       slab_.store(problem_, tile, row, column, count);
     }
+  }
+
+  // Whether a row has a share in columns [begin, end) of the slab.
+  bool counts(int64_t row, int64_t begin, int64_t end) const {
+    if (limits_ == nullptr) return true;
+    for (int64_t group = begin / problem_.group_columns; group * problem_.group_columns < end; ++group)
+      if (counts_[static_cast<size_t>(group * operands_.num_rows + row)]) return true;
+    return false;
+  }
+
+  bool block_counts(int64_t first_row, int64_t begin, int64_t end) const {
+    for (int64_t row = first_row; row < std::min(first_row + kTileRows, operands_.num_rows); ++row)
+      if (counts(row, begin, end)) return true;
+    return false;
   }
 
   // The weight's gradient: some of the slab's columns, one panel of features.
@@ -255,8 +277,14 @@ class SlabBackward {
     const int64_t width = std::min(kPanelColumns, operands_.num_features - feature);
     std::fill_n(scratch.sums.get(), kTaskColumns * kPanelColumns, 0.0f);
     const int64_t depth = kDepthWords * problem_.products.values_per_word;
-    for (int64_t row = 0; row < operands_.num_rows; row += depth) {
-      const int64_t num_rows = std::min(depth, operands_.num_rows - row);
+    for (int64_t row = 0, next; row < operands_.num_rows; row = next) {
+      next = row;
+      while (next < operands_.num_rows && next - row < depth && block_counts(next, begin, end)) next += kTileRows;
+      if (next == row) {
+        next += kTileRows;
+        continue;
+      }
+      const int64_t num_rows = std::min(next, operands_.num_rows) - row;
       problem_.products.pack(problem_.hidden.at(row, feature), problem_.hidden.stride, num_rows, width,
                              scratch.panel.get());
       for (int64_t column = begin; column < end; column += kTileRows)
@@ -281,12 +309,18 @@ class SlabBackward {
     problem_.products.pack(problem_.weight.at(first, feature), problem_.weight.stride, num_columns, width,
                            scratch.panel.get());
     float *tile = scratch.sums.get();
-    for (int64_t row = chunk * kTaskRows; row < chunk_end(chunk); row += kTileRows) {
+    int64_t row = chunk * kTaskRows;
+    for (;;) {
+      int64_t indices[kTileRows];
+      int64_t count = 0;
+      for (; row < chunk_end(chunk) && count < kTileRows; ++row)
+        if (counts(row, 0, num_columns)) indices[count++] = row;
+      if (count == 0) break;
       const void *rows[kTileRows];
-      for (int64_t r = 0; r < kTileRows; ++r) rows[r] = slab_.rows().at(row + r, 0);
+      for (int64_t r = 0; r < kTileRows; ++r) rows[r] = slab_.rows().at(indices[std::min(r, count - 1)], 0);
       problem_.products.multiply_rows(rows, scratch.panel.get(), problem_.words(num_columns), tile, kPanelColumns);
-      for (int64_t r = 0; r < std::min(kTileRows, operands_.num_rows - row); ++r) {
-        float *out = gradients_.hidden + (row + r) * operands_.num_features + feature;
+      for (int64_t r = 0; r < count; ++r) {
+        float *out = gradients_.hidden + indices[r] * operands_.num_features + feature;
         for (int64_t i = 0; i < width; ++i) out[i] += tile[r * kPanelColumns + i];
       }
     }
@@ -305,9 +339,11 @@ class SlabBackward {
   const LinearOperands &operands_;
   const RowGradient *rows_;
   const LinearGradients &gradients_;
+  const SkipLimits limits_;
   SlabGradient slab_;
   const int64_t num_row_chunks_, num_feature_panels_;
   std::vector<double> bias_sums_;
+  std::vector<uint8_t> counts_;  // [group of columns][row], where there are limits
 };
 
 }  // namespace
@@ -355,10 +391,10 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
 }
 
 void linear_backward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
-                     const RowGradient *rows, const LinearGradients &gradients, int64_t workspace_bytes,
-                     int num_threads) {
+                     const RowGradient *rows, const LinearGradients &gradients, SkipLimits limits,
+                     int64_t workspace_bytes, int num_threads) {
   const Problem problem{kernels, products, operands};
-  SlabBackward backward(problem, rows, gradients, workspace_bytes);
+  SlabBackward backward(problem, rows, gradients, limits, workspace_bytes);
   const int num_workers = problem.num_workers(num_threads);
   std::vector<Scratch> scratch;
   for (int worker = 0; worker < num_workers; ++worker) scratch.emplace_back(problem);

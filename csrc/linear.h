@@ -68,12 +68,16 @@ struct LinearGradients {
   float *bias;        // [num_columns]; overwritten
 };  // null where not wanted
 
+// Of rows whose gradient of some neighbouring columns' logits is below `limits[row]` throughout, these columns' share
+// in the gradients of hidden states and weights may be left out. Null for none.
+using SkipLimits = const float *;
+
 // Statistics of all rows over all columns.
 void linear_forward(const Kernels &, const ProductKernels &, const LinearOperands &, RowState *states,
                     float *target_logits, int num_threads);
 
 // `workspace_bytes` bounds the buffers that grow with the number of rows, as far as the narrowest slab allows.
 void linear_backward(const Kernels &, const ProductKernels &, const LinearOperands &, const RowGradient *rows,
-                     const LinearGradients &, int64_t workspace_bytes, int num_threads);
+                     const LinearGradients &, SkipLimits limits, int64_t workspace_bytes, int num_threads);
 
 }  // namespace repirl

@@ -227,7 +227,8 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
                      const Column<const float> &onehot, const Column<const float> &slope,
                      const std::optional<Matrix<float>> &dhidden, const std::optional<Matrix<T>> &dweight,
                      const std::optional<Matrix<float>> &dweight_sum, const std::optional<Column<float>> &dbias,
-                     const Logits &logits, int64_t workspace_bytes, int num_threads) {
+                     const Logits &logits, const std::optional<Column<const float>> &skip_below,
+                     int64_t workspace_bytes, int num_threads) {
   const ProductKernels &products = require_products<T>();
   const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits);
   const size_t num_rows = hidden.shape(0);
@@ -244,14 +245,16 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   check_result(dweight, weight.shape(0));
   check_result(dweight_sum, weight.shape(0));
   if (dbias) check_length(dbias->shape(0), weight.shape(0));
+  if (skip_below) check_length(skip_below->shape(0), num_rows);
   const LinearGradients gradients{dhidden ? dhidden->data() : nullptr, dweight ? dweight->data() : nullptr,
                                   dweight_sum ? dweight_sum->data() : nullptr, dbias ? dbias->data() : nullptr};
   std::vector<RowGradient> rows(num_rows);
   for (size_t row = 0; row < num_rows; ++row)
     rows[row] = {logsumexp.data()[row], mean_logit.data()[row], mass.data()[row], onehot.data()[row],
                  slope.data()[row]};
+  const repirl::SkipLimits limits = skip_below ? skip_below->data() : nullptr;
   nb::gil_scoped_release release;
-  repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, workspace_bytes, num_threads);
+  repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, limits, workspace_bytes, num_threads);
 }
 
 template <class T>
@@ -267,7 +270,8 @@ void bind_linear(nb::module_ &module, const char *forward_name, const char *back
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
              nb::arg("slope"), nb::arg("dhidden").none(), nb::arg("dweight").none(), nb::arg("dweight_sum").none(),
-             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
+             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("skip_below").none(),
+             nb::arg("workspace_bytes"), nb::arg("num_threads"));
 }
 
 }  // namespace

@@ -107,6 +107,7 @@ def linear_backward_f32(
     dweight_sum: Tensor | None,
     dbias: Tensor | None,
     logits: Tensor | None,
+    skip_below: Tensor | None,
     workspace_bytes: int,
     num_threads: int,
 ) -> None: ...
@@ -127,6 +128,7 @@ def linear_backward_bf16(
     dweight_sum: Tensor | None,
     dbias: Tensor | None,
     logits: Tensor | None,
+    skip_below: Tensor | None,
     workspace_bytes: int,
     num_threads: int,
 ) -> None: ...

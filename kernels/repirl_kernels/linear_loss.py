@@ -212,7 +212,7 @@ def _differentiate(
     """The losses ``[R]``, and the gradients of their sum with respect to the four statistics."""
     with torch.enable_grad():
         if torch.compiler.is_compiling():  # traces vjp, but not autograd.grad
-            losses, pull_back = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
+            losses, pull_back, *_ = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
             _check_losses(losses, stats.logprob, losses.requires_grad)
             return losses.detach(), pull_back(torch.ones_like(losses))
         # Hooks of a surrounding graph (activation checkpointing, offloading) are not for this one, which ends here.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from repirl_kernels.reference import ForwardResult
+from repirl_kernels.reference import ForwardResult, rows_above
 
 try:
     from repirl_kernels import _native
@@ -153,11 +153,13 @@ def linear_backward(
     need_bias: bool,
     logits: Tensor | None = None,
     dweight_sum: Tensor | None = None,
+    skip_below: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
     With ``logits`` of :func:`linear_forward`, those are not computed again; they may be overwritten. The weight's
-    gradient is added to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``.
+    gradient is added to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``. Of a
+    row whose gradients of a range of logits are all below its ``skip_below``, that range is left out.
     """
     rows = _RowGradients(
         g_logprob,
@@ -184,10 +186,12 @@ def linear_backward(
             None if dweight is None else _bits(dweight[:vocab_size]),
             None if dweight_sum is None else dweight_sum[:vocab_size],
             None if dbias is None else dbias[:vocab_size],
-            logits, _WORKSPACE_BYTES, torch.get_num_threads(),
+            logits, skip_below, _WORKSPACE_BYTES, torch.get_num_threads(),
         )  # fmt: skip
     else:
-        _backward_by_slabs(rows, hidden, weight, bias_V, vocab_size, dhidden, dweight, dweight_sum, dbias, logits)
+        _backward_by_slabs(
+            rows, hidden, weight, bias_V, vocab_size, dhidden, dweight, dweight_sum, dbias, logits, skip_below
+        )
     return (
         None if dhidden is None else dhidden.to(hidden.dtype),
         dweight,
@@ -206,6 +210,7 @@ def _backward_by_slabs(
     dweight_sum: Tensor | None,
     dbias: Tensor | None,
     logits: Tensor | None,
+    skip_below: Tensor | None,
 ) -> None:
     """Fill in the gradients with torch's products."""
     hidden_ND = hidden.detach().float()
@@ -214,17 +219,24 @@ def _backward_by_slabs(
         weight_CD = weight[first:last].detach().float()
         buffer = _product(hidden_ND, weight_CD, buffer) if logits is None else logits[:, first:last]
         rows.write(buffer, buffer, None if bias is None else bias[first:last], first)
-        if dhidden is not None:
-            dhidden.addmm_(buffer, weight_CD)
-        if dweight_sum is not None:
-            dweight_sum[first:last].addmm_(buffer.T, hidden_ND)
-        elif dweight is not None and weight.dtype == torch.float32:
-            torch.mm(buffer.T, hidden_ND, out=dweight[first:last])
-        elif dweight is not None:
-            # Products of half-precision operands, summed over all rows in float32, rounded once.
-            torch.mm(buffer.to(weight.dtype).T, hidden.detach(), out=dweight[first:last])
         if dbias is not None:
             torch.sum(buffer, dim=0, out=dbias[first:last])
+        dz, hidden_part, some = buffer, hidden_ND, None
+        if skip_below is not None:
+            some = rows_above(buffer, skip_below)
+            dz, hidden_part = buffer[some], hidden_ND[some]
+        if dhidden is not None:
+            if some is None:
+                dhidden.addmm_(dz, weight_CD)
+            else:
+                dhidden.index_add_(0, some, dz @ weight_CD)
+        if dweight_sum is not None:
+            dweight_sum[first:last].addmm_(dz.T, hidden_part)
+        elif dweight is not None and weight.dtype == torch.float32:
+            torch.mm(dz.T, hidden_part, out=dweight[first:last])
+        elif dweight is not None:
+            # Products of half-precision operands, summed over all rows in float32, rounded once.
+            torch.mm(dz.to(weight.dtype).T, hidden_part.to(weight.dtype), out=dweight[first:last])
 
 
 def _has_products(operand: Tensor) -> bool:

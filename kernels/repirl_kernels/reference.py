@@ -139,12 +139,14 @@ def linear_backward(
     need_bias: bool,
     logits: Tensor | None = None,
     dweight_sum: Tensor | None = None,
+    skip_below: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
     Sums over rows are accumulated in float32 (float64 for float64 operands) and rounded once. With ``logits``, which
     :func:`linear_forward` filled and which may be overwritten here, these are not computed again. With
     ``dweight_sum [V, D]``, of the dtype of the statistics, the weight's gradient is added to that and ``None`` here.
+    ``skip_below [N]`` permits to leave out of a row what is smaller; here nothing ever is.
     """
     dtype = statistics_dtype(hidden.dtype)
     weight_VD = weight[:vocab_size].to(dtype)
@@ -172,6 +174,11 @@ def linear_backward(
     if dbias is not None and bias is not None:
         dbias = dbias.to(bias.dtype)
     return dhidden, dweight, dbias
+
+
+def rows_above(dlogits: Tensor, skip_below: Tensor) -> Tensor:
+    """Indices of rows of ``dlogits [N, C]`` with a value of at least ``skip_below [N]`` in size, or NaN."""
+    return (~(dlogits.abs().amax(dim=1) < skip_below)).nonzero().squeeze(-1)
 
 
 def _row_chunks(num_rows: int, num_columns: int) -> list[slice]:

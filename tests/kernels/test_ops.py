@@ -20,7 +20,7 @@ def test_opcheck_linear(backend, masked):
     bias = case.bias.requires_grad_() if masked else None
     mask = torch.tensor([True, False, True, True, True, False]) if masked else None
     softcap = 3.0 if masked else None
-    forward = (hidden, weight, case.targets, bias, mask, 0.7, softcap, -100, 28, backend)
+    forward = (hidden, weight, case.targets, bias, mask, 0.7, softcap, -100, 28, masked, backend)
     case.targets.clamp_(max=27)
     torch.library.opcheck(ops._linear_token_stats, forward)
     _, logsumexp, _, entropy, low = (output.detach() for output in ops._linear_token_stats(*forward))
@@ -73,7 +73,9 @@ def test_a_frozen_head_computes_no_weight_gradient(monkeypatch):
     seen = []
     backend = ops._backend_module(torch.zeros(1), "reference")
     original = backend.linear_backward
-    monkeypatch.setattr(backend, "linear_backward", lambda *args: seen.append(args[-3:]) or original(*args))
+    monkeypatch.setattr(
+        backend, "linear_backward", lambda *args, **skip: seen.append(args[-3:]) or original(*args, **skip)
+    )
     case = linear_case(3, 20, 8)
     stats = linear_token_stats(case.hidden.requires_grad_(), case.weight, case.targets, backend="reference")
     stats.logprob.sum().backward()
@@ -86,9 +88,9 @@ def test_ignored_and_dead_rows_never_reach_the_backend(monkeypatch):
     for name, position in (("linear_forward", 0), ("linear_backward", 4)):
         original = getattr(backend, name)
 
-        def spy(*args, original=original, position=position):
+        def spy(*args, original=original, position=position, **skip):
             seen.append(args[position].shape[0])
-            return original(*args)
+            return original(*args, **skip)
 
         monkeypatch.setattr(backend, name, spy)
     case = linear_case(10, 20, 8)
@@ -169,3 +171,40 @@ def test_without_the_native_module_one_warning_and_the_same_results(monkeypatch)
     torch.testing.assert_close(actual.dweight, expected.dweight)
     with pytest.raises(RuntimeError, match="backend='native' is not built"):
         choose_backend("cpu", torch.float32, "native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own_products", [True, False])
+def test_skip_negligible_leaves_out_what_is_below_the_resolution(monkeypatch, dtype, own_products):
+    if not native.is_available():
+        pytest.skip("not built")
+    if not own_products:
+        monkeypatch.setattr(native, "_has_products", lambda operand: False)
+    monkeypatch.setattr(native, "_SLAB_ELEMENTS", 40 * 1024)
+    # A few likely tokens in the first columns, for all rows but every fifth; the rest is far below any resolution.
+    case = linear_case(40, 9000, 24, dtype=dtype, bias=True, scale=1.0)
+    case.bias[60:] -= 40.0
+    case = case._replace(targets=case.targets % 60)
+    case.targets[::5] = 8990
+    exact = run_linear(linear_token_stats, case)
+    skipped = run_linear(linear_token_stats, case._replace(options={"skip_negligible": True}))
+    assert torch.equal(skipped.stats, exact.stats)
+    assert torch.equal(skipped.dbias, exact.dbias)
+    for name in ("dhidden", "dweight"):
+        actual, expected = getattr(skipped, name), getattr(exact, name)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    # Columns that are likely nowhere get nothing at all, where they got something tiny before.
+    assert not skipped.dweight[3000:8000].any()
+    if dtype != torch.float16:
+        assert exact.dweight[3000:8000].any()
+    assert skipped.dweight[8990].any()
+
+
+def test_skip_negligible_keeps_nan_and_rows_that_count(monkeypatch):
+    case = linear_case(20, 500, 24, scale=0.1)  # nearly uniform: nothing is below float32's resolution
+    exact = run_linear(linear_token_stats, case)
+    skipped = run_linear(linear_token_stats, case._replace(options={"skip_negligible": True}))
+    for left, right in zip(exact, skipped, strict=True):
+        assert left is right or torch.equal(left, right)
+    case.hidden[3, 0] = torch.nan
+    assert run_linear(linear_token_stats, case._replace(options={"skip_negligible": True})).dhidden[3].isnan().all()

@@ -75,6 +75,23 @@ def test_loss_with_rows_that_do_not_count(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_skip_negligible(monkeypatch, dtype):
+    monkeypatch.setattr(tiles, "slab_width", lambda *args: 32)
+    case = linear_case(20, 200, 24, dtype=dtype, bias=True, scale=1.0)
+    case.bias[30:] -= 40.0
+    case = case._replace(targets=case.targets % 30)
+    case.targets[::5] = 199
+    exact = run_linear(linear_op, case)
+    skipped = run_linear(linear_op, case._replace(options={"skip_negligible": True}))
+    assert torch.equal(skipped.stats, exact.stats)
+    for name in ("dhidden", "dweight", "dbias"):
+        actual, expected = getattr(skipped, name), getattr(exact, name)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
+    assert not skipped.dweight[64:160].any()
+    assert skipped.dweight[199].any()
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 5.0, "vocab_size": 600}])
 def test_logits(dtype, options):
     logits, targets, upstream = logits_case(5, 700, dtype)

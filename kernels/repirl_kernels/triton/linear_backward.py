@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repirl_kernels.reference import rows_above
+
 from . import tiles
 from .linear_forward import (
     bias_argument,
@@ -182,12 +184,14 @@ def linear_backward(
     need_bias: bool,
     logits: Tensor | None = None,
     dweight_sum: Tensor | None = None,
+    skip_below: Tensor | None = None,
     slab_bytes: int = tiles.SLAB_BYTES,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dhidden [N, D], dweight [V, D], dbias [V])`` in the operands' dtypes, ``None`` where not needed.
 
     With ``logits`` that :func:`linear_forward` wrote out, these are not computed again. The weight's gradient is added
-    to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then ``None`` here.
+    to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then ``None`` here. Of a row whose gradients of a
+    slab's logits are all below its ``skip_below``, the slab is left out of both products (which waits for the GPU).
 
     The gradients of the four statistics, ``logsumexp`` and ``mean_logit`` are float32 ``[N]``. ``slab_bytes``
     bounds the one buffer that grows with N·V (at least one tile of columns is held).
@@ -250,14 +254,23 @@ def linear_backward(
                 constants,
             )
             dlogits = buffer[:, : stop - start].to(hidden.dtype)
-        if dweight_sum is not None:
-            _accumulate_product(dweight_sum[start:stop], dlogits.T, hidden)
-        if dweight is not None:
-            _product_into(dweight[start:stop], dlogits.T, hidden)
-        if dhidden is not None:
-            _accumulate_product(dhidden, dlogits, weight[start:stop])
         if dbias is not None:
             torch.sum(dlogits, dim=0, dtype=torch.float32, out=dbias[start:stop])
+        some, hidden_part = None, hidden
+        if skip_below is not None:
+            some = rows_above(dlogits, skip_below)
+            dlogits, hidden_part = dlogits[some], hidden[some]
+        if dweight_sum is not None:
+            _accumulate_product(dweight_sum[start:stop], dlogits.T, hidden_part)
+        if dweight is not None:
+            _product_into(dweight[start:stop], dlogits.T, hidden_part)
+        if dhidden is not None:
+            if some is None:
+                _accumulate_product(dhidden, dlogits, weight[start:stop])
+            else:
+                part = torch.zeros((some.shape[0], hidden_size), dtype=torch.float32, device=hidden.device)
+                _accumulate_product(part, dlogits, weight[start:stop])
+                dhidden.index_add_(0, some, part)
     if dhidden is not None:
         dhidden = dhidden.to(hidden.dtype)
     if dbias is not None and bias is not None:
