@@ -1,6 +1,7 @@
 # make install   everything into .venv (made here), with the C++ kernels where there is a compiler
 # make demo      the dual loop end to end on an embedded default
 # make test      all tests
+# make test-integrations   the examples of kernels/README.md inside TRL and verl, in .venv-integrations on top of .venv
 # make bench     benchmarks of the ops
 # make lint      ruff, and mypy on the public surface of repirl_kernels
 
@@ -8,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INTEGRATIONS := .venv-integrations
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test test-integrations bench lint clean
 
 install: $(STAMP)
 
@@ -26,6 +28,20 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# verl wants an older transformers than repirl, so these two have an environment of their own. It sees the packages of
+# .venv (PyTorch, and repirl with its kernels) and holds what they have in addition or in another version.
+$(INTEGRATIONS)/.installed: $(STAMP)
+	test -x $(INTEGRATIONS)/bin/python || $(BIN)/python -m venv $(INTEGRATIONS)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth"
+	$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check 'repirl[integrations]' \
+		"torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+	@touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -c "import trl, verl"
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
+
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
 
@@ -34,4 +50,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEGRATIONS) build dist .pytest_cache .mypy_cache .ruff_cache
