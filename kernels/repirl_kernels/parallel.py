@@ -128,13 +128,11 @@ def _shard_statistics(
         result[[0, 2, 3]] = -torch.inf
         return result
     owned, local_targets = _own_columns(targets, first, num_columns)
-    stats = _backend_module(hidden, backend).linear_forward(
+    logprob, result[0], target_logit, result[1], _ = _backend_module(hidden, backend).linear_forward(
         hidden, weight, local_targets, bias, temperature, softcap, num_columns
     )
-    result[0] = stats.logsumexp
-    result[1] = stats.entropy
-    result[2] = torch.where(owned, stats.logprob, -torch.inf)
-    result[3] = torch.where(owned, stats.target_logit, -torch.inf)
+    result[2] = torch.where(owned, logprob, -torch.inf)
+    result[3] = torch.where(owned, target_logit, -torch.inf)
     return result
 
 

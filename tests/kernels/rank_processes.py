@@ -9,6 +9,7 @@ import datetime
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -76,7 +77,11 @@ class RankProcesses:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         init_file = os.path.join(tempfile.mkdtemp(), "rendezvous")
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"):
+        # Triton decides at import whether it interprets, and does so only where it is asked for CPU tensors.
+        environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        if sys.platform == "linux":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"  # the loopback device, whatever the host's name resolves to
+        with mock.patch.dict(os.environ, environment):
             for rank in range(WORLD_SIZE):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(rank, init_file, there), daemon=True)

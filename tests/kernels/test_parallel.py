@@ -4,6 +4,7 @@ Every case runs on all ranks of a gloo group. Statistics and dH must be the same
 the shards, put together, are compared like any backend's: at most twice as wrong as plain PyTorch on the whole.
 """
 
+import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ from kernel_checks import (
 )
 from rank_processes import RankProcesses, rank_processes
 from repirl_kernels import linear_token_stats, native
+from torch.utils.checkpoint import checkpoint
 
 NUM_COLUMNS = 97
 # Columns of each rank: uneven, an empty shard at each place, a single column.
@@ -79,6 +81,14 @@ def check_parallel(ranks: RankProcesses, case: LinearCase, sizes: tuple[int, ...
 @pytest.mark.parametrize("sizes", SHARDS, ids=str)
 def test_equals_one_process(ranks, sizes, dtype, backend):
     check_parallel(ranks, linear_case(9, NUM_COLUMNS, 16, dtype=dtype, bias=True, backend=backend), sizes)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(60, 37), (40, 0, 57)], ids=str)
+def test_equals_one_process_in_tritons_interpreter(ranks, sizes, dtype):
+    case = linear_case(9, NUM_COLUMNS, 16, dtype=dtype, bias=True, backend="triton", vocab_size=95)
+    check_parallel(ranks, case, sizes)
 
 
 def test_float64_has_float64s_precision(ranks):
@@ -329,6 +339,30 @@ def test_compiles_whole(ranks):
         for eager, whole_graph in zip(results[::2], results[1::2], strict=True):
             for left, right in zip(eager, whole_graph, strict=True):
                 torch.testing.assert_close(left, right)
+
+
+def checkpointed(group, case, sizes):
+    """On a rank: gradients where the statistics, and their collectives, are computed again in the backward pass."""
+    case = own_shard(group, case, sizes)
+    gradients = []
+    for use_reentrant in (False, True):
+        hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+
+        def stacked(hidden, weight):
+            return torch.stack(list(linear_token_stats(hidden, weight, case.targets, **case.options)))
+
+        checkpoint(stacked, hidden, weight, use_reentrant=use_reentrant).backward(case.upstream)
+        gradients.append((hidden.grad, weight.grad))
+    return gradients
+
+
+def test_activation_checkpointing(ranks):
+    case = linear_case(6, NUM_COLUMNS, 16)
+    expected = ranks.run(3, run_shard, case, (40, 30, 27))
+    for outcome, gradients in zip(expected, ranks.run(3, checkpointed, case, (40, 30, 27)), strict=True):
+        for dhidden, dweight in gradients:
+            assert torch.equal(dhidden, outcome.dhidden)
+            assert torch.equal(dweight, outcome.dweight)
 
 
 def check_operators(group, case, sizes):
