@@ -171,7 +171,7 @@ def linear_token_stats(
             hidden, weight, targets, bias, temperature, softcap, row_mask, None, backend, is_shard=True
         )
         stats = vocab_parallel_token_stats(
-            operands, temperature, softcap, ignore_index, vocab_size, backend, tp_group
+            operands, temperature, softcap, ignore_index, vocab_size, skip_negligible, backend, tp_group
         )
         return TokenStats(*(output.reshape(targets.shape) for output in stats))
     operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)

@@ -38,6 +38,7 @@ from repirl_kernels.ops import (
     _put,
     _refuse_double_backward,
     _row_indices,
+    _skip_below,
     _split_logsumexp,
     _take,
 )
@@ -50,6 +51,7 @@ def vocab_parallel_token_stats(
     softcap: float | None,
     ignore_index: int,
     vocab_size: int | None,
+    skip_negligible: bool,
     backend: str | None,
     tp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
@@ -71,6 +73,7 @@ def vocab_parallel_token_stats(
         None if softcap is None else float(softcap),
         ignore_index,
         vocab_size,
+        skip_negligible,
         backend or "",
         tp_group.group_name,  # custom operators take no process groups
     )
@@ -159,6 +162,7 @@ def _vocab_parallel_token_stats(
     softcap: float | None,
     ignore_index: int,
     vocab_size: int | None,
+    skip_negligible: bool,
     backend: str,
     tp_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -203,6 +207,7 @@ def _vocab_parallel_token_stats_fake(
     softcap: float | None,
     ignore_index: int,
     vocab_size: int | None,
+    skip_negligible: bool,
     backend: str,
     tp_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -227,6 +232,7 @@ def _vocab_parallel_token_stats_backward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    skip_negligible: bool,
     backend: str,
     tp_group: str,
     need_hidden: bool,
@@ -258,6 +264,7 @@ def _vocab_parallel_token_stats_backward(
                 torch.zeros_like(mass), mass, torch.where(owned, onehot, 0.0), slope, _take(hidden, rows),
                 _take(weight, None), local_targets, _contiguous(bias), taken[4], mean_logit, temperature, softcap,
                 num_columns, need_hidden, need_weight, need_bias and bias is not None,
+                skip_below=_skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
             )  # fmt: skip
     if need_hidden:
         dhidden_sum = hidden.new_zeros((num_live, hidden.shape[1]), dtype=statistics_dtype(hidden.dtype))
@@ -295,6 +302,7 @@ def _vocab_parallel_token_stats_backward_fake(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
+    skip_negligible: bool,
     backend: str,
     tp_group: str,
     need_hidden: bool,
@@ -311,8 +319,8 @@ def _vocab_parallel_token_stats_backward_fake(
 
 
 def _vocab_parallel_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, targets, bias, row_mask, *ctx.options, _, backend, tp_group = inputs
-    ctx.options += [backend, tp_group]
+    hidden, weight, targets, bias, row_mask, *ctx.options, _, skip_negligible, backend, tp_group = inputs
+    ctx.options += [skip_negligible, backend, tp_group]
     _, logsumexp, _, entropy, logsumexp_low, shard = output
     ctx.save_for_backward(hidden, weight, targets, bias, row_mask, logsumexp, entropy, logsumexp_low, shard)
 
@@ -328,7 +336,7 @@ def _vocab_parallel_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

@@ -365,6 +365,23 @@ def test_activation_checkpointing(ranks):
             assert torch.equal(dweight, outcome.dweight)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skip_negligible(ranks, dtype):
+    # The last rank's columns hold no probability to speak of, so that all of its gradients are left out.
+    case = linear_case(9, 1000, 16, dtype=dtype, bias=True)
+    case.bias[600:] -= 50
+    case = case._replace(targets=case.targets % 600)
+    expected = run_parallel(ranks, case, (400, 200, 400))
+    assert bool(expected.dweight[600:].any())
+    outcome = run_parallel(ranks, case._replace(options={"skip_negligible": True}), (400, 200, 400))
+    assert torch.equal(outcome.stats, expected.stats)
+    assert not bool(outcome.dweight[600:].any())
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(outcome.dhidden, expected.dhidden, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(outcome.dweight, expected.dweight, rtol=tolerance, atol=tolerance)
+
+
 def check_operators(group, case, sizes):
     """On a rank: ``opcheck`` of both operators, whose runs match those of the other ranks."""
     from repirl_kernels import parallel
@@ -372,7 +389,7 @@ def check_operators(group, case, sizes):
     case = own_shard(group, case, sizes)
     hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in (case.hidden, case.weight, case.bias))
     mask = torch.arange(case.targets.shape[0]) != 2
-    forward = (hidden, weight, case.targets, bias, mask, 0.7, 3.0, -100, 90, "", group.group_name)
+    forward = (hidden, weight, case.targets, bias, mask, 0.7, 3.0, -100, 90, False, "", group.group_name)
     torch.library.opcheck(parallel._vocab_parallel_token_stats, forward)
     _, logsumexp, _, entropy, low, shard = (
         output.detach() for output in parallel._vocab_parallel_token_stats(*forward)
