@@ -13,7 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest import mock
 
@@ -32,6 +32,7 @@ class RankProcesses:
     def __init__(self) -> None:
         self._processes: list[multiprocessing.context.SpawnProcess] = []
         self._connections: list[Connection] = []
+        self._directory: tempfile.TemporaryDirectory | None = None
 
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(group, *args)`` on each rank; the results in rank order.
@@ -45,23 +46,24 @@ class RankProcesses:
         message = pickle.dumps((num_ranks, function, args))
         for connection in connections:
             connection.send_bytes(message)
-        results, failures = [], []
-        for rank, connection in enumerate(connections):
-            if not connection.poll(ANSWER_SECONDS):
-                failures.append(f"rank {rank} gave no answer in {ANSWER_SECONDS:.0f} s")
-                break
-            try:
-                result, failure = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                result, failure = None, "the process ended"
-            results.append(result)
+        results: dict[int, Any] = {}
+        while len(results) < num_ranks:
+            waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
+            # The first failure to arrive is the one to tell of: other ranks fail later, for want of this one.
+            ready = wait(waiting, ANSWER_SECONDS)
+            failure = "" if ready else f"no answer within {ANSWER_SECONDS:.0f} s"
+            for connection in ready:
+                rank = connections.index(connection)
+                try:
+                    results[rank], error = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    error = "the process ended"
+                if error:
+                    failure += f"rank {rank}: {error}\n"
             if failure:
-                failures.append(f"rank {rank}: {failure}")
-                break
-        if failures:
-            self.end()
-            raise AssertionError("\n".join(failures))
-        return results
+                self.end()
+                raise AssertionError(failure)
+        return [results[rank] for rank in range(num_ranks)]
 
     def end(self) -> None:
         """End the processes, by force where they do not answer."""
@@ -72,11 +74,14 @@ class RankProcesses:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._processes, self._connections = [], []
+        if self._directory is not None:
+            self._directory.cleanup()
+        self._processes, self._connections, self._directory = [], [], None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        init_file = os.path.join(tempfile.mkdtemp(), "rendezvous")
+        self._directory = tempfile.TemporaryDirectory()
+        init_file = os.path.join(self._directory.name, "rendezvous")
         # Triton decides at import whether it interprets, and does so only where it is asked for CPU tensors.
         environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
         if sys.platform == "linux":
@@ -97,7 +102,7 @@ def _serve(rank: int, init_file: str, connection: Connection) -> None:
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE, timeout=COLLECTIVE_TIMEOUT
     )
     groups = {2: dist.new_group([1, 2], timeout=COLLECTIVE_TIMEOUT), 3: dist.group.WORLD}
-    with contextlib.suppress(EOFError):  # the tests are over
+    with contextlib.suppress(EOFError, ConnectionError):  # the tests are over, or another rank has failed
         while True:
             num_ranks, function, args = pickle.loads(connection.recv_bytes())
             result, failure = None, ""

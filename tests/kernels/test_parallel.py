@@ -29,10 +29,8 @@ from torch.utils.checkpoint import checkpoint
 NUM_COLUMNS = 97
 # Columns of each rank: uneven, an empty shard at each place, a single column.
 SHARDS = [(60, 37), (0, 97), (97, 0), (1, 96), (40, 30, 27), (33, 0, 64), (0, 1, 96), (90, 7, 0)]
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(not native.is_available(), reason="not built")),
-]
+needs_native = pytest.mark.skipif(not native.is_available(), reason="not built")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
 @pytest.fixture(scope="module")
