@@ -299,23 +299,27 @@ def linear_variants(
     kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str
 ) -> Iterator[tiles.Variant]:
     """Variants of a linear kernel: operand types by alignment by flags, for float16 both or none."""
-    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        for align in (16 // torch_dtype.itemsize, 1):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for align in (16 // dtype.itemsize, 1):
             for has_bias in (False, True):
                 for has_softcap in (False, True):
-                    if dtype == "fp16" and has_bias != has_softcap:
+                    if dtype == torch.float16 and has_bias != has_softcap:
                         continue  # the instructions of bfloat16 but for the operands' type
-                    tile = tile_of(arch, torch_dtype, align, has_bias, has_softcap)
-                    words = [
-                        dtype,
-                        f"{tile.block_rows}x{tile.block_vocab}x{tile.block_hidden}/{tile.num_stages}",
-                    ]
-                    words += ["bias"] * has_bias + ["softcap"] * has_softcap + ["unaligned"] * (align == 1)
-                    yield tiles.Variant.of(
-                        kernel,
-                        " ".join(words),
-                        {"hidden_ptr": dtype, "weight_ptr": dtype, "dlogits_ptr": dtype},
-                        linear_constants(tile, align, has_bias, has_softcap, interpreted=False),
-                        divisible=["dlogits_ptr", "stride_dlogits"]
-                        + (["hidden_ptr", "weight_ptr"] if align > 1 else []),
-                    )
+                    tile = tile_of(arch, dtype, align, has_bias, has_softcap)
+                    yield linear_variant(kernel, tile, dtype, align, has_bias, has_softcap)
+
+
+def linear_variant(
+    kernel: Any, tile: tiles.LinearTile, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool
+) -> tiles.Variant:
+    """The specialisation of a linear kernel for ``tile`` and operands of ``dtype`` aligned to ``align`` elements."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    words = [name, f"{tile.block_rows}x{tile.block_vocab}x{tile.block_hidden}/{tile.num_stages}"]
+    words += ["bias"] * has_bias + ["softcap"] * has_softcap + ["unaligned"] * (align == 1)
+    return tiles.Variant.of(
+        kernel,
+        " ".join(words),
+        {"hidden_ptr": name, "weight_ptr": name, "dlogits_ptr": name},
+        linear_constants(tile, align, has_bias, has_softcap, interpreted=False),
+        divisible=["dlogits_ptr", "stride_dlogits"] + (["hidden_ptr", "weight_ptr"] if align > 1 else []),
+    )

@@ -1,8 +1,10 @@
 """What the kernels cost a GPU, by compiling them without one: registers, spills and shared memory.
 
     python -m repirl_kernels.triton.resources [sm_90 ...]
+    python -m repirl_kernels.triton.resources --write
 
-prints the table.
+The first prints the table of the architectures named, or of all. The second writes ``RESOURCES.md`` beside this file:
+every kernel as it is launched on sm_90, and the tile shapes that were weighed against those chosen.
 """
 
 import os
@@ -10,18 +12,37 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import tiles
+from .linear_backward import linear_dlogits_kernel
 from .linear_backward import variants as backward_variants
+from .linear_forward import linear_forward_kernel, linear_variant
 from .linear_forward import variants as forward_variants
 from .logits import variants as logits_variants
+
+REPORT = Path(__file__).with_name("RESOURCES.md")
+REPORT_ARCH = "sm_90"
+
+# Of one multiprocessor: registers, bytes of shared memory, threads and blocks.
+_MULTIPROCESSOR = {
+    "sm_80": (65536, 167936, 2048, 32),
+    "sm_90": (65536, 233472, 2048, 32),
+    "sm_100": (65536, 233472, 2048, 32),
+    "generic": (65536, 102400, 1536, 16),
+}
+# Shared memory that the driver keeps of every block's.
+_RESERVED_SHARED_BYTES = 1024
+
+# Matrix instructions in PTX, by the name under which the table has them.
+_PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "fma": "fma.rn.f32"}
 
 
 class Resources(NamedTuple):
@@ -35,11 +56,28 @@ class Resources(NamedTuple):
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
+    product: str
+    """The instruction of its matrix product, empty if it has none."""
+    bytes_per_multiply_add: float
+    """Operand bytes that its tile loads for each multiply-add, 0 without a product."""
 
     @property
     def spills(self) -> bool:
         """Whether registers went to memory."""
         return self.stack_bytes > 0 or self.local_bytes > 0
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that one multiprocessor can hold at a time."""
+        registers, shared_bytes, threads, blocks = _MULTIPROCESSOR[self.arch]
+        # A warp's registers are given out in units of 256.
+        of_a_block = -(-self.registers // 8) * 8 * 32 * self.num_warps
+        return min(
+            registers // of_a_block,
+            shared_bytes // (self.shared_bytes + _RESERVED_SHARED_BYTES),
+            threads // (32 * self.num_warps),
+            blocks,
+        )
 
 
 def compile_variant(variant: tiles.Variant, arch: str) -> Resources:
@@ -54,6 +92,8 @@ def compile_variant(variant: tiles.Variant, arch: str) -> Resources:
     target = GPUTarget("cuda", tiles.ARCHITECTURES[arch], 32)
     compiled = triton.compile(source, target=target, options=variant.options)
     usage = _resource_usage(compiled.asm["cubin"])
+    loaded = _loaded_bytes(variant)
+    found = [name for name, instruction in _PRODUCTS.items() if instruction in compiled.asm["ptx"]]
     return Resources(
         arch,
         variant.name,
@@ -63,6 +103,8 @@ def compile_variant(variant: tiles.Variant, arch: str) -> Resources:
         usage["STACK"],
         usage["LOCAL"],
         compiled.metadata.shared,
+        found[0] if loaded else "",
+        loaded,
     )
 
 
@@ -71,19 +113,75 @@ def all_variants(arch: str) -> list[tiles.Variant]:
     return [*logits_variants(arch), *forward_variants(arch), *backward_variants(arch)]
 
 
+def candidate_variants() -> list[tiles.Variant]:
+    """Both linear kernels with each of ``tiles.CANDIDATES``, bfloat16, without and with a softcap."""
+    return [
+        linear_variant(kernel, tile, torch.bfloat16, 8, has_bias=False, has_softcap=softcap)
+        for kernel in (linear_forward_kernel, linear_dlogits_kernel)
+        for softcap in (False, True)
+        for tile in tiles.CANDIDATES
+    ]
+
+
 def table(rows: Iterable[Resources]) -> str:
     """Markdown table of ``rows``."""
     lines = [
-        "| arch | kernel | variant | warps | registers | spilled bytes | shared KiB |",
-        "|---|---|---|--:|--:|--:|--:|",
+        "| arch | kernel | variant | warps | registers | spilled bytes | shared KiB | blocks per SM | product "
+        "| bytes per multiply-add |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|--:|",
     ]
     for r in rows:
-        spilled = r.stack_bytes + r.local_bytes
+        loaded = f"{r.bytes_per_multiply_add:.4f}" if r.product else ""
         lines.append(
-            f"| {r.arch} | {r.kernel} | {r.label} | {r.num_warps} | {r.registers} | {spilled} "
-            f"| {r.shared_bytes / 1024:.1f} |"
+            f"| {r.arch} | {r.kernel} | {r.label} | {r.num_warps} | {r.registers} | {r.stack_bytes + r.local_bytes} "
+            f"| {r.shared_bytes / 1024:.1f} | {r.resident_blocks} | {r.product} | {loaded} |"
         )
     return "\n".join(lines)
+
+
+def report(variants: Sequence[Resources], candidates: Sequence[Resources]) -> str:
+    """The text of ``RESOURCES.md`` from the compiled :func:`all_variants` and :func:`candidate_variants`."""
+    return f"""# Resources of the Triton kernels on {REPORT_ARCH}
+
+Triton {triton.__version__}, compiled without a GPU: nothing here was timed. Written by
+`python -m repirl_kernels.triton.resources --write`; a test compiles everything anew and compares. Another version of
+Triton gives other numbers of registers, but may not spill either.
+
+- **variant**: the operands' type, the tile as rows x vocabulary x step along D / pipeline stages, and flags.
+  `unaligned`: rows that are not whole 16-byte vectors.
+- **spilled bytes**: of a thread, stack and local memory.
+- **blocks per SM**: how many fit by registers, shared memory and threads.
+- **product**: the matrix instruction; IEEE float32 products run outside the tensor cores.
+- **bytes per multiply-add**: what a tile loads from the L2 cache, `itemsize * (rows + columns) / (rows * columns)`.
+
+## Every kernel that is launched
+
+{table(variants)}
+
+## Tiles weighed for half-precision operands
+
+{table(candidates)}
+
+How the shapes in `tiles.py` follow:
+
+- A kernel that spills is out. A softcap takes the registers that 256 columns would need.
+- Then the fewest bytes per multiply-add. At the 989 TFLOP/s of an H100's datasheet, 128x256 and 256x128 ask the L2
+  cache for 11.6 TB/s, 128x128 for 15.5, 64x256 for 19.3, 128x64 for 23.2. A larger tile's accumulator does not fit in
+  registers.
+- Of the first two, 128x256 keeps half as many rows' running sums in a thread.
+- Four stages of 48 KiB are what shared memory holds. They let a multiprocessor run one block only, as the registers do
+  anyway.
+- 128x128 and 128x64 with four warps let two blocks run on a multiprocessor, so that one multiplies while the other does
+  its exponentials, for a third to twice as many bytes. That cannot be weighed without a GPU: `bench/gpu.py` times them.
+"""
+
+
+def _loaded_bytes(variant: tiles.Variant) -> float:
+    if "BLOCK_ROWS" not in variant.constants or "BLOCK_VOCAB" not in variant.constants:
+        return 0.0
+    rows, columns = variant.constants["BLOCK_ROWS"], variant.constants["BLOCK_VOCAB"]
+    itemsize = 4 if variant.signature["hidden_ptr"] == "*fp32" else 2
+    return itemsize * (rows + columns) / (rows * columns)
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -99,7 +197,15 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table for the named architectures, or for all."""
+    """Print the table for the named architectures, or for all; with ``--write``, write the report."""
+    if arguments == ["--write"]:
+        variants, candidates = (
+            [compile_variant(variant, REPORT_ARCH) for variant in some]
+            for some in (all_variants(REPORT_ARCH), candidate_variants())
+        )
+        REPORT.write_text(report(variants, candidates))
+        print(f"written to {REPORT}")
+        return
     for arch in arguments or tiles.ARCHITECTURES:
         print(table(compile_variant(variant, arch) for variant in all_variants(arch)), flush=True)
 
