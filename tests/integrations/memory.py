@@ -153,7 +153,7 @@ def main() -> None:
     if arguments.measure:
         print(measure(*json.loads(arguments.measure)))
         return
-    print(f"| {arguments.tokens} tokens, {WIDTH} x {VOCABULARY}, float32 | | peak, MiB |\n|---|---|---:|")
+    print(f"| {arguments.tokens} tokens, {WIDTH} x {VOCABULARY}, float32 | in the head | peak, MiB |\n|---|---|---:|")
     for section in arguments.section:
         package, variants = VARIANTS[section]
         for variant in variants:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from memory import SEQUENCE, VARIANTS, VOCABULARY, measure_apart
 
-NUM_TOKENS = 2 * SEQUENCE
+NUM_TOKENS = 4 * SEQUENCE
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
