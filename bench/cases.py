@@ -1,0 +1,141 @@
+"""What is measured: shapes of real models' heads, and what a trainer wants from a head.
+
+Axes: N rows (tokens), D features, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ENTROPY_COEFFICIENT = 0.01
+
+SHAPES = {  # name: (D, V)
+    "SmolLM2-135M": (576, 49152),
+    "Qwen2.5-3B": (2048, 151936),
+    "Qwen3-4B": (2560, 151936),
+    "Llama-3-8B": (4096, 128256),
+    "4096x131072": (4096, 131072),
+    "tiny": (64, 1000),
+}
+
+# What the same outputs cost: rows of one task may be compared, rows of different tasks may not.
+TASKS = {
+    "score": "log-prob and entropy, no gradient",
+    "sft": "mean cross-entropy, forward + backward",
+    "policy": "log-probs, each with a gradient of its own, forward + backward",
+    "policy+entropy": "log-probs and entropies with their gradients, forward + backward",
+    "logits": "log-probs and entropies of logits that exist already, forward + backward",
+}
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Case(NamedTuple):
+    """One line-up: every contender that can do ``task`` runs it on the same inputs."""
+
+    shape: str
+    num_rows: int
+    dtype: str
+    task: str
+    masked: float = 0.0
+    """Share of rows that do not count (prompt tokens), at the front as in a prompt."""
+    frozen: bool = False
+    """Whether the head's weight gets no gradient."""
+
+    @property
+    def name(self) -> str:
+        num_features, num_columns = SHAPES[self.shape]
+        words = [f"{self.shape} {self.num_rows}x{num_features}x{num_columns} {self.dtype} {self.task}"]
+        words += [f"{self.masked:.0%} masked"] * (self.masked > 0) + ["frozen head"] * self.frozen
+        return ", ".join(words)
+
+
+class Inputs(NamedTuple):
+    """``hidden [N, D]`` (``[N, V]`` logits for the task of that name), ``weight [V, D]``, the others ``[N]``."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    advantage: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """``[N]``: rows that count."""
+        return self.targets != -100
+
+    def leaves(self) -> list[Tensor]:
+        return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
+
+
+def make_inputs(case: Case, device: str, num_rows: int | None = None, seed: int = 0) -> Inputs:
+    """Random inputs with logits of standard deviation 3; ``num_rows`` in place of the case's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    num_features, num_columns = SHAPES[case.shape]
+    num_rows = num_rows or case.num_rows
+    dtype = DTYPES[case.dtype]
+
+    def normal(rows: int, columns: int, scale: float) -> Tensor:
+        result = torch.empty(rows, columns, dtype=dtype, device=device)
+        for part in result.split(4096):  # no float32 copy of it all
+            part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
+        return result
+
+    if case.task == "logits":
+        hidden, weight = normal(num_rows, num_columns, 3.0), torch.empty(0, device=device)
+    else:
+        hidden, weight = normal(num_rows, num_features, 1.0), normal(num_columns, num_features, 3 / num_features**0.5)
+        weight.requires_grad_(case.task != "score" and not case.frozen)
+    targets = torch.randint(num_columns, (num_rows,), generator=generator, device=device)
+    targets[: round(case.masked * num_rows)] = -100
+    advantage = torch.randn(num_rows, generator=generator, device=device)
+    return Inputs(hidden.requires_grad_(case.task != "score"), weight, targets, advantage)
+
+
+def _all_tasks(shape: str, num_rows: int, dtype: str) -> list[Case]:
+    return [Case(shape, num_rows, dtype, task) for task in ("score", "sft", "policy", "policy+entropy")]
+
+
+def _variations(shape: str, num_rows: int, dtype: str) -> list[Case]:
+    case = Case(shape, num_rows, dtype, "policy+entropy")
+    return [case._replace(masked=0.6), case._replace(masked=0.9), case._replace(frozen=True)]
+
+
+PROFILES = {
+    "quick": [
+        Case("SmolLM2-135M", 256, "bf16", "policy+entropy"),
+        Case("SmolLM2-135M", 256, "fp32", "policy+entropy"),
+        Case("SmolLM2-135M", 256, "bf16", "sft"),
+    ],
+    "cpu": [
+        *_all_tasks("SmolLM2-135M", 1024, "bf16"),
+        *_all_tasks("SmolLM2-135M", 1024, "fp32"),
+        *_variations("SmolLM2-135M", 1024, "bf16"),
+        Case("SmolLM2-135M", 256, "bf16", "policy+entropy"),
+        Case("SmolLM2-135M", 256, "fp32", "logits"),
+        Case("SmolLM2-135M", 256, "bf16", "logits"),
+        Case("Qwen2.5-3B", 256, "bf16", "policy+entropy"),
+        Case("Qwen2.5-3B", 256, "fp32", "policy+entropy"),
+    ],
+    "gpu": [
+        *_all_tasks("Qwen2.5-3B", 8192, "bf16"),
+        *_all_tasks("4096x131072", 16384, "bf16"),
+        *_variations("Llama-3-8B", 8192, "bf16"),
+        Case("SmolLM2-135M", 65536, "bf16", "policy+entropy"),
+        Case("Qwen3-4B", 8192, "bf16", "policy+entropy"),
+        Case("Llama-3-8B", 8192, "bf16", "policy+entropy"),
+        Case("Qwen2.5-3B", 2048, "fp32", "policy+entropy"),
+        Case("Llama-3-8B", 8192, "bf16", "logits"),
+    ],
+    # What stays in memory at a size where logits would not: 2.3 GiB in float32.
+    "memory": [
+        Case("Qwen2.5-3B", 4096, "bf16", "policy+entropy"),
+        Case("Qwen2.5-3B", 4096, "fp32", "policy+entropy"),
+    ],
+    "test": [
+        Case("tiny", 32, dtype, task)
+        for dtype in ("fp32", "bf16")
+        for task in ("score", "sft", "policy", "policy+entropy", "logits")
+    ]
+    + _variations("tiny", 32, "bf16"),
+}

@@ -1,0 +1,263 @@
+"""Ours and the peers, each as it would be called from a trainer.
+
+A contender gives per-token values, or a mean loss, or both; ``run`` makes each task of them. Peers are imported when
+first used: what is not installed, or cannot do a case, says so in its row of the table.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from repirl_kernels import linear_token_loss, linear_token_stats, token_stats
+from torch import Tensor
+
+from bench.cases import ENTROPY_COEFFICIENT, Case, Inputs
+
+
+class Values(NamedTuple):
+    """Of each row: log-prob of the target and, where the contender has it, the entropy."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+class Contender(NamedTuple):
+    name: str
+    packages: tuple[str, ...]
+    """Distributions whose versions belong to the result."""
+    values: Callable[[Inputs], Values] | None = None
+    mean_loss: Callable[[Inputs], Tensor] | None = None
+    """Mean cross-entropy, where the contender has something better for it than its values."""
+    entropy: bool = True
+    """Whether ``values`` has entropies, with their gradient."""
+    given_logits: bool = False
+    """Whether it starts from logits: for the task ``logits`` alone."""
+    loss: Callable[[Inputs, Case], Tensor] | None = None
+    """The whole loss of a task, for a contender that has to know it."""
+    ours: bool = False
+
+
+class CannotRun(Exception):
+    """Why a contender has no part in a case."""
+
+
+def run(contender: Contender, inputs: Inputs, case: Case) -> tuple[Values | None, Tensor | None]:
+    """The task's values, or its loss, on which ``backward()`` is to be called."""
+    if case.task == "score":
+        if contender.values is None:
+            raise CannotRun("has a loss only" if contender.loss is None else "is for training")
+        if not contender.entropy:
+            raise CannotRun("no entropy")
+        with torch.no_grad():
+            return contender.values(inputs), None
+    if contender.loss is not None:
+        return None, contender.loss(inputs, case)
+    if case.task == "sft" and contender.mean_loss is not None:
+        return None, contender.mean_loss(inputs)
+    if contender.values is None:
+        raise CannotRun("has a mean loss only")
+    if not contender.entropy and case.task in ("policy+entropy", "logits"):
+        raise CannotRun("no entropy with a gradient")
+    return None, token_losses(contender.values(inputs), inputs, case, slice(None)).sum()
+
+
+def token_losses(values: Values, inputs: Inputs, case: Case, rows: slice) -> Tensor:
+    """What each row contributes to the loss of the case's task."""
+    counts = inputs.counts[rows]
+    if case.task == "sft":
+        return -torch.where(counts, values.logprob, 0) / inputs.counts.sum()
+    weight = torch.where(counts, inputs.advantage[rows], 0)
+    losses = -weight * values.logprob
+    if case.task != "policy":
+        assert values.entropy is not None
+        losses = losses - ENTROPY_COEFFICIENT * torch.where(counts, values.entropy, 0)
+    return losses
+
+
+def _ours(inputs: Inputs) -> Values:
+    stats = linear_token_stats(inputs.hidden, inputs.weight, inputs.targets)
+    return Values(stats.logprob, stats.entropy)
+
+
+def _ours_loss(inputs: Inputs, case: Case) -> Tensor:
+    def loss_fn(stats, rows):  # type: ignore[no-untyped-def]
+        return token_losses(Values(stats.logprob, stats.entropy), inputs, case, rows)
+
+    return linear_token_loss(inputs.hidden, inputs.weight, inputs.targets, loss_fn).loss
+
+
+def _ours_logits(inputs: Inputs) -> Values:
+    stats = token_stats(inputs.hidden, inputs.targets)
+    return Values(stats.logprob, stats.entropy)
+
+
+def _eager_from(logits: Tensor, targets: Tensor) -> Values:
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return Values(logprobs.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1), entropy)
+
+
+def _eager(inputs: Inputs) -> Values:
+    return _eager_from(F.linear(inputs.hidden, inputs.weight), inputs.targets)
+
+
+def _eager_mean_loss(inputs: Inputs) -> Tensor:
+    return F.cross_entropy(F.linear(inputs.hidden, inputs.weight).float(), inputs.targets)
+
+
+def _eager_logprob(inputs: Inputs) -> Values:
+    losses = F.cross_entropy(F.linear(inputs.hidden, inputs.weight).float(), inputs.targets, reduction="none")
+    return Values(-losses, None)
+
+
+_compiled: dict[Callable, Callable] = {}
+
+
+def _compile(function: Callable) -> Callable:
+    """``torch.compile`` of a contender's function, once."""
+
+    def call(inputs: Inputs):  # type: ignore[no-untyped-def]
+        if function not in _compiled:
+            _compiled[function] = torch.compile(function)
+        return _compiled[function](inputs)
+
+    return call
+
+
+def _torch_mean_loss(inputs: Inputs) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()  # chunked
+    return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, options=options)
+
+
+def _torch_logprob(inputs: Inputs) -> Values:
+    options = torch.nn.LinearCrossEntropyOptions()
+    losses = F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none", options=options)
+    return Values(-losses, None)
+
+
+def _trl(inputs: Inputs) -> Values:
+    # As its fused head calls it: rows that do not count are taken out on a GPU, computed and dropped elsewhere.
+    from trl.trainer import utils
+
+    counts = inputs.counts
+    compact = inputs.hidden.is_cuda
+    hidden = inputs.hidden[counts] if compact else inputs.hidden
+    targets = inputs.targets[counts] if compact else inputs.targets.clamp(min=0)
+    logprob, entropy, *_ = utils._ChunkedLogProbFunction.apply(
+        hidden,
+        inputs.weight,
+        None,
+        targets,
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("log_probs", "entropy"),
+    )
+    if not compact:
+        return Values(logprob.masked_fill(~counts, 0), entropy.masked_fill(~counts, 0))
+    empty = logprob.new_zeros(counts.shape)
+    return Values(empty.masked_scatter(counts, logprob), empty.masked_scatter(counts, entropy))
+
+
+def _trl_logits(inputs: Inputs) -> Values:
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    logprob, entropy = selective_log_softmax_and_entropy(inputs.hidden, inputs.targets.clamp(min=0))
+    return Values(logprob, entropy)
+
+
+def _liger_scaled(inputs: Inputs) -> Values:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    loss, entropy, *_ = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        inputs.hidden, inputs.weight, inputs.targets, 1.0, -100, 1, True
+    )
+    return Values(-loss, entropy)
+
+
+def _liger_mean_loss(inputs: Inputs) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    if not inputs.hidden.is_cuda:
+        raise CannotRun("Triton only")
+    return LigerFusedLinearCrossEntropyFunction.apply(inputs.hidden, inputs.weight, inputs.targets)[0]
+
+
+def _cut_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        reduction=reduction,
+        filter_eps=None,  # no tile is skipped, as in the others
+        impl="cce" if inputs.hidden.is_cuda else "torch_compile",
+    )
+
+
+def _verl(inputs: Inputs) -> Values:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    if not inputs.hidden.is_cuda:
+        raise CannotRun("Triton only")
+    logprob, entropy = linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets.clamp(min=0), 1.0, "none")
+    return Values(logprob, entropy)
+
+
+def _quack_mean_loss(inputs: Inputs) -> Tensor:
+    if not inputs.hidden.is_cuda:
+        raise CannotRun("CUDA only")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets)
+
+
+CONTENDERS = [
+    Contender("ours: linear_token_stats", ("repirl",), values=_ours, ours=True),
+    Contender("ours: linear_token_loss", ("repirl",), loss=_ours_loss, ours=True),
+    Contender("ours: token_stats", ("repirl",), values=_ours_logits, given_logits=True, ours=True),
+    Contender("eager", ("torch",), values=_eager, mean_loss=_eager_mean_loss),
+    Contender("eager, cross_entropy", ("torch",), values=_eager_logprob, entropy=False),
+    Contender("torch.compile", ("torch",), values=_compile(_eager), mean_loss=_compile(_eager_mean_loss)),
+    Contender("torch linear_cross_entropy", ("torch",), _torch_logprob, _torch_mean_loss, entropy=False),
+    Contender("TRL chunked head", ("trl",), values=_trl),
+    Contender("Liger fused scaled CE", ("liger-kernel",), values=_liger_scaled),
+    Contender("Liger fused linear CE", ("liger-kernel",), mean_loss=_liger_mean_loss),
+    Contender(
+        "cut-cross-entropy",
+        ("cut-cross-entropy",),
+        values=lambda inputs: Values(-_cut_cross_entropy(inputs, "none"), None),
+        mean_loss=lambda inputs: _cut_cross_entropy(inputs, "mean"),
+        entropy=False,
+    ),
+    Contender("verl linear_cross_entropy", ("verl",), values=_verl),
+    Contender("quack linear_cross_entropy", ("quack-kernels",), mean_loss=_quack_mean_loss),
+    Contender(
+        "eager from logits",
+        ("torch",),
+        values=lambda inputs: _eager_from(inputs.hidden, inputs.targets),
+        given_logits=True,
+    ),
+    Contender(
+        "torch.compile from logits",
+        ("torch",),
+        values=_compile(lambda inputs: _eager_from(inputs.hidden, inputs.targets)),
+        given_logits=True,
+    ),
+    Contender("TRL from logits", ("trl",), values=_trl_logits, given_logits=True),
+]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of all contenders' packages; None for those that are not installed."""
+    result: dict[str, str | None] = {}
+    for package in sorted({package for contender in CONTENDERS for package in (*contender.packages, "triton")}):
+        try:
+            result[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            result[package] = None
+    return result

@@ -1,0 +1,199 @@
+"""How wrong, how fast and how large: one contender or all of a case, on this machine."""
+
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import Case, Inputs, make_inputs
+from bench.contenders import CONTENDERS, Contender, Values, run, token_losses
+
+CHECKED_ROWS = 256
+# Largest error that still counts as the same result, relative to the largest value. bfloat16 logits that are
+# rounded (eager PyTorch's) lie within it.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 9
+
+
+def step(contender: Contender, inputs: Inputs, case: Case) -> Values | None:
+    """One step of the task: values, or a loss and its gradients in ``.grad``."""
+    values, loss = run(contender, inputs, case)
+    if loss is not None:
+        loss.backward()
+    return values
+
+
+def drop_gradients(inputs: Inputs) -> None:
+    for leaf in inputs.leaves():
+        leaf.grad = None
+
+
+def truth_of(case: Case, device: str) -> dict[str, Tensor]:
+    """Values or gradients in float64, from the numbers of the case's dtype."""
+    inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
+    exact = Inputs(
+        inputs.hidden.detach().double().requires_grad_(inputs.hidden.requires_grad),
+        inputs.weight.detach().double().requires_grad_(inputs.weight.requires_grad),
+        inputs.targets,
+        inputs.advantage.double(),
+    )
+    logits = exact.hidden if case.task == "logits" else F.linear(exact.hidden, exact.weight)
+    logprobs = F.log_softmax(logits, dim=-1)
+    values = Values(
+        logprobs.gather(-1, exact.targets.clamp(min=0)[:, None]).squeeze(-1), -(logprobs.exp() * logprobs).sum(dim=-1)
+    )
+    if case.task == "score":
+        return {"logprob": values.logprob, "entropy": values.entropy}
+    token_losses(values, exact, case, slice(None)).sum().backward()
+    return _gradients(exact)
+
+
+def _gradients(inputs: Inputs) -> dict[str, Tensor]:
+    named = {"dhidden": inputs.hidden, "dweight": inputs.weight}
+    return {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
+
+
+def errors_of(contender: Contender, case: Case, device: str, truth: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of each result, relative to its largest value. ValueError where it is not the same result."""
+    inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
+    values = step(contender, inputs, case)
+    if values is None:
+        results = _gradients(inputs)
+    else:
+        assert values.entropy is not None
+        results = {"logprob": values.logprob, "entropy": values.entropy}
+    errors = {}
+    for name, expected in truth.items():
+        if name not in results:
+            raise ValueError(f"gives no {name}")
+        kept = inputs.counts if name in ("logprob", "entropy") else slice(None)
+        difference = (results[name][kept].double() - expected[kept]).abs().max()
+        errors[name] = (difference / expected[kept].abs().max()).item()
+        if not errors[name] <= TOLERANCE[case.dtype]:
+            raise ValueError(f"{name} is {errors[name]:.2g} off: not the same result")
+    return errors
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def yardstick(case: Case, inputs: Inputs) -> Callable[[], object]:
+    """One bare matrix product of the case's shape and dtype; for given logits, one copy of them."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    if case.task == "logits":
+        copied = torch.empty_like(hidden)
+        return lambda: copied.copy_(hidden)
+    product = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    return lambda: torch.mm(hidden, weight.T, out=product)
+
+
+def times_of(contenders: list[Contender], case: Case, device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each round, the yardstick's under ``""``.
+
+    Each round runs every contender once, and begins with another one. A contender rests when it has had ``seconds``
+    and MIN_ROUNDS rounds.
+    """
+    inputs = make_inputs(case, device)
+    functions: dict[str, Callable[[], object]] = {"": yardstick(case, inputs)}
+    for contender in contenders:
+        functions[contender.name] = lambda contender=contender: step(contender, inputs, case)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()  # warm-up
+        drop_gradients(inputs)
+    names = list(functions)
+    for round_index in range(MAX_ROUNDS):
+        first = round_index % len(names)
+        for name in names[first:] + names[:first]:
+            if len(times[name]) >= MIN_ROUNDS and sum(times[name]) > seconds:
+                continue
+            times[name].append(timed(functions[name], device))
+            drop_gradients(inputs)
+    return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median and quartiles, in seconds."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "rounds": len(times)}
+
+
+def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
+    """Largest memory during a step, beyond inputs and gradients; on a CPU only right in a process prepared for it."""
+    inputs = make_inputs(case, device)
+    step(contender, inputs, case)  # libraries load, kernels compile
+    drop_gradients(inputs)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        _C_LIBRARY.malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    step(contender, inputs, case)
+    synchronize(device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves() if leaf.grad is not None)
+    return max(0, peak - before - gradients)
+
+
+_C_LIBRARY = ctypes.CDLL(None)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"this system's /proc/self/status has no {field}")
+
+
+def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str, int]:
+    """Bytes by contender; on a CPU in a process of its own, whose allocator keeps nothing that was freed."""
+    if device == "cuda":
+        return {contender.name: extra_bytes_of(contender, case, device) for contender in contenders}
+    names = [contender.name for contender in contenders]
+    request = json.dumps({"case": case._asdict(), "contenders": names, "threads": torch.get_num_threads()})
+    child = subprocess.run(
+        [sys.executable, "-m", "bench.measure", request], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    if child.returncode:
+        raise RuntimeError(f"measuring the memory of {case.name} failed:\n{child.stderr}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Memory measurements, for :func:`memory_of`."""
+    # Large blocks go back to the system when they are freed, however many there were before.
+    mmap_threshold = -3
+    _C_LIBRARY.mallopt(mmap_threshold, 1 << 20)
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    case = Case(**request["case"])
+    by_name = {contender.name: contender for contender in CONTENDERS}
+    print(json.dumps({name: extra_bytes_of(by_name[name], case, "cpu") for name in request["contenders"]}))
+
+
+if __name__ == "__main__":
+    main()
