@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case, Inputs, make_inputs
-from bench.contenders import CONTENDERS, Contender, Values, run, token_losses
+from bench.contenders import CONTENDERS, CannotRun, Contender, Values, run, token_losses
 
 CHECKED_ROWS = 256
 # Largest error that still counts as the same result, relative to the largest value. bfloat16 logits that are
@@ -107,8 +108,10 @@ def yardstick(case: Case, inputs: Inputs) -> Callable[[], object]:
     return lambda: torch.mm(hidden, weight.T, out=product)
 
 
-def times_of(contenders: list[Contender], case: Case, device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each round, the yardstick's under ``""``.
+def times_of(
+    contenders: list[Contender], case: Case, device: str, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each round, the yardstick's under ``""``; and by contender why it could not run.
 
     Each round runs every contender once, and begins with another one. A contender rests when it has had ``seconds``
     and MIN_ROUNDS rounds.
@@ -117,11 +120,16 @@ def times_of(contenders: list[Contender], case: Case, device: str, seconds: floa
     functions: dict[str, Callable[[], object]] = {"": yardstick(case, inputs)}
     for contender in contenders:
         functions[contender.name] = lambda contender=contender: step(contender, inputs, case)
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # warm-up
+    times: dict[str, list[float]] = {}
+    reasons: dict[str, str] = {}
+    for name, function in functions.items():
+        try:
+            function()  # warm-up
+            times[name] = []
+        except Exception as error:  # out of memory, mostly: a result like another
+            reasons[name] = reason_of(error)
         drop_gradients(inputs)
-    names = list(functions)
+    names = list(times)
     for round_index in range(MAX_ROUNDS):
         first = round_index % len(names)
         for name in names[first:] + names[:first]:
@@ -129,7 +137,16 @@ def times_of(contenders: list[Contender], case: Case, device: str, seconds: floa
                 continue
             times[name].append(timed(functions[name], device))
             drop_gradients(inputs)
-    return times
+    return times, reasons
+
+
+def reason_of(error: Exception) -> str:
+    """Why a contender has no part in a case, in one line."""
+    if isinstance(error, CannotRun):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {error}"
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -150,11 +167,12 @@ def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
         before = torch.cuda.memory_allocated()
     else:
         _C_LIBRARY.malloc_trim(0)
-        before = _resident("VmRSS")
+        before = _kibibytes("/proc/self/status", "VmRSS") * 1024
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     step(contender, inputs, case)
     synchronize(device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM")
+    on_cpu = device == "cpu"
+    peak = _kibibytes("/proc/self/status", "VmHWM") * 1024 if on_cpu else torch.cuda.max_memory_allocated()
     gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves() if leaf.grad is not None)
     return max(0, peak - before - gradients)
 
@@ -162,17 +180,20 @@ def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
 _C_LIBRARY = ctypes.CDLL(None)
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _kibibytes(file: str, field: str) -> int:
+    for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system's /proc/self/status has no {field}")
+            return int(line.split()[1])
+    raise RuntimeError(f"this system's {file} has no {field}: memory on a CPU is measured on Linux only")
 
 
-def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str, int]:
-    """Bytes by contender; on a CPU in a process of its own, whose allocator keeps nothing that was freed."""
+def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str, int | str]:
+    """By contender: bytes, or why it could not run.
+
+    On a CPU from a process of its own, whose allocator keeps nothing that was freed.
+    """
     if device == "cuda":
-        return {contender.name: extra_bytes_of(contender, case, device) for contender in contenders}
+        return _memory_here(contenders, case, device)
     names = [contender.name for contender in contenders]
     request = json.dumps({"case": case._asdict(), "contenders": names, "threads": torch.get_num_threads()})
     child = subprocess.run(
@@ -183,16 +204,28 @@ def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str,
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def _memory_here(contenders: list[Contender], case: Case, device: str) -> dict[str, int | str]:
+    result: dict[str, int | str] = {}
+    for contender in contenders:
+        try:
+            result[contender.name] = extra_bytes_of(contender, case, device)
+        except Exception as error:
+            result[contender.name] = reason_of(error)
+    return result
+
+
 def main() -> None:
     """Memory measurements, for :func:`memory_of`."""
     # Large blocks go back to the system when they are freed, however many there were before.
     mmap_threshold = -3
     _C_LIBRARY.mallopt(mmap_threshold, 1 << 20)
+    # One that needs more than there is gets an error of its own, and no process is killed.
+    available = _kibibytes("/proc/meminfo", "MemAvailable") * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (available, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    case = Case(**request["case"])
-    by_name = {contender.name: contender for contender in CONTENDERS}
-    print(json.dumps({name: extra_bytes_of(by_name[name], case, "cpu") for name in request["contenders"]}))
+    contenders = [contender for contender in CONTENDERS if contender.name in request["contenders"]]
+    print(json.dumps(_memory_here(contenders, Case(**request["case"]), "cpu")))
 
 
 if __name__ == "__main__":

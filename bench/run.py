@@ -21,8 +21,8 @@ import torch
 from repirl_kernels import choose_backend, native
 
 from bench.cases import DTYPES, PROFILES, SHAPES, TASKS, Case
-from bench.contenders import CONTENDERS, CannotRun, Contender, versions
-from bench.measure import errors_of, memory_of, spread, times_of, truth_of
+from bench.contenders import CONTENDERS, Contender, versions
+from bench.measure import errors_of, memory_of, reason_of, spread, times_of, truth_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,24 +67,24 @@ def measure_case(
         try:
             row["errors"] = errors_of(contender, case, device, truth)
             able.append(contender)
-        except CannotRun as reason:
-            row["reason"] = str(reason)
-        except ImportError as error:
-            row["reason"] = f"not installed: {error}"
-        except Exception as error:
-            # Whatever a peer raises is a result: that it cannot run this.
-            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        except Exception as error:  # whatever a peer raises is a result: that it cannot run this
+            row["reason"] = reason_of(error)
         rows[contender.name] = row
     measured = {"case": case._asdict(), "name": case.name, "rows": list(rows.values())}
-    if able and not memory_only:
-        times = times_of(able, case, device, seconds)
-        measured["yardstick"] = spread(times[""])
-        for contender in able:
-            row = rows[contender.name]
-            row |= spread(times[contender.name])
-            row["products"] = row["median"] / measured["yardstick"]["median"]
-    for name, extra in (memory_of(able, case, device) if able else {}).items():
-        rows[name]["extra_bytes"] = extra
+    if not able:
+        return measured
+    # Memory first: what does not fit is not timed.
+    for name, extra in memory_of(able, case, device).items():
+        rows[name]["reason" if isinstance(extra, str) else "extra_bytes"] = extra
+    if memory_only:
+        return measured
+    times, reasons = times_of([c for c in able if "reason" not in rows[c.name]], case, device, seconds)
+    measured["yardstick"] = spread(times.pop(""))
+    for name, rounds in times.items():
+        rows[name] |= spread(rounds)
+        rows[name]["products"] = rows[name]["median"] / measured["yardstick"]["median"]
+    for name, reason in reasons.items():
+        rows[name]["reason"] = reason
     return measured
 
 
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), help="only these tasks")
     parser.add_argument("--peers", nargs="+", metavar="WORD", help="only contenders with such a word in their name")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each contender and case; default 8")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each contender and case; default 3")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     return parser
 
