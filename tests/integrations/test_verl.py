@@ -6,11 +6,12 @@ around an unsharded model on the CPU.
 """
 
 import functools
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from readme_sections import run_section
+from readme_sections import section_code
 
 pytest.importorskip("verl", reason="verl is not installed; make test-integrations")
 
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from verl.models.transformers.monkey_patch import patch_forward_with_backends
 from verl.utils import tensordict_utils
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.utils.import_utils import import_external_libs
 from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
@@ -106,15 +108,18 @@ def actor_step(*, fused: bool, remove_padding: bool):
 
 
 @pytest.mark.parametrize("remove_padding", [True, False])
-def test_actor_step_equals_verls_own(remove_padding, monkeypatch):
+def test_actor_step_equals_verls_own(remove_padding, monkeypatch, tmp_path):
     monkeypatch.setattr(fsdp_engine, "get_device_id", lambda: "cpu")
     monkeypatch.setattr(TinyActor, "forward", LlamaForCausalLM.forward)
     from_logits = actor_step(fused=False, remove_padding=remove_padding)
     from_hidden = actor_step(fused=True, remove_padding=remove_padding)
 
     monkeypatch.setattr(FusedLinearForPPO, "forward", None)
-    fused_forward = run_section("verl").fused_forward
-    assert FusedLinearForPPO.forward is fused_forward
+    (tmp_path / "token_stats_head.py").write_text(section_code("verl"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "token_stats_head", raising=False)
+    import_external_libs("token_stats_head")  # what verl does with `external_lib`
+    assert FusedLinearForPPO.forward is sys.modules["token_stats_head"].fused_forward
     loss, logprob, entropy, gradients = actor_step(fused=True, remove_padding=remove_padding)
 
     for expected_loss, expected_logprob, expected_entropy, expected_gradients in (from_logits, from_hidden):
