@@ -15,24 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repirl_kernels.ops import (
-    LinearOperands,
-    TokenStats,
-    _backend_module,
-    _check_target_values,
-    _contiguous,
-    _empty_stats,
-    _fold_upstream,
-    _kept_rows,
-    _live_rows,
-    _put,
-    _refuse_double_backward,
-    _row_indices,
-    _split_logsumexp,
-    _take,
-    prepare_linear,
-)
+from repirl_kernels.ops import LinearOperands, TokenStats, backend_module, prepare_linear
 from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.rows import (
+    check_target_values,
+    contiguous,
+    empty_stats,
+    fold_upstream,
+    kept_rows,
+    live_rows,
+    put,
+    refuse_double_backward,
+    row_indices,
+    split_logsumexp,
+    take,
+)
 
 # Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
@@ -183,7 +180,7 @@ def _run_chunk(
     buffer = logits[: hidden.shape[0]]
     *stats, logsumexp_low = _chunk_forward(hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options)
     losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
-    kept = _kept_rows(targets, row_mask, options.ignore_index)
+    kept = kept_rows(targets, row_mask, options.ignore_index)
     values = (torch.where(kept, losses, 0).to(stats[0].dtype), *stats)
     if not any(needs):
         return _Chunk(values, *[hidden.new_empty(0)] * 3)
@@ -268,25 +265,25 @@ def _chunk_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
-    keep = _kept_rows(targets, row_mask, ignore_index)
-    _check_target_values(targets, keep, vocab_size)
-    rows = _row_indices(keep)
+    keep = kept_rows(targets, row_mask, ignore_index)
+    check_target_values(targets, keep, vocab_size)
+    rows = row_indices(keep)
     num_rows = hidden.shape[0]
     num_kept = num_rows if rows is None else rows.shape[0]
     if num_kept == 0:
-        return _empty_stats(hidden)
+        return empty_stats(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        logprob, logsumexp, target_logit, entropy, _ = _backend_module(hidden, backend).linear_forward(
-            _take(hidden, rows), _take(weight, None), _take(targets, rows), _contiguous(bias), temperature,
+        logprob, logsumexp, target_logit, entropy, _ = backend_module(hidden, backend).linear_forward(
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
             softcap, vocab_size, logits[:num_kept],
         )  # fmt: skip
-    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
     return (
-        _put(logprob, rows, num_rows),
-        _put(logsumexp, rows, num_rows),
-        _put(target_logit, rows, num_rows),
-        _put(entropy, rows, num_rows),
-        _put(logsumexp_low, rows, num_rows),
+        put(logprob, rows, num_rows),
+        put(logsumexp, rows, num_rows),
+        put(target_logit, rows, num_rows),
+        put(entropy, rows, num_rows),
+        put(logsumexp_low, rows, num_rows),
     )
 
 
@@ -304,7 +301,7 @@ def _chunk_forward_fake(
     vocab_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_stats(hidden)
+    return empty_stats(hidden)
 
 
 @torch.library.custom_op("repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum"))
@@ -334,9 +331,9 @@ def _chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight (if there is no ``weight_sum`` to add it to) and bias, or empty tensors."""
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
-    keep = _kept_rows(targets, row_mask, ignore_index)
-    live = _live_rows(upstream, keep)
-    rows = _row_indices(live)
+    keep = kept_rows(targets, row_mask, ignore_index)
+    live = live_rows(upstream, keep)
+    rows = row_indices(live)
     num_rows = hidden.shape[0]
     num_live = num_rows if rows is None else rows.shape[0]
     return_weight = need_weight and weight_sum is None
@@ -349,17 +346,17 @@ def _chunk_backward(
         dbias = torch.zeros_like(bias) if bias is not None and need_bias else None
     else:
         _compact(logits, live[keep].nonzero().squeeze(-1))
-        taken = [_take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
-        mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+        taken = [take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
+        mass, onehot, slope, mean_logit = fold_upstream(*taken)
         with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = _backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, onehot, slope, _take(hidden, rows), _take(weight, None),
-                _take(targets, rows), _contiguous(bias), taken[4], mean_logit, temperature, softcap,
+            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+                torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
+                take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
                 vocab_size, need_hidden, need_weight, need_bias and bias is not None, logits[:num_live],
                 weight_sum if need_weight else None,
             )  # fmt: skip
         if dhidden is not None:
-            dhidden = _put(dhidden, rows, num_rows)
+            dhidden = put(dhidden, rows, num_rows)
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
         weight.new_empty(0) if dweight is None else dweight,
@@ -447,7 +444,7 @@ def _attach_gradients_context(ctx, inputs, output) -> None:  # type: ignore[no-u
 
 def _attach_gradients_autograd(ctx, upstream):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():
-        _refuse_double_backward(ctx)
+        refuse_double_backward(ctx)
     gradients = ctx.saved_tensors
     # Unless the graph is kept, these are now the only references: a gradient need not be copied to become `.grad`.
     ctx.maybe_clear_saved_tensors()

@@ -25,6 +25,21 @@ from torch import Tensor
 
 from repirl_kernels import native
 from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.rows import (
+    check_target_values,
+    contiguous,
+    empty_stats,
+    fold_upstream,
+    kept_rows,
+    live_rows,
+    no_context,
+    put,
+    refuse_double_backward,
+    row_indices,
+    skip_below,
+    split_logsumexp,
+    take,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +104,7 @@ def token_stats(
         raise ValueError("logits must have shape [*, V], got a tensor without axes")
     _check_rows("logits", logits, targets, row_mask)
     _check_options(temperature, softcap, backend)
-    num_columns = _check_vocab_size(logits.shape[-1], vocab_size)
+    num_columns = check_vocab_size(logits.shape[-1], vocab_size)
     shape = targets.shape
     outputs = _token_stats(
         logits.reshape(-1, logits.shape[-1]),
@@ -228,7 +243,7 @@ def prepare_linear(
     _check_device("weight", weight, "hidden", hidden)
     _check_rows("hidden", hidden, targets, row_mask)
     _check_options(temperature, softcap, backend)
-    num_columns = weight.shape[0] if is_shard else _check_vocab_size(weight.shape[0], vocab_size)
+    num_columns = weight.shape[0] if is_shard else check_vocab_size(weight.shape[0], vocab_size)
     if bias is not None:
         _check_tensor("bias", bias, SUPPORTED_DTYPES)
         _check_device("bias", bias, "hidden", hidden)
@@ -347,7 +362,7 @@ def _check_options(temperature: float, softcap: float | None, backend: str | Non
         raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
 
 
-def _check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
+def check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
     if num_columns == 0:
         raise ValueError("the vocabulary is empty: V = 0")
     if vocab_size is None:
@@ -379,101 +394,10 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _backend_module(tensor: Tensor, backend: str) -> ModuleType:
+def backend_module(tensor: Tensor, backend: str) -> ModuleType:
     name = choose_backend(tensor.device, tensor.dtype, backend or None)
     # Imported when first used: the Triton kernels are of no use, and slow to import, where there is no GPU.
     return importlib.import_module(f"repirl_kernels.{name}")
-
-
-def _kept_rows(targets: Tensor, row_mask: Tensor | None, ignore_index: int) -> Tensor:
-    keep = targets != ignore_index
-    return keep if row_mask is None else keep & row_mask
-
-
-def _row_indices(keep: Tensor) -> Tensor | None:
-    """Indices of the rows to keep; ``None`` if that is all of them, so that nothing needs to be copied."""
-    rows = keep.nonzero().squeeze(-1)
-    return None if rows.shape[0] == keep.shape[0] else rows
-
-
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    if rows is not None:
-        return tensor.index_select(0, rows)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _put(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-    if rows is None:
-        return values
-    result = values.new_zeros((num_rows, *values.shape[1:]))
-    return result.index_copy_(0, rows, values)
-
-
-def _check_target_values(targets: Tensor, keep: Tensor, vocab_size: int) -> None:
-    out_of_range = keep & ((targets < 0) | (targets >= vocab_size))
-    if out_of_range.any():
-        row = int(out_of_range.nonzero()[0])
-        raise ValueError(
-            f"target {int(targets[row])} in row {row} is outside [0, {vocab_size}); "
-            "give rows that do not count the ignore_index, or mask them with row_mask"
-        )
-
-
-def _split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """``logsumexp`` in the dtype of the statistics, and what that rounding lost.
-
-    A backend may return logsumexp in float64, which has what float32 loses up to offsets of 1e8. Else
-    ``target_logit`` and ``logprob`` know it better than its own rounded value: ``L = z_a - log p_a``, where
-    log p_a has no large terms. But for an improbable target log p_a is itself large, and its rounding no
-    better than that of L.
-    """
-    rounded = logsumexp.to(logprob.dtype)
-    limit = 1e8 if logsumexp.dtype == torch.float64 else 0.0
-    by_target = (logprob.abs() < rounded.abs().clamp(max=64.0)) & (rounded.abs() > limit)
-    lost = (logsumexp - rounded).to(logprob.dtype)
-    return rounded, torch.where(by_target, (target_logit - rounded) - logprob, lost)
-
-
-def _fold_upstream(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Upstream gradients ``(g_logsumexp, g_target_logit, g_entropy)`` that mean all four, and ``mean_logit``.
-
-    A backend computes ``p_v = exp(z_v - L)`` and ``z_v - b`` from L and b as rounded to the statistics'
-    dtype. With logits around 1e4 that rounding is 5e-4, and so would be the gradient's relative error. But
-    what the rounded L and b lack is the same for a whole row, so it is put into the row's coefficients:
-
-        p_v (g_L - g_p - g_H (z_v - b)) = p'_v ((g_L - g_p + g_H b_low) r - g_H r (z_v - b')),
-        p'_v = exp(z_v - L'),  r = exp(-L_low),  L = L' + L_low,  b = b' + b_low
-    """
-    mean_logit = logsumexp - entropy
-    mean_logit_low = ((logsumexp - mean_logit) - entropy) + logsumexp_low
-    scale = torch.exp(-logsumexp_low)
-    return (
-        (g_logsumexp - g_logprob + g_entropy * mean_logit_low) * scale,
-        g_target_logit + g_logprob,
-        g_entropy * scale,
-        mean_logit,
-    )
-
-
-def _skip_below(mass: Tensor, onehot: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[N]``: below this, a gradient of a logit counts as negligible in its row."""
-    return torch.finfo(dtype).eps / 32 * torch.stack([mass, onehot, slope]).abs().amax(dim=0)
-
-
-def _empty_stats(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = statistics_dtype(rows.dtype)
-    logprob, logsumexp, target_logit, entropy, logsumexp_low = (
-        torch.zeros(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(5)
-    )
-    return logprob, logsumexp, target_logit, entropy, logsumexp_low
 
 
 @torch.library.custom_op("repirl_kernels::token_stats", mutates_args=())
@@ -487,24 +411,24 @@ def _token_stats(
     vocab_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    keep = _kept_rows(targets, row_mask, ignore_index)
-    _check_target_values(targets, keep, vocab_size)
-    functions = _backend_module(logits, backend)
-    rows = _row_indices(keep)
+    keep = kept_rows(targets, row_mask, ignore_index)
+    check_target_values(targets, keep, vocab_size)
+    functions = backend_module(logits, backend)
+    rows = row_indices(keep)
     num_rows = logits.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
-        return _empty_stats(logits)
+        return empty_stats(logits)
     with torch.autocast(logits.device.type, enabled=False):
         logprob, logsumexp, target_logit, entropy, _ = functions.logits_forward(
-            _take(logits, rows), _take(targets, rows), temperature, softcap, vocab_size
+            take(logits, rows), take(targets, rows), temperature, softcap, vocab_size
         )
-    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
     return (
-        _put(logprob, rows, num_rows),
-        _put(logsumexp, rows, num_rows),
-        _put(target_logit, rows, num_rows),
-        _put(entropy, rows, num_rows),
-        _put(logsumexp_low, rows, num_rows),
+        put(logprob, rows, num_rows),
+        put(logsumexp, rows, num_rows),
+        put(target_logit, rows, num_rows),
+        put(entropy, rows, num_rows),
+        put(logsumexp_low, rows, num_rows),
     )
 
 
@@ -519,7 +443,7 @@ def _token_stats_fake(
     vocab_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_stats(logits)
+    return empty_stats(logits)
 
 
 @torch.library.custom_op("repirl_kernels::token_stats_backward", mutates_args=())
@@ -542,18 +466,18 @@ def _token_stats_backward(
 ) -> Tensor:
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
     stats = (logsumexp, entropy, logsumexp_low)
-    rows = _row_indices(_live_rows(upstream, _kept_rows(targets, row_mask, ignore_index)))
+    rows = row_indices(live_rows(upstream, kept_rows(targets, row_mask, ignore_index)))
     num_rows = logits.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    taken = [_take(column, rows) for column in (*upstream, *stats)]
-    mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+    taken = [take(column, rows) for column in (*upstream, *stats)]
+    mass, onehot, slope, mean_logit = fold_upstream(*taken)
     with torch.autocast(logits.device.type, enabled=False):
-        dlogits = _backend_module(logits, backend).logits_backward(
-            torch.zeros_like(mass), mass, onehot, slope, _take(logits, rows), _take(targets, rows),
+        dlogits = backend_module(logits, backend).logits_backward(
+            torch.zeros_like(mass), mass, onehot, slope, take(logits, rows), take(targets, rows),
             taken[4], mean_logit, temperature, softcap, vocab_size,
         )  # fmt: skip
-    return _put(dlogits, rows, num_rows)
+    return put(dlogits, rows, num_rows)
 
 
 @_token_stats_backward.register_fake
@@ -591,25 +515,25 @@ def _linear_token_stats(
     skip_negligible: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    keep = _kept_rows(targets, row_mask, ignore_index)
-    _check_target_values(targets, keep, vocab_size)
-    functions = _backend_module(hidden, backend)
-    rows = _row_indices(keep)
+    keep = kept_rows(targets, row_mask, ignore_index)
+    check_target_values(targets, keep, vocab_size)
+    functions = backend_module(hidden, backend)
+    rows = row_indices(keep)
     num_rows = hidden.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
-        return _empty_stats(hidden)
+        return empty_stats(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
-            _take(hidden, rows), _take(weight, None), _take(targets, rows), _contiguous(bias), temperature,
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
             softcap, vocab_size,
         )  # fmt: skip
-    logsumexp, logsumexp_low = _split_logsumexp(logprob, logsumexp, target_logit)
+    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
     return (
-        _put(logprob, rows, num_rows),
-        _put(logsumexp, rows, num_rows),
-        _put(target_logit, rows, num_rows),
-        _put(entropy, rows, num_rows),
-        _put(logsumexp_low, rows, num_rows),
+        put(logprob, rows, num_rows),
+        put(logsumexp, rows, num_rows),
+        put(target_logit, rows, num_rows),
+        put(entropy, rows, num_rows),
+        put(logsumexp_low, rows, num_rows),
     )
 
 
@@ -627,7 +551,7 @@ def _linear_token_stats_fake(
     skip_negligible: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_stats(hidden)
+    return empty_stats(hidden)
 
 
 @torch.library.custom_op("repirl_kernels::linear_token_stats_backward", mutates_args=())
@@ -657,7 +581,7 @@ def _linear_token_stats_backward(
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor."""
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
     stats = (logsumexp, entropy, logsumexp_low)
-    rows = _row_indices(_live_rows(upstream, _kept_rows(targets, row_mask, ignore_index)))
+    rows = row_indices(live_rows(upstream, kept_rows(targets, row_mask, ignore_index)))
     num_rows = hidden.shape[0]
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
@@ -672,17 +596,17 @@ def _linear_token_stats_backward(
             else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
         )
     else:
-        taken = [_take(column, rows) for column in (*upstream, *stats)]
-        mass, onehot, slope, mean_logit = _fold_upstream(*taken)
+        taken = [take(column, rows) for column in (*upstream, *stats)]
+        mass, onehot, slope, mean_logit = fold_upstream(*taken)
         with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = _backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, onehot, slope, _take(hidden, rows), _take(weight, None),
-                _take(targets, rows), _contiguous(bias), taken[4], mean_logit, temperature, softcap,
+            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+                torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
+                take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
                 vocab_size, need_hidden, need_weight, need_bias,
-                skip_below=_skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+                skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
             )  # fmt: skip
         if dhidden is not None:
-            dhidden = _put(dhidden, rows, num_rows)
+            dhidden = put(dhidden, rows, num_rows)
     return (
         hidden.new_empty(0) if dhidden is None else dhidden,
         weight.new_empty(0) if dweight is None else dweight,
@@ -721,28 +645,6 @@ def _linear_token_stats_backward_fake(
         if bias is None or not need_bias
         else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device),
     )
-
-
-def _live_rows(upstream: tuple[Tensor, ...], keep: Tensor) -> Tensor:
-    live = torch.zeros_like(keep)
-    for gradient in upstream:
-        live |= gradient != 0  # NaN != 0: a poisoned gradient is passed on, not hidden
-    return live & keep
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "repirl_kernels: token statistics have first gradients only; a gradient of a gradient "
-        "(create_graph=True) is not implemented. Compute it from plain PyTorch logits instead."
-    )
-
-
-def _no_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    """Double backward is refused, so nothing is kept for it."""
 
 
 def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -792,5 +694,5 @@ def _linear_token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-de
 
 _token_stats.register_autograd(_token_stats_autograd, setup_context=_token_stats_context)
 _linear_token_stats.register_autograd(_linear_token_stats_autograd, setup_context=_linear_token_stats_context)
-_token_stats_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
-_linear_token_stats_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
+_token_stats_backward.register_autograd(refuse_double_backward, setup_context=no_context)
+_linear_token_stats_backward.register_autograd(refuse_double_backward, setup_context=no_context)

@@ -24,25 +24,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from repirl_kernels.ops import (
-    LinearOperands,
-    _backend_module,
-    _check_target_values,
-    _check_vocab_size,
-    _contiguous,
-    _empty_stats,
-    _fold_upstream,
-    _kept_rows,
-    _live_rows,
-    _no_context,
-    _put,
-    _refuse_double_backward,
-    _row_indices,
-    _skip_below,
-    _split_logsumexp,
-    _take,
-)
+from repirl_kernels.ops import LinearOperands, backend_module, check_vocab_size
 from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.rows import (
+    check_target_values,
+    contiguous,
+    empty_stats,
+    fold_upstream,
+    kept_rows,
+    live_rows,
+    no_context,
+    put,
+    refuse_double_backward,
+    row_indices,
+    skip_below,
+    split_logsumexp,
+    take,
+)
 
 
 def vocab_parallel_token_stats(
@@ -93,7 +91,7 @@ def _shard(
                 f"ranks of tp_group disagree on {what}: {values} in rank order; hidden, targets, row_mask and options "
                 "must be the same on all of them"
             )
-    vocab_size = _check_vocab_size(sum(shard_sizes), vocab_size)
+    vocab_size = check_vocab_size(sum(shard_sizes), vocab_size)
     first = sum(shard_sizes[: dist.get_rank(group)])
     return first, max(0, min(weight.shape[0], vocab_size - first)), vocab_size
 
@@ -131,7 +129,7 @@ def _shard_statistics(
         result[[0, 2, 3]] = -torch.inf
         return result
     owned, local_targets = _own_columns(targets, first, num_columns)
-    logprob, result[0], target_logit, result[1], _ = _backend_module(hidden, backend).linear_forward(
+    logprob, result[0], target_logit, result[1], _ = backend_module(hidden, backend).linear_forward(
         hidden, weight, local_targets, bias, temperature, softcap, num_columns
     )
     result[2] = torch.where(owned, logprob, -torch.inf)
@@ -168,30 +166,30 @@ def _vocab_parallel_token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``linear_token_stats``; the last output is the shard: its first global column and how many are no padding."""
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
-    keep = _kept_rows(targets, row_mask, ignore_index)
-    rows = _row_indices(keep)
+    keep = kept_rows(targets, row_mask, ignore_index)
+    rows = row_indices(keep)
     num_rows = targets.shape[0]
     num_kept = num_rows if rows is None else rows.shape[0]
     first, num_columns, vocab_size = _shard(group, weight, num_rows, num_kept, vocab_size)
-    _check_target_values(targets, keep, vocab_size)
+    check_target_values(targets, keep, vocab_size)
     shard = torch.tensor([first, num_columns])
     if num_kept == 0:
-        return *_empty_stats(hidden), shard
+        return *empty_stats(hidden), shard
     with torch.autocast(hidden.device.type, enabled=False):
         statistics = _shard_statistics(
-            _take(hidden, rows), _take(weight, None), _take(targets, rows), _contiguous(bias), temperature, softcap,
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature, softcap,
             first, num_columns, backend,
         )  # fmt: skip
     merged = _merge(_all_gather(statistics, group))
     dtype = statistics_dtype(hidden.dtype)
     logprob, target_logit, entropy = (merged[index].to(dtype) for index in (0, 2, 3))
-    logsumexp, logsumexp_low = _split_logsumexp(logprob, merged[1], target_logit)
+    logsumexp, logsumexp_low = split_logsumexp(logprob, merged[1], target_logit)
     return (
-        _put(logprob, rows, num_rows),
-        _put(logsumexp, rows, num_rows),
-        _put(target_logit, rows, num_rows),
-        _put(entropy, rows, num_rows),
-        _put(logsumexp_low, rows, num_rows),
+        put(logprob, rows, num_rows),
+        put(logsumexp, rows, num_rows),
+        put(target_logit, rows, num_rows),
+        put(entropy, rows, num_rows),
+        put(logsumexp_low, rows, num_rows),
         shard,
     )
 
@@ -211,7 +209,7 @@ def _vocab_parallel_token_stats_fake(
     backend: str,
     tp_group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *_empty_stats(hidden), torch.empty(2, dtype=torch.int64, device="cpu")
+    return *empty_stats(hidden), torch.empty(2, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats_backward", mutates_args=())
@@ -242,13 +240,13 @@ def _vocab_parallel_token_stats_backward(
     """Gradients of hidden (of all ranks), weight and bias (own shard); an empty tensor for one that is not needed."""
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
-    live = _live_rows(upstream, _kept_rows(targets, row_mask, ignore_index))
+    live = live_rows(upstream, kept_rows(targets, row_mask, ignore_index))
     if need_hidden and live.shape[0] > 0:
         # A gradient that is 0 on one rank and 1e-9 on another must not make them wait for each other for ever.
         anywhere = live.to(torch.uint8)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=group)
         live = anywhere.bool()
-    rows = _row_indices(live)
+    rows = row_indices(live)
     num_rows = targets.shape[0]
     num_live = num_rows if rows is None else rows.shape[0]
     first, num_columns = shard.tolist()
@@ -256,15 +254,15 @@ def _vocab_parallel_token_stats_backward(
     dweight: Tensor | None = None
     dbias: Tensor | None = None
     if num_live > 0 and num_columns > 0:
-        taken = [_take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
-        mass, onehot, slope, mean_logit = _fold_upstream(*taken)
-        owned, local_targets = _own_columns(_take(targets, rows), first, num_columns)
+        taken = [take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
+        mass, onehot, slope, mean_logit = fold_upstream(*taken)
+        owned, local_targets = _own_columns(take(targets, rows), first, num_columns)
         with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = _backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, torch.where(owned, onehot, 0.0), slope, _take(hidden, rows),
-                _take(weight, None), local_targets, _contiguous(bias), taken[4], mean_logit, temperature, softcap,
+            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+                torch.zeros_like(mass), mass, torch.where(owned, onehot, 0.0), slope, take(hidden, rows),
+                take(weight, None), local_targets, contiguous(bias), taken[4], mean_logit, temperature, softcap,
                 num_columns, need_hidden, need_weight, need_bias and bias is not None,
-                skip_below=_skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+                skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
             )  # fmt: skip
     if need_hidden:
         dhidden_sum = hidden.new_zeros((num_live, hidden.shape[1]), dtype=statistics_dtype(hidden.dtype))
@@ -272,7 +270,7 @@ def _vocab_parallel_token_stats_backward(
             dhidden_sum.copy_(dhidden)
         if num_live > 0:
             dist.all_reduce(dhidden_sum, group=group)
-        dhidden = _put(dhidden_sum.to(hidden.dtype), rows, num_rows)
+        dhidden = put(dhidden_sum.to(hidden.dtype), rows, num_rows)
     if need_weight and dweight is None:
         dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     if need_bias and bias is not None and dbias is None:
@@ -341,4 +339,4 @@ def _vocab_parallel_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
 
 
 _vocab_parallel_token_stats.register_autograd(_vocab_parallel_autograd, setup_context=_vocab_parallel_context)
-_vocab_parallel_token_stats_backward.register_autograd(_refuse_double_backward, setup_context=_no_context)
+_vocab_parallel_token_stats_backward.register_autograd(refuse_double_backward, setup_context=no_context)
