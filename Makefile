@@ -2,7 +2,7 @@
 # make demo      the dual loop end to end on an embedded default
 # make test      all tests
 # make test-integrations   the examples of kernels/README.md inside TRL and verl, in .venv-integrations on top of .venv
-# make bench     benchmarks of the ops
+# make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make lint      ruff, and mypy on the public surface of repirl_kernels
 
 PYTHON ?= python3
@@ -42,8 +42,12 @@ test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -c "import trl, verl"
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
 
+# A peer that cannot be installed is missing from the tables, and says so there.
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'repirl[peers]' \
+		"torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+	$(BIN)/python -m bench.run --json runs/bench/latest/ops.json $(BENCH)
+	$(BIN)/python -m bench.report --results runs/bench --page runs/bench/README.md
 
 lint: install
 	$(BIN)/ruff check .

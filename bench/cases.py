@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENTROPY_COEFFICIENT = 0.01
+# Large, so that an entropy without a gradient is found to be wrong.
+ENTROPY_COEFFICIENT = 1.0
 
 SHAPES = {  # name: (D, V)
     "SmolLM2-135M": (576, 49152),

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no CUDA device")
     torch.manual_seed(0)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -134,6 +138,9 @@ def _environment(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         environment |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
         environment["cuda"] = torch.version.cuda
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = shutil.which("nvidia-smi")
+        environment["driver"] = subprocess.check_output(query, text=True).split()[0] if found else "unknown"
     return environment
 
 

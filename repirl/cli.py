@@ -1,4 +1,4 @@
-"""The command line: repirl train | demo | eval | export."""
+"""The command line: repirl train | demo | eval | export | bench."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", metavar="DIR", required=True, help="a run's folder or a step_N folder")
     command.add_argument("--output", metavar="DIR", required=True, help="gets policy/ and prm/")
     command.set_defaults(run=_export)
+
+    # Its options, --help too, are those of bench/run.py.
+    command = commands.add_parser(
+        "bench", help="the fused ops beside their peers, on this machine", allow_abbrev=False, add_help=False
+    )
+    command.set_defaults(run=_bench)
     return parser
 
 
@@ -119,6 +125,21 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     for folder in export_checkpoint(options.checkpoint, options.output):
         print(folder)
     return 0
+
+
+def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
+    from pathlib import Path
+
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "bench" / "run.py").exists():
+        raise ConfigError(
+            f"the benchmarks are part of the source checkout, not of the installed package, and {checkout} has no "
+            "bench/run.py: clone the repository and run `make bench` there"
+        )
+    sys.path.insert(0, str(checkout))
+    from bench.run import main as run_benchmarks
+
+    return run_benchmarks(arguments)
 
 
 def print_summary(config: Config) -> None:

@@ -1,0 +1,129 @@
+"""``python -m bench.report``: README.md and plots of this folder, from ``results/*/ops*.json`` alone."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.cases import TASKS
+
+HERE = Path(__file__).parent
+
+INTRODUCTION = """# Benchmarks of the fused ops
+
+Made by `python -m bench.report` from the JSON files below. `make bench` measures on your machine.
+
+Only rows of one table may be compared: they did the same task on the same inputs, taking turns. A contender is timed
+after its results (values, or gradients of hidden states and weights) were found equal to float64's within the dtype's
+rounding; one that cannot do a case says why.
+
+* **ms**: median of the rounds, and their quartiles.
+* **products**: multiples of one bare matrix product of the same shape and dtype in the same rounds, the floor of a
+  forward pass. With gradients of both operands the floor is 3, with a frozen head 2. For given logits it is one copy
+  of them.
+* **MiB**: the most that a step holds beyond inputs and gradients. On a CPU it is resident memory.
+* **error**: the largest error of a result against float64, relative to its largest value; on 256 rows.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder with */ops*.json")
+    parser.add_argument("--page", type=Path, default=HERE / "README.md", help="default: bench/README.md")
+    options = parser.parse_args(arguments)
+    files = sorted(options.results.glob("*/ops*.json"))
+    if not files:
+        print(f"{options.results} has no */ops*.json; make one with python -m bench.run --json FILE", file=sys.stderr)
+        return 2
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text(page(files, options.page.parent))
+    print(f"written to {options.page}, plots beside the results")
+    return 0
+
+
+def page(files: list[Path], folder: Path) -> str:
+    """The page that lies in ``folder``; writes the plots beside the files."""
+    parts = [INTRODUCTION]
+    for file in files:
+        result = json.loads(file.read_text())
+        link = os.path.relpath(file, folder)
+        parts.append(f"## {heading(result)}\n\n{environment(result)}\n\n`{result['command']}`: [{link}]({link})\n")
+        if any("median" in row for measured in result["cases"] for row in measured["rows"]):
+            image = file.with_suffix(".svg")
+            plot(result, image)
+            parts.append(f"![medians in multiples of the yardstick]({os.path.relpath(image, folder)})\n")
+        parts += [table(measured) for measured in result["cases"]]
+    return "\n".join(parts)
+
+
+def heading(result: dict[str, Any]) -> str:
+    return f"{result.get('gpu') or result['cpu']}, profile {result['profile']}"
+
+
+def environment(result: dict[str, Any]) -> str:
+    machine = f"{result['cpu']}, {result['cores']} cores, {result['threads']} threads, {result['memory_gib']} GiB"
+    if result["device"] == "cuda":
+        gpu = f"{result['gpu']}, {result['gpu_memory_gib']} GiB, driver {result['driver']}, CUDA {result['cuda']}"
+        machine = f"{gpu}; {machine}"
+    if result["instruction_set"]:
+        machine += f", kernels for {result['instruction_set']}"
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return f"{machine}. Python {result['python']}, {versions}. Revision {result['revision']}, {result['date']}."
+
+
+def table(measured: dict[str, Any]) -> str:
+    """One case: those that ran, fastest first, then the others and why they did not."""
+    unit = "copies" if measured["case"]["task"] == "logits" else "products"
+    lines = [f"### {measured['name']}\n", f"{TASKS[measured['case']['task']].capitalize()}.\n"]
+    if "yardstick" in measured:
+        yardstick = measured["yardstick"]
+        lines.append(f"One bare {'copy' if unit == 'copies' else 'product'}: {1e3 * yardstick['median']:.2f} ms.\n")
+    lines += [f"| | ms | quartiles | {unit} | MiB | error |", "|---|---:|---:|---:|---:|---|"]
+    ran = [row for row in measured["rows"] if "reason" not in row]
+    for row in sorted(ran, key=lambda row: row.get("median", row["extra_bytes"])):
+        name = f"**{row['contender']}**" if row["ours"] else row["contender"]
+        times = "| | "
+        if "median" in row:
+            quartiles = f"{1e3 * row['low']:.1f} to {1e3 * row['high']:.1f}"
+            times = f"{1e3 * row['median']:.1f} | {quartiles} | {row['products']:.2f}"
+        errors = ", ".join(f"{key} {error:.1e}" for key, error in row["errors"].items())
+        lines.append(f"| {name} | {times} | {row['extra_bytes'] / 2**20:.0f} | {errors} |")
+    reasons = [f"{row['contender']} ({row['reason']})" for row in measured["rows"] if "reason" in row]
+    return "\n".join(lines) + ("\n\nNot here: " + "; ".join(reasons) + "." if reasons else "") + "\n"
+
+
+def plot(result: dict[str, Any], image: Path) -> None:
+    """Bars of the medians in multiples of the yardstick, and of memory, one row of axes for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = [measured for measured in result["cases"] if any("median" in row for row in measured["rows"])]
+    # No date and no random ids: the same results make the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "repirl", "svg.fonttype": "none", "font.size": 8}):
+        figure, axes = plt.subplots(len(cases), 2, figsize=(10, 2.2 * len(cases)), squeeze=False, layout="constrained")
+        for measured, (left, right) in zip(cases, axes, strict=True):
+            rows = [row for row in measured["rows"] if "median" in row and "reason" not in row]
+            rows.sort(key=lambda row: -row["median"])
+            names = [row["contender"] for row in rows]
+            colors = ["tab:orange" if row["ours"] else "tab:gray" for row in rows]
+            base = measured["yardstick"]["median"]
+            medians = [row["median"] / base for row in rows]
+            below = [(row["median"] - row["low"]) / base for row in rows]
+            above = [(row["high"] - row["median"]) / base for row in rows]
+            left.barh(names, medians, xerr=(below, above), color=colors, capsize=2)
+            left.set_title(measured["name"], loc="left")
+            left.set_xlabel("copies" if measured["case"]["task"] == "logits" else "products")
+            right.barh(names, [row["extra_bytes"] / 2**20 for row in rows], color=colors)
+            right.set_yticklabels([])
+            right.set_xlabel("MiB beyond inputs and gradients")
+        figure.savefig(image, metadata={"Date": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
