@@ -1,4 +1,4 @@
-"""The examples in kernels/README.md are short, and those of the package alone run; tests/integrations runs the others."""
+"""The examples in kernels/README.md are short; those of the package alone run here, others in tests/integrations."""
 
 import re
 import subprocess
