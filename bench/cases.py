@@ -106,7 +106,6 @@ PROFILES = {
     "quick": [
         Case("SmolLM2-135M", 256, "bf16", "policy+entropy"),
         Case("SmolLM2-135M", 256, "fp32", "policy+entropy"),
-        Case("SmolLM2-135M", 256, "bf16", "sft"),
     ],
     "cpu": [
         *_all_tasks("SmolLM2-135M", 1024, "bf16"),

@@ -100,7 +100,7 @@ def table(measured: dict[str, Any]) -> str:
         lines.append(
             f"  one bare {unit[:-1]}: {1e3 * measured['yardstick']['median']:.1f} ms".replace("copie:", "copy:")
         )
-    lines.append(f"  {'':30}{'median ms':>11}{'quartiles':>17}{unit:>10}{'MiB':>9}  largest relative error")
+    lines.append(f"  {'':30}{'median ms':>11}{'quartiles':>20}{unit:>10}{'MiB':>9}  largest relative error")
     for row in measured["rows"]:
         if "reason" in row:
             lines.append(f"  {row['contender']:30}- {row['reason']}")
@@ -108,9 +108,9 @@ def table(measured: dict[str, Any]) -> str:
         cells = f"  {row['contender']:30}"
         if "median" in row:
             quartiles = f"{1e3 * row['low']:.1f} - {1e3 * row['high']:.1f}"
-            cells += f"{1e3 * row['median']:11.1f}{quartiles:>17}{row['products']:10.2f}"
+            cells += f"{1e3 * row['median']:11.1f}{quartiles:>20}{row['products']:10.2f}"
         else:
-            cells += " " * 38
+            cells += " " * 41
         errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
         lines.append(f"{cells}{row['extra_bytes'] / 2**20:9.0f}  {errors}")
     return "\n".join(lines)

@@ -173,3 +173,9 @@ def test_profiles_cover_shapes_masks_and_a_frozen_head():
     for profile in ("cpu", "gpu"):
         assert any(case.frozen for case in PROFILES[profile])
         assert {case.dtype for case in PROFILES[profile]} == {"bf16", "fp32"}
+
+
+def test_without_a_checkout_the_command_says_where_benchmarks_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("repirl.cli.__file__", str(tmp_path / "repirl" / "cli.py"))
+    assert repirl(["bench"]) == 2
+    assert f"{tmp_path} has no bench/run.py" in capsys.readouterr().err
