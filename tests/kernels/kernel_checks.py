@@ -45,20 +45,24 @@ def linear_case(
     bias: bool = False,
     scale: float = 3.0,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
     **options,
 ) -> LinearCase:
-    """A random case with logits of standard deviation ``scale``; ``options`` go to the op."""
-    generator = torch.Generator().manual_seed(seed)
+    """A random case with logits of standard deviation ``scale``; ``options`` go to the op.
+
+    The numbers are the same on every ``device``, which is torch's default device unless given.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.empty(0).device if device is None else device
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     hidden = normal(num_rows, num_features).to(device, dtype)
     weight = (normal(num_columns, num_features) * scale / num_features**0.5).to(device, dtype)
     bias_V = normal(num_columns).to(device, dtype) if bias else None
     high = options.get("vocab_size") or num_columns
-    targets = torch.randint(high, (num_rows,), generator=generator).to(device)
+    targets = torch.randint(high, (num_rows,), generator=generator, device="cpu").to(device)
     return LinearCase(hidden, weight, bias_V, targets, normal(4, num_rows).to(device), options)
 
 
@@ -112,6 +116,9 @@ class _StatsByLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, options):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.targets, ctx.options = targets, options
+        # A GPU's backward runs in a thread that does not know the dtype of autocast.
+        kind = hidden.device.type
+        ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         result = linear_token_loss(hidden, weight, targets, lambda stats, rows: stats.logprob, bias=bias, **options)
         return tuple(result.stats)
 
@@ -126,7 +133,7 @@ class _StatsByLoss(torch.autograd.Function):
         def loss_fn(stats, rows):
             return sum(gradient[rows] * column for gradient, column in zip(flat, stats, strict=True))
 
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.autocast:
             loss = linear_token_loss(hidden, weight, ctx.targets, loss_fn, bias=bias, **ctx.options).loss
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         gradients = iter(torch.autograd.grad(loss, wanted))

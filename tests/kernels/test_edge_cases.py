@@ -1,5 +1,7 @@
 """The numbered edge cases of the fused ops, each for every backend that runs on this CPU.
 
+``tests/gpu`` runs the same on a GPU: what a test makes, it makes on torch's default device.
+
 ``linear_op`` stands for ``linear_token_stats``, and for ``linear_token_loss`` with a loss that has any gradients.
 """
 
@@ -215,10 +217,8 @@ def test_edge_case_08_strided_inputs_and_upstream_gradients(linear_op, logits_op
 def test_edge_case_09_more_than_2_to_31_logits():
     # V * D > 2**31 needs more memory than a test on a CPU should take: tests/gpu has it.
     num_rows, num_columns = 2**16 + 1, 2**15 + 1
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(num_rows, 1, generator=generator)
-    weight = torch.randn(num_columns, 1, generator=generator)
-    targets = torch.randint(num_columns, (num_rows,), generator=generator)
+    hidden, weight = torch.randn(num_rows, 1), torch.randn(num_columns, 1)
+    targets = torch.randint(num_columns, (num_rows,))
     stats = linear_token_stats(hidden, weight, targets)
     some = torch.tensor([0, 1, 2**15, 2**16 - 1, 2**16])
     expected = plain_linear(hidden[some].double(), weight.double(), targets[some])
@@ -415,7 +415,7 @@ def test_edge_case_19_autocast_casts_as_linear_does(linear_op):
     case = linear_case(6, 60, 8, bias=True)
     rounded = case._replace(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
     expected = run_linear(linear_op, rounded)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(case.hidden.device.type, torch.bfloat16):
         actual = run_linear(linear_op, case)
         assert F.linear(case.hidden, case.weight).dtype == torch.bfloat16
         in_double = run_linear(linear_token_stats, in_float64(case))
@@ -446,26 +446,28 @@ class _Head(torch.nn.Linear):
         return torch.stack(list(linear_token_stats(hidden, self.weight, targets)))
 
 
-def _fsdp_rank(rank: int, init_file: str) -> None:
+def fsdp_rank(rank: int, init_file: str, num_ranks: int, device: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{init_file}", rank=rank, world_size=num_ranks)
     torch.set_num_threads(1)
-    case = linear_case(12, 257, 8)
-    head = _Head(8, 257, bias=False)
+    case = linear_case(12, 257, 8, device=device)
+    head = _Head(8, 257, bias=False, device=device)
     with torch.no_grad():
         head.weight.copy_(case.weight)
-    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(head, mesh=init_device_mesh(device, (num_ranks,)))
     with pytest.raises(TypeError, match=r"DTensor.*full_tensor"):
         linear_token_stats(case.hidden, head.weight, case.targets)
-    mine = slice(6 * rank, 6 * rank + 6)
+    share = 12 // num_ranks
+    mine = slice(share * rank, share * (rank + 1))
     stats = head(case.hidden[mine], case.targets[mine])
     stats.backward(case.upstream[:, mine])
     expected = run_linear(linear_token_stats, case)
     torch.testing.assert_close(stats, expected.stats[:, mine], rtol=1e-6, atol=1e-6)
     assert isinstance(head.weight.grad, DTensor)
-    torch.testing.assert_close(head.weight.grad.full_tensor() * 2, expected.dweight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad.full_tensor() * num_ranks, expected.dweight, rtol=1e-5, atol=1e-6)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)
@@ -473,7 +475,7 @@ def _fsdp_rank(rank: int, init_file: str) -> None:
 
 def test_edge_case_20_fsdp_weights_in_uneven_shards(tmp_path):
     # 257 rows do not divide by 2: the shards are 129 and 128 rows.
-    mp.spawn(_fsdp_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)
+    mp.spawn(fsdp_rank, args=(str(tmp_path / "rendezvous"), 2, "cpu"), nprocs=2)
 
 
 def test_edge_case_21_tied_embeddings(linear_op):
