@@ -36,8 +36,8 @@ LIMITS = {
     "machine": 25,
     "tests": 135,
     "large": 45,
-    "tiles": 90,
-    "benchmark": 125,
+    "tiles": 100,
+    "benchmark": 120,
     "profile": 30,
     "counters": 30,
 }
@@ -234,139 +234,147 @@ def large(options: argparse.Namespace, record: Record) -> int:
 def _pytest(options: argparse.Namespace, record: Record, arguments: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    counts = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0)
-    words = "|".join(counts)
+    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
     unsuccessful: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="")
-        # "tests/... PASSED [ 5%]", or "[gw0] [ 5%] PASSED tests/...", and not the summary's "FAILED tests/...".
-        found = re.search(rf"^tests\S*::.* ({words})\b|^\[gw\d+\].* ({words}) ", line)
-        if found:
-            word = found.group(1) or found.group(2)
-            counts[word] += 1
-            if word in ("FAILED", "ERROR"):
-                unsuccessful.append(re.search(r"tests\S*::.*?(?= FAILED| ERROR|$)", line).group().strip())  # type: ignore[union-attr]
-            record(**{word.lower(): count for word, count in counts.items()}, unsuccessful=unsuccessful)
+        test, outcome = outcome_of(line)
+        if outcome:
+            counts[outcome] += 1
+            unsuccessful += [test] * (outcome in ("failed", "error"))
+            record(**counts, unsuccessful=unsuccessful)
     return process.wait()
 
 
+def outcome_of(line: str) -> tuple[str, str]:
+    """``(test, outcome)`` from a line that pytest prints for a test, by itself or by one of several workers."""
+    words = "PASSED|FAILED|ERROR|SKIPPED"
+    alone = re.match(rf"(tests/\S+::.*?) ({words})\b", line)
+    worker = re.match(rf"\[gw\d+\] \[ *\d+%\] ({words}) (tests/\S+::.*)", line)
+    if alone:
+        return alone[1], alone[2].lower()
+    return (worker[2].strip(), worker[1].lower()) if worker else ("", "")
+
+
 def time_tiles(options: argparse.Namespace, record: Record) -> None:
-    """The kernels with each candidate's tile, fastest first. Nothing is changed by it: the table is in ``tiles.py``."""
+    """What tile shapes and sizes cost, fastest first. Nothing is changed by it: those in use stand in ``tiles.py``."""
     import torch
+    from repirl_kernels import linear_token_loss
     from repirl_kernels import triton as kernels
     from repirl_kernels.triton import tiles
 
     on_gpu = options.device == "cuda"
-    shapes = [(8192, 4096, 128256), (8192, 2048, 151936)] if on_gpu else [(20, 64, 100)]
-    linear = tiles.CANDIDATES if on_gpu else (tiles.LinearTile(16, 32, 32, 1, 1), tiles.LinearTile(32, 32, 32, 1, 1))
-    rows = (
-        [tiles.RowTile(block, 32768, warps) for block in (2048, 4096, 8192) for warps in (4, 8, 16)]
-        if on_gpu
-        else [tiles.RowTile(64, 256, 1), tiles.RowTile(128, 256, 1)]
-    )
     used = tiles.architecture(torch.device(options.device), interpreted=not on_gpu)
     tables: dict[str, list[dict[str, Any]]] = {}
 
-    def ranked(
-        title: str, candidates: Sequence[Any], choose: Callable, run: Callable[[], Any], work: float, in_use: Any
-    ):
-        """Time ``run`` under each candidate; ``work`` is what is done in 1e12 operations or bytes."""
+    def normal(*shape: int) -> Any:
+        return torch.randn(*shape, device=options.device)
+
+    def rank(title: str, candidates: Sequence[Any], run: Callable, work: float, in_use: Any, check: Callable) -> None:
+        """Time ``run(candidate)``, which does ``work`` (1e12 operations or bytes); compare ``check(candidate)``."""
         table = tables[title] = []
         expected = None
         for candidate in candidates:
             row: dict[str, Any] = {"candidate": _plain(candidate), "in_use": candidate == in_use}
             try:
-                with choose(candidate):
-                    result = run()
-                    first = result.float() if expected is None else expected
-                    row["difference"] = float((result.float() - first).abs().max())
-                    row["seconds"] = median_seconds(run, options)
-                    row["tera_per_s"] = work / row["seconds"]
-                expected = first
+                result = check(candidate).float()
+                expected = result if expected is None else expected
+                row["difference"] = float((result - expected).abs().max() / expected.abs().max())
+                row["seconds"] = median_seconds(functools.partial(run, candidate), options)
+                row["tera_per_s"] = work / row["seconds"]
             except Exception as error:  # a shape that the compiler or the GPU refuses is a result
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
             table.append(row)
             table.sort(key=lambda row: row.get("seconds", float("inf")))
             record(tables=tables)
 
-    for num_rows, num_features, num_columns in shapes:
+    linear = tiles.CANDIDATES if on_gpu else (tiles.LinearTile(16, 32, 32, 1, 1), tiles.LinearTile(32, 32, 32, 1, 1))
+    tile = tiles.forward_tile(used, torch.bfloat16, 8, False, False)
+    for num_rows, num_features, num_columns in (
+        [(8192, 4096, 128256), (8192, 2048, 151936)] if on_gpu else [(20, 64, 99)]
+    ):
         case = f"{num_rows}x{num_features}x{num_columns} bf16"
-        hidden = torch.randn(num_rows, num_features, device=options.device).bfloat16()
-        weight = (torch.randn(num_columns, num_features, device=options.device) * 3 / num_features**0.5).bfloat16()
-        targets = torch.randint(num_columns, (num_rows,), device=options.device)
-        upstream = [torch.randn(num_rows, device=options.device) for _ in range(4)]
-        forward = (hidden, weight, targets, None, 1.0, None, num_columns)
-        _, logsumexp, _, _, mean_logit = kernels.linear_forward(*forward)
-        backward = (*upstream, hidden, weight, targets, None, logsumexp.float(), mean_logit, 1.0, None, num_columns)
         operations = 2e-12 * num_rows * num_features * num_columns
+        hidden = normal(num_rows, num_features).bfloat16().requires_grad_()
+        weight = normal(num_columns, num_features).mul_(3 / num_features**0.5).bfloat16().requires_grad_()
+        targets = torch.randint(num_columns, (num_rows,), device=options.device)
+        upstream = [normal(num_rows) for _ in range(4)]
+        operands = (hidden.detach(), weight.detach(), targets, None)
+        _, logsumexp, _, _, mean_logit = kernels.linear_forward(*operands, 1.0, None, num_columns)
+        saved = (logsumexp.float(), mean_logit, 1.0, None, num_columns)
 
-        def statistics_of(forward=forward):
-            return kernels.linear_forward(*forward)[0]
+        def forward(candidate: Any, operands=operands, num_columns=num_columns) -> Any:
+            with _replaced(tiles, "forward_tile", lambda *_: candidate):
+                return kernels.linear_forward(*operands, 1.0, None, num_columns)[0]
 
-        def gradient_of_logits(backward=backward, logprob=upstream[0]):
-            kernels.linear_backward(*backward, False, False, False)  # the kernel without the vendor's products
-            return logprob
+        def forward_in_groups(candidate: int, operands=operands, num_columns=num_columns) -> Any:
+            with _replaced(tiles, "GROUP_ROWS", candidate):
+                return kernels.linear_forward(*operands, 1.0, None, num_columns)[0]
 
-        def whole_backward(slab_bytes=tiles.SLAB_BYTES, backward=backward):
-            return kernels.linear_backward(*backward, True, True, False, slab_bytes=slab_bytes)[0]
+        def backward(candidate: Any, needed=True, upstream=upstream, operands=operands, saved=saved) -> Any:
+            with _replaced(tiles, "backward_tile", lambda *_: candidate):
+                return kernels.linear_backward(*upstream, *operands, *saved, needed, False, False)[0]
 
-        tile = tiles.forward_tile(used, torch.bfloat16, 8, False, False)
-        choose = _replaced(tiles, "forward_tile", constant=True)
-        ranked(f"forward, tile, {case}", linear, choose, statistics_of, operations, tile)
-        choose = _replaced(tiles, "backward_tile", constant=True)
-        ranked(f"gradient of logits, tile, {case}", linear, choose, gradient_of_logits, operations, tile)
+        def backward_in_slabs(slab_bytes: int, upstream=upstream, operands=operands, saved=saved) -> Any:
+            arguments = (*upstream, *operands, *saved, True, True, False)
+            return kernels.linear_backward(*arguments, slab_bytes=slab_bytes)[0]
+
+        def loss_in_chunks(chunk_bytes: int, hidden=hidden, weight=weight, targets=targets) -> Any:
+            arguments = (hidden, weight, targets, lambda stats, rows: stats.logprob)
+            return linear_token_loss(*arguments, chunk_bytes=chunk_bytes, backend="triton").token_loss
+
+        # Without gradients that need a product, what is left of the backward pass is the kernel.
+        kernel_alone = functools.partial(backward, needed=False)
         groups = (4, 8, 16, 32)
-        choose = _replaced(tiles, "GROUP_ROWS")
-        ranked(f"forward, row blocks in a group, {case}", groups, choose, statistics_of, operations, tiles.GROUP_ROWS)
-        for mib in (64, 128, 256, 512):
-            title = f"backward, MiB of a slab, {case}"
-            table = tables.setdefault(title, [])
-            seconds = median_seconds(lambda mib=mib: whole_backward(mib * 2**20), options)
-            row = {"candidate": mib, "in_use": mib * 2**20 == tiles.SLAB_BYTES, "seconds": seconds}
-            table.append({**row, "tera_per_s": 3 * operations / seconds})
-            table.sort(key=lambda row: row["seconds"])
-            record(tables=tables)
+        slabs = [mib << 20 for mib in ((64, 128, 256, 512) if on_gpu else (1, 128))]
+        chunks = [mib << 20 for mib in ((512, 1024, 2048, 4096) if on_gpu else (1, 2048))]
+        rank(f"forward, tile, {case}", linear, forward, operations, tile, forward)
+        rank(f"gradient of logits, tile, {case}", linear, kernel_alone, operations, tile, backward)
+        rank(
+            f"forward, rows of tiles, {case}",
+            groups,
+            forward_in_groups,
+            operations,
+            tiles.GROUP_ROWS,
+            forward_in_groups,
+        )
+        three = 3 * operations
+        rank(f"backward, slab, {case}", slabs, backward_in_slabs, three, tiles.SLAB_BYTES, backward_in_slabs)
+        rank(f"loss, chunk, {case}", chunks, loss_in_chunks, three, 2 << 30, loss_in_chunks)
+
     num_rows, num_columns = (8192, 128256) if on_gpu else (20, 300)
     case = f"{num_rows}x{num_columns} bf16"
-    logits = torch.randn(num_rows, num_columns, device=options.device).bfloat16()
+    logits = normal(num_rows, num_columns).bfloat16()
     targets = torch.randint(num_columns, (num_rows,), device=options.device)
-    upstream = [torch.randn(num_rows, device=options.device) for _ in range(4)]
+    upstream = [normal(num_rows) for _ in range(4)]
     _, logsumexp, _, _, mean_logit = kernels.logits_forward(logits, targets, 1.0, None, num_columns)
-    tile, choose = tiles.row_tile(used, False), _replaced(tiles, "row_tile", constant=True)
-    read = 2e-12 * logits.numel()
-    ranked(
-        f"given logits, forward, tile, {case}",
-        rows,
-        choose,
-        lambda: kernels.logits_forward(logits, targets, 1.0, None, num_columns)[0],
-        read,
-        tile,
-    )
-    arguments = (*upstream, logits, targets, logsumexp.float(), mean_logit, 1.0, None, num_columns)
-    ranked(
-        f"given logits, backward, tile, {case}",
-        rows,
-        choose,
-        lambda: kernels.logits_backward(*arguments)[:, 0],
-        2 * read,
-        tile,
-    )
+
+    def given_forward(candidate: Any) -> Any:
+        with _replaced(tiles, "row_tile", lambda *_: candidate):
+            return kernels.logits_forward(logits, targets, 1.0, None, num_columns)[0]
+
+    def given_backward(candidate: Any) -> Any:
+        arguments = (*upstream, logits, targets, logsumexp.float(), mean_logit, 1.0, None, num_columns)
+        with _replaced(tiles, "row_tile", lambda *_: candidate):
+            return kernels.logits_backward(*arguments)[:, :256]
+
+    rows = [tiles.RowTile(block, 32768, warps) for block in (2048, 4096, 8192) for warps in (4, 8)]
+    rows = rows if on_gpu else [tiles.RowTile(64, 256, 1), tiles.RowTile(128, 256, 1)]
+    read = 1e-12 * logits.nbytes
+    row_tile = tiles.row_tile(used, False)
+    rank(f"given logits, forward, tile, {case}", rows, given_forward, read, row_tile, given_forward)
+    rank(f"given logits, backward, tile, {case}", rows, given_backward, 2 * read, row_tile, given_backward)
 
 
-def _replaced(module: Any, name: str, constant: bool = False) -> Callable[[Any], Any]:
-    """A context manager for candidates: ``module.name`` is the candidate (or a function that returns it)."""
-
-    @contextlib.contextmanager
-    def choose(candidate: Any) -> Iterator[None]:
-        before = getattr(module, name)
-        setattr(module, name, (lambda *_: candidate) if constant else candidate)
-        try:
-            yield
-        finally:
-            setattr(module, name, before)
-
-    return choose
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _plain(candidate: Any) -> Any:
@@ -387,6 +395,7 @@ def benchmark(options: argparse.Namespace, record: Record) -> int:
 def profile(options: argparse.Namespace, record: Record) -> None:
     """Time by kernel of one forward and backward pass of ``linear_token_stats``."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     on_gpu = options.device == "cuda"
@@ -398,6 +407,9 @@ def profile(options: argparse.Namespace, record: Record) -> None:
         step()
     kernels = []
     for event in profiler.key_averages():
+        # An operator's row repeats the time of its kernels, which have rows of their own.
+        if event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU):
+            continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if microseconds > 0:
             kernels.append({"name": event.key[:120], "calls": event.count, "milliseconds": microseconds / 1e3})
@@ -501,10 +513,10 @@ def _summary(step: str, outcome: dict[str, Any]) -> str:
     for title, rows in outcome.get("tables", {}).items():
         if rows and "seconds" in rows[0]:
             speed = f"{1e3 * rows[0]['seconds']:.2f} ms, {rows[0]['tera_per_s']:.2f} T/s"
-            used = [1 + index for index, row in enumerate(rows) if row["in_use"]]
-            words.append(
-                f"\n    {title}: {speed} by {rows[0]['candidate']}; in use is number {used or '-'} of {len(rows)}"
-            )
+            places = [f"number {1 + index} of {len(rows)}" for index, row in enumerate(rows) if row["in_use"]]
+            best = rows[0]["candidate"]
+            best = "x".join(map(str, best.values())) if isinstance(best, dict) else best
+            words.append(f"\n    {title}: {speed} by {best}; in use: {''.join(places) or 'none of these'}")
     for row in outcome.get("kernels", [])[:6]:
         words.append(f"\n    {row['milliseconds']:9.3f} ms {row['share']:6.1%}  {row['name'][:80]}")
     if outcome["status"] in ("failed", "out of time"):

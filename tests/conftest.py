@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors here are tiny: further threads would only wait for each other, for seconds where a core is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Memory is poisoned by torch's deterministic mode, in which a GPU's matrix products ask for this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

@@ -58,13 +58,14 @@ def test_the_tests_are_counted(results):
 
 def test_candidates_are_ranked_and_agree(results):
     tables = results[0]["steps"]["tiles"]["tables"]
-    assert len(tables) == 6
+    assert len(tables) == 7
     for title, rows in tables.items():
         seconds = [row["seconds"] for row in rows]
         assert seconds == sorted(seconds), title
         assert all(row["tera_per_s"] > 0 for row in rows)
-        assert [row["in_use"] for row in rows].count(True) == 1 or "given logits" not in title
-        assert all(row["difference"] < 1e-5 for row in rows if "difference" in row), title
+        assert [row["in_use"] for row in rows].count(True) == 1, title
+        # Splits of the vocabulary and slabs are other orders of summation.
+        assert all(row["difference"] < 1e-2 for row in rows), title
 
 
 def test_the_benchmark_has_a_file_of_its_own(results):
@@ -166,6 +167,26 @@ def test_the_package_is_built_where_there_is_a_compiler(tmp_path):
     code += "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.__name__)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert (tmp_path / "site" / "repirl_kernels" / "triton" / "tiles.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "tests/gpu/test_a.py::test_b[torch.float32-options0] PASSED [  5%]",
+            ("::test_b[torch.float32-options0]", "passed"),
+        ),
+        ("[gw3] [ 15%] FAILED tests/gpu/test_a.py::test_b[x] ", ("::test_b[x]", "failed")),
+        ("[gw0] [100%] SKIPPED tests/gpu/test_a.py::test_b", ("::test_b", "skipped")),
+        ("tests/gpu/test_a.py::test_b ERROR   [  5%]", ("::test_b", "error")),
+        ("FAILED tests/gpu/test_a.py::test_b[x] - AssertionError", ("", "")),
+        ("tests/gpu/test_a.py::test_b[x] ", ("", "")),
+        ("=========== 3 passed, 1 skipped in 2.00s ===========", ("", "")),
+    ],
+)
+def test_lines_of_pytest(line, expected):
+    test, outcome = gpu.outcome_of(line)
+    assert (test.removeprefix("tests/gpu/test_a.py"), outcome) == expected
 
 
 def test_counters_are_read_among_other_lines():
