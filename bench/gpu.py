@@ -232,7 +232,9 @@ def large(options: argparse.Namespace, record: Record) -> int:
 
 
 def _pytest(options: argparse.Namespace, record: Record, arguments: list[str]) -> int:
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    # The machine's pytest may be older than the one that the project asks for.
+    flags = ["-v", "-p", "no:cacheprovider", "--tb=short", "-o", "minversion=7.0"]
+    command = [sys.executable, "-m", "pytest", *flags, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
     unsuccessful: list[str] = []

@@ -158,6 +158,20 @@ def test_wheels_are_installed_without_their_dependencies(tmp_path):
     assert done.returncode == 0
 
 
+def test_without_a_compiler_the_sources_are_used(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], returncode=1)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None if name == "c++" else name)
+    recorded = {}
+    gpu.install(options(tmp_path, tmp_path), recorded.update)
+    assert recorded["package"].startswith("from the sources, without the C++ module: no c++")
+    monkeypatch.undo()
+    # Where nothing was built, the first repirl_kernels on the path is that of the sources.
+    paths = gpu._environment(options(tmp_path, tmp_path), tmp_path)["PYTHONPATH"].split(os.pathsep)
+    found = [path for path in paths if (Path(path) / "repirl_kernels").is_dir()]
+    assert found[0] == str(SCRIPT.parents[1] / "kernels")
+
+
 @pytest.mark.timeout(600)
 def test_the_package_is_built_where_there_is_a_compiler(tmp_path):
     pytest.importorskip("nanobind")

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 from kernel_checks import check_linear, check_logits, linear_case, run_linear, run_logits, stats_by_loss
 from repirl_kernels import linear_token_loss, linear_token_stats, token_stats
+from repirl_kernels.triton import tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -144,6 +145,23 @@ def test_masked_rows_change_nothing_for_the_others():
         alone = torch.stack(list(stats_op(case.hidden[kept], case.weight, case.targets[kept])))
     assert torch.equal(masked[:, kept], alone)
     assert not masked[:, ~kept].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skip_negligible(monkeypatch, dtype):
+    """Slabs without probability to speak of are left out of the products, and nothing else changes."""
+    monkeypatch.setattr(tiles, "slab_width", lambda *args: 512)
+    case = linear_case(130, 2048, 72, dtype=dtype, device="cuda", bias=True)
+    case.bias[1024:] -= 50
+    case = case._replace(targets=case.targets % 1024)
+    expected = run_linear(stats_op, case)
+    skipped = run_linear(stats_op, case._replace(options={"skip_negligible": True}))
+    assert expected.dweight[1024:].any() or dtype == torch.float16  # where such gradients are 0 anyway
+    assert not skipped.dweight[1024:].any()
+    assert torch.equal(skipped.stats, expected.stats)
+    for actual, other in zip(skipped[1:], expected[1:], strict=True):
+        tolerance = 4 * torch.finfo(dtype).eps * other.abs().max().item()
+        torch.testing.assert_close(actual, other, rtol=0, atol=tolerance)
 
 
 def test_on_a_stream_other_than_the_default_one():
