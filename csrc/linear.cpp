@@ -10,6 +10,10 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "threads.h"
 
 namespace repirl {
@@ -20,14 +24,27 @@ constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kMaxGroupColumns = 10 * kPanelColumns;
 // The forward pass sums over these columns, then merges the sums in order. As that depends on neither the number of rows
 // nor that of threads, neither do a row's statistics, to the bit.
-constexpr int64_t kSplitColumns = 20 * kPanelColumns;
+constexpr int64_t kSplitColumns = 42 * kPanelColumns;
 constexpr int64_t kMinSlabColumns = 8 * kPanelColumns, kMaxSlabColumns = 42 * kPanelColumns;
 // Sizes of tasks: packing a panel costs as much as the product of a few rows, and there should be tasks for all cores.
-constexpr int64_t kTaskRows = 512, kTaskColumns = 4 * kPanelColumns;
+constexpr int64_t kTaskRows = 1024, kTaskColumns = 10 * kPanelColumns;
+constexpr int64_t kLineBytes = 64;     // of a cache
 constexpr int64_t kDepthWords = 1024;  // summed at a time into the weight's gradient
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Memory that is about to be written from end to end: in large pages it takes a fraction of the page faults.
+void expect_writes(void *data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (data != nullptr && begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 struct Free {
   void operator()(void *pointer) const { std::free(pointer); }
@@ -86,9 +103,14 @@ class LogitTile {
       : problem_(problem), panels_(allocate<uint32_t>(problem.feature_words * problem.group_columns)),
         tile_(allocate<float>(kTileRows * problem.group_columns)) {}
 
-  // Chooses the columns.
-  void pack(int64_t first_column, int64_t num_columns) {
+  // Chooses the columns. `num_tiles` calls of multiply() follow, and meanwhile fetch the weights of the columns that
+  // come next, as many again but none from `end` on: rows of weights are too many streams for the hardware's prefetch.
+  void pack(int64_t first_column, int64_t num_columns, int64_t end, int64_t num_tiles) {
     num_columns_ = num_columns;
+    const int64_t next = first_column + num_columns, num_next = std::min(num_columns, end - next);
+    fetched_ = static_cast<const char *>(problem_.weight.at(next, 0));
+    fetch_end_ = num_next > 0 ? static_cast<const char *>(problem_.weight.at(next + num_next - 1, 0)) : fetched_;
+    fetch_bytes_ = round_up(divide_up(fetch_end_ - fetched_, num_tiles), kLineBytes);
     for (int64_t column = 0; column < num_columns; column += kPanelColumns)
       problem_.products.pack_transposed(problem_.weight.at(first_column + column, 0), problem_.weight.stride,
                                         std::min(kPanelColumns, num_columns - column), problem_.operands.num_features,
@@ -103,6 +125,8 @@ class LogitTile {
     for (int64_t column = 0; column < num_columns_; column += kPanelColumns)
       problem_.products.multiply_rows(rows, panels_.get() + column * problem_.feature_words, problem_.feature_words,
                                       tile_.get() + column, stride());
+    for (const char *stop = std::min(fetched_ + fetch_bytes_, fetch_end_); fetched_ < stop; fetched_ += kLineBytes)
+      __builtin_prefetch(fetched_, 0, 2);
   }
 
   float *row(int64_t r) { return tile_.get() + r * stride(); }
@@ -113,6 +137,8 @@ class LogitTile {
   Buffer<uint32_t> panels_;
   Buffer<float> tile_;
   int64_t num_columns_ = 0;
+  const char *fetched_ = nullptr, *fetch_end_ = nullptr;
+  int64_t fetch_bytes_ = 0;
 };
 
 void merge(const RowState &part, RowState &state) {
@@ -230,7 +256,8 @@ class SlabBackward {
     const Transform transform = problem_.transform(first + column);
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
-    if (operands_.logits == nullptr) tile.pack(first + column, count);
+    const int64_t num_tiles = divide_up(chunk_end(row_chunk) - row_chunk * kTaskRows, kTileRows);
+    if (operands_.logits == nullptr) tile.pack(first + column, count, operands_.num_columns, num_tiles);
     for (int64_t row = row_chunk * kTaskRows; row < chunk_end(row_chunk); row += kTileRows) {
       if (operands_.logits == nullptr) tile.multiply(row);
       for (int64_t r = 0; r < kTileRows; ++r) {
@@ -239,7 +266,12 @@ class SlabBackward {
           std::fill_n(out, round_up(count, kPanelColumns), 0.0f);
           continue;
         }
-        const float *x = operands_.logits ? operands_.logits + (row + r) * operands_.logits_stride + first + column : out;
+        const float *x = out;
+        if (operands_.logits != nullptr) {
+          x = operands_.logits + (row + r) * operands_.logits_stride + first + column;
+          const int64_t ahead = row + r + kTileRows < operands_.num_rows ? kTileRows * operands_.logits_stride : 0;
+          for (int64_t i = 0; i < count; i += kLineBytes / 4) __builtin_prefetch(x + ahead + i, 0, 3);
+        }
         problem_.kernels.gradient_f32(x, out, count, transform, operands_.targets[row + r] - first - column,
                                       rows_[row + r]);
         std::fill(out + count, out + round_up(count, kPanelColumns), 0.0f);
@@ -351,6 +383,7 @@ class SlabBackward {
 void linear_forward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
                     RowState *states, float *target_logits, int num_threads) {
   const Problem problem{kernels, products, operands};
+  expect_writes(operands.logits, operands.num_rows * operands.logits_stride * static_cast<int64_t>(sizeof(float)));
   const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, kSplitColumns);
   const int64_t num_row_chunks = divide_up(num_rows, kTaskRows);
   const RowState nothing{-std::numeric_limits<float>::infinity(), 0.0, 0.0};
@@ -366,7 +399,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
     for (int64_t column = begin; column < end; column += problem.group_columns) {
       const int64_t count = std::min(problem.group_columns, end - column);
       const Transform transform = problem.transform(column);
-      tile.pack(column, count);
+      tile.pack(column, count, end, divide_up(last_row - row_chunk * kTaskRows, kTileRows));
       for (int64_t first = row_chunk * kTaskRows; first < last_row; first += kTileRows) {
         tile.multiply(first);
         for (int64_t row = first; row < std::min(first + kTileRows, last_row); ++row) {
@@ -394,6 +427,7 @@ void linear_backward(const Kernels &kernels, const ProductKernels &products, con
                      const RowGradient *rows, const LinearGradients &gradients, SkipLimits limits,
                      int64_t workspace_bytes, int num_threads) {
   const Problem problem{kernels, products, operands};
+  expect_writes(gradients.weight, operands.num_columns * operands.num_features * problem.value_bytes);
   SlabBackward backward(problem, rows, gradients, limits, workspace_bytes);
   const int num_workers = problem.num_workers(num_threads);
   std::vector<Scratch> scratch;

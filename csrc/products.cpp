@@ -111,7 +111,7 @@ void pack_bf16(const void *matrix, int64_t stride, int64_t depth, int64_t num_co
 }
 
 // Adds up at most this many products before the sum goes to the tile: rounding errors of long sums stay small.
-constexpr int64_t kSumWords = 128;
+constexpr int64_t kSumWords = 256;
 
 // tile += left @ panel, where left(row, word) is a word. 8 x 3 vectors of sums, 3 of the panel and a broadcast word
 // fit the 32 registers, and hide the latency of a multiply-add several times over.
