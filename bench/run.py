@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -118,12 +119,14 @@ def table(measured: dict[str, Any]) -> str:
 
 def _environment(device: str) -> dict[str, Any]:
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     changed = bool(git("status", "--porcelain", "--untracked-files=no"))
     environment = {
         "date": datetime.date.today().isoformat(),
-        "revision": git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else ""),
+        "revision": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else ""),
         "device": device,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
