@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import shutil
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
