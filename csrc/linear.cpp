@@ -224,16 +224,17 @@ class SlabBackward {
         counts_(limits ? static_cast<size_t>(divide_up(slab_.max_columns(), problem.group_columns) * operands_.num_rows)
                        : 0) {}
 
-  void run(Phases &phases, Scratch &scratch) {
+  void run(Phases &phases, int num_workers, Scratch &scratch) {
     for (int64_t first = 0; first < operands_.num_columns; first += slab_.max_columns()) {
       const int64_t num_columns = std::min(slab_.max_columns(), operands_.num_columns - first);
       const int64_t num_groups = divide_up(num_columns, problem_.group_columns);
-      phases.run(num_groups * num_row_chunks_, [&](int64_t task) {
+      phases.run(num_workers, num_groups * num_row_chunks_, [&](int64_t task) {
         compute_gradient(scratch, first, num_columns, task / num_row_chunks_, task % num_row_chunks_);
       });
       const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
       const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
-      phases.run((column_chunks + row_chunks) * num_feature_panels_ + (gradients_.bias ? 1 : 0), [&](int64_t task) {
+      const int64_t num_products = (column_chunks + row_chunks) * num_feature_panels_;
+      phases.run(num_workers, num_products + (gradients_.bias ? 1 : 0), [&](int64_t task) {
         const int64_t panel = task % num_feature_panels_, chunk = task / num_feature_panels_;
         if (chunk < column_chunks) {
           sum_over_rows(scratch, first, num_columns, chunk, panel);
@@ -391,7 +392,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
   const int num_workers = problem.num_workers(num_threads);
   std::vector<LogitTile> tiles;
   for (int worker = 0; worker < num_workers; ++worker) tiles.emplace_back(problem);
-  Phases phases(num_workers);
+  Phases phases;
 
   auto compute_part = [&](LogitTile &tile, int64_t split, int64_t row_chunk) {
     const int64_t begin = split * kSplitColumns, end = std::min(begin + kSplitColumns, operands.num_columns);
@@ -411,8 +412,8 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
       }
     }
   };
-  run_workers(num_workers, [&](int worker) {
-    phases.run(num_splits * num_row_chunks, [&](int64_t task) {
+  run_workers(num_workers, [&](int worker, int num_running) {
+    phases.run(num_running, num_splits * num_row_chunks, [&](int64_t task) {
       compute_part(tiles[static_cast<size_t>(worker)], task / num_row_chunks, task % num_row_chunks);
     });
   });
@@ -432,8 +433,10 @@ void linear_backward(const Kernels &kernels, const ProductKernels &products, con
   const int num_workers = problem.num_workers(num_threads);
   std::vector<Scratch> scratch;
   for (int worker = 0; worker < num_workers; ++worker) scratch.emplace_back(problem);
-  Phases phases(num_workers);
-  run_workers(num_workers, [&](int worker) { backward.run(phases, scratch[static_cast<size_t>(worker)]); });
+  Phases phases;
+  run_workers(num_workers, [&](int worker, int num_running) {
+    backward.run(phases, num_running, scratch[static_cast<size_t>(worker)]);
+  });
 }
 
 }  // namespace repirl

@@ -85,9 +85,10 @@ void parallel_rows(size_t num_rows, size_t num_columns, int num_threads, const F
   constexpr size_t kMinElements = 1 << 15;  // a thread is not worth starting for less
   const size_t useful = std::max<size_t>(1, num_rows * num_columns / kMinElements);
   const size_t workers = std::min({static_cast<size_t>(std::max(1, num_threads)), useful, std::max<size_t>(1, num_rows)});
-  repirl::run_workers(static_cast<int>(workers), [&](int worker) {
-    const size_t index = static_cast<size_t>(worker), end = num_rows * (index + 1) / workers;
-    for (size_t row = num_rows * index / workers; row < end; ++row) function(row);
+  repirl::run_workers(static_cast<int>(workers), [&](int worker, int num_workers) {
+    const size_t index = static_cast<size_t>(worker), count = static_cast<size_t>(num_workers);
+    const size_t end = num_rows * (index + 1) / count;
+    for (size_t row = num_rows * index / count; row < end; ++row) function(row);
   });
 }
 
@@ -172,7 +173,8 @@ template <class T>
 LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias,
                              float temperature, float softcap, const Column<const int64_t> &targets,
                              const Logits &logits) {
-  if (hidden.stride(1) != 1 || weight.stride(1) != 1) throw nb::value_error("the operands' columns must be contiguous");
+  if ((hidden.shape(1) > 1 && hidden.stride(1) != 1) || (weight.shape(1) > 1 && weight.stride(1) != 1))
+    throw nb::value_error("the operands' columns must be contiguous");
   // A row of hidden states may be followed by a 0 that fills its last word.
   const size_t num_features = weight.shape(1);
   if (hidden.shape(1) != num_features && !(sizeof(T) == 2 && hidden.shape(1) == num_features + 1))
@@ -183,7 +185,7 @@ LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T
   if (logits) {
     check_length(logits->shape(0), hidden.shape(0));
     check_length(logits->shape(1), weight.shape(0));
-    if (logits->stride(1) != 1) throw nb::value_error("the logits' columns must be contiguous");
+    if (logits->shape(1) > 1 && logits->stride(1) != 1) throw nb::value_error("the logits' columns must be contiguous");
   }
   return {hidden.data(),
           hidden.stride(0),
@@ -238,7 +240,7 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
     if (!result) return;
     check_length(result->shape(0), rows);
     check_length(result->shape(1), weight.shape(1));
-    if (result->stride(1) != 1 || result->stride(0) != static_cast<int64_t>(weight.shape(1)))
+    if ((weight.shape(1) > 1 && result->stride(1) != 1) || result->stride(0) != static_cast<int64_t>(weight.shape(1)))
       throw nb::value_error("gradients must be contiguous");
   };
   check_result(dhidden, num_rows);

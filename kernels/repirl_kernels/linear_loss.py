@@ -74,8 +74,10 @@ def linear_token_loss(
 
         linear_token_loss(hidden, weight, targets, loss_fn).loss.backward()
 
-    Gradients are those of ``linear_token_stats`` followed by the same loss. If none is wanted (``torch.no_grad()``, no
-    argument requires one), none is computed.
+    Gradients are those of ``linear_token_stats`` followed by the same loss, up to this: they have the dtype of their
+    tensor already when a factor on ``.loss`` reaches them. With float16 a loss scale therefore belongs into
+    ``loss_fn``, where it keeps small gradients from vanishing. If no gradient is wanted (``torch.no_grad()``, no argument requires
+    one), none is computed.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, backend: as in
@@ -83,10 +85,12 @@ def linear_token_loss(
         loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are :class:`TokenStats` of ``[R]``, ``rows`` is a
             ``slice`` of the flattened rows of length R. Ignored rows hold 0 there, and their losses do not count. It
             is differentiated with respect to ``stats`` only.
-        main_grad: float32 ``[V, D]``, the weight's gradient accumulator where one is kept beside ``weight.grad``
-            (Megatron's ``weight.main_grad``). The weight's gradient is added to it in the forward pass, without a
-            buffer of its own, and ``weight`` gets none from autograd. ``backward()`` must then start from the loss as
-            it is (an upstream gradient of 1): scale it in ``loss_fn``.
+        main_grad: contiguous float32 ``[V, D]`` (float64 for float64 operands), the weight's gradient accumulator where
+            one is kept beside ``weight.grad`` (Megatron's ``weight.main_grad``). The weight's gradient is added to it
+            in the forward pass, without a buffer of its own, and ``weight`` gets none from autograd. ``backward()``
+            must then start from the loss as it is (an upstream gradient of 1): scale it in ``loss_fn``. What runs
+            forward twice adds twice: keep it out of checkpointed regions. If ``loss_fn`` raises, the chunks before
+            have been added.
         chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
 
     Returns:
@@ -95,20 +99,19 @@ def linear_token_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`repirl_kernels.linear_token_stats`.
         ValueError: ``loss_fn`` returns another shape, or uses a tensor that requires a gradient (it would silently
-            get none: detach it); ``main_grad`` has another shape or dtype; ``chunk_bytes`` is not positive.
-        RuntimeError: in backward, an upstream gradient other than 1 with ``main_grad``.
+            get none: detach it); ``main_grad`` has another shape, dtype, device or layout; ``chunk_bytes`` is not
+            positive.
+        RuntimeError: in backward, an upstream gradient other than 1 with ``main_grad``; not checked where
+            ``torch.compile`` traces the backward.
     """
     operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
     if chunk_bytes is None:
         chunk_bytes = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_GPU
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
-    if main_grad is not None and (main_grad.shape != weight.shape or main_grad.dtype != torch.float32):
-        raise ValueError(
-            f"main_grad must be float32 of the weight's shape {tuple(weight.shape)}, got {main_grad.dtype} of "
-            f"{tuple(main_grad.shape)}"
-        )
     dtype = statistics_dtype(operands.hidden.dtype)
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight, dtype)
     if operands.bias is not None:
         operands = operands._replace(bias=operands.bias.to(dtype))  # sums over chunks are rounded once
     options = _Options(float(temperature), softcap, ignore_index, operands.vocab_size, backend or "")
@@ -131,7 +134,9 @@ def linear_token_loss(
         loss = token_loss.sum()
         if any(needs):
             dhidden = torch.cat([chunk.dhidden for chunk in chunks])
-            dweight = chunks[0].dweight if weight_sum is None else weight_sum.to(operands.weight.dtype)
+            dweight = None
+            if main_grad is None:
+                dweight = chunks[0].dweight if weight_sum is None else weight_sum.to(operands.weight.dtype)
             dbias = torch.stack([chunk.dbias for chunk in chunks]).sum(dim=0)
     if any(needs):
         loss = _attach_gradients(
@@ -140,11 +145,20 @@ def linear_token_loss(
             operands.weight,
             operands.bias,
             dhidden,
-            dweight if main_grad is None else None,
+            dweight,
             dbias,
         )
     shape = targets.shape
     return TokenLoss(loss, token_loss.reshape(shape), TokenStats(*(column.reshape(shape) for column in stats)))
+
+
+def _check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    fits = (main_grad.shape, main_grad.dtype, main_grad.device) == (weight.shape, dtype, weight.device)
+    if not fits or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad must be a contiguous {dtype} of the weight's shape {tuple(weight.shape)} on {weight.device}, "
+            f"got {main_grad.dtype} of {tuple(main_grad.shape)}, strides {main_grad.stride()}, on {main_grad.device}"
+        )
 
 
 class _Options(NamedTuple):
@@ -179,7 +193,12 @@ def _run_chunk(
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
     buffer = logits[: hidden.shape[0]]
     *stats, logsumexp_low = _chunk_forward(hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options)
-    losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
+    upstream: tuple[Tensor, ...] = ()
+    if any(needs):
+        losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
+    else:
+        losses = loss_fn(TokenStats(*stats), rows)
+        _check_losses(losses, targets, uses_other_leaves=False)
     kept = kept_rows(targets, row_mask, options.ignore_index)
     values = (torch.where(kept, losses, 0).to(stats[0].dtype), *stats)
     if not any(needs):
@@ -448,10 +467,11 @@ def _attach_gradients_autograd(ctx, upstream):  # type: ignore[no-untyped-def]
     gradients = ctx.saved_tensors
     # Unless the graph is kept, these are now the only references: a gradient need not be copied to become `.grad`.
     ctx.maybe_clear_saved_tensors()
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     # What a traced graph does cannot depend on a value.
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
-    scale = None if not traced and upstream == 1 else upstream
-    if ctx.needs_input_grad[2] and gradients[1] is None and scale is not None and not traced:
+    scale = None if not traced and not keeps_graph and upstream == 1 else upstream
+    if ctx.needs_input_grad[2] and gradients[1] is None and not traced and upstream != 1:
         raise RuntimeError(
             f"with main_grad the weight's gradient is computed in the forward pass, for an upstream gradient of 1, got "
             f"{float(upstream)}: put the scale into loss_fn"

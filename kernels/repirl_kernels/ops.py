@@ -240,6 +240,8 @@ def prepare_linear(
             f"expected hidden [*, D] and weight [V, D], got hidden {tuple(hidden.shape)} and "
             f"weight {tuple(weight.shape)}"
         )
+    if weight.shape[1] == 0:
+        raise ValueError("hidden and weight have no features: D = 0")
     _check_device("weight", weight, "hidden", hidden)
     _check_rows("hidden", hidden, targets, row_mask)
     _check_options(temperature, softcap, backend)

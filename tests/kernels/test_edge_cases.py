@@ -214,6 +214,16 @@ def test_edge_case_08_strided_inputs_and_upstream_gradients(linear_op, logits_op
     assert torch.equal(batched.logprob.flatten(), expected.stats[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edge_case_08_one_feature_transposed(linear_op, dtype):
+    # Such a tensor is contiguous to torch whatever its strides say.
+    case = linear_case(5, 7, 1, dtype=dtype)
+    transposed = case._replace(hidden=case.hidden.view(1, 5).T, weight=case.weight.view(1, 7).T)
+    check_linear(linear_op, transposed)
+    stats = linear_op(transposed.hidden, transposed.weight, case.targets)
+    assert torch.equal(stats.entropy, linear_op(case.hidden, case.weight, case.targets).entropy)
+
+
 def test_edge_case_09_more_than_2_to_31_logits():
     # V * D > 2**31 needs more memory than a test on a CPU should take: tests/gpu has it.
     num_rows, num_columns = 2**16 + 1, 2**15 + 1

@@ -98,12 +98,13 @@ def test_upstream_gradients_scale(backend):
     scaled = torch.autograd.grad(loss_of(case, backend=backend).loss * 2.5 - 1, leaves)
     for left, right in zip(once, scaled, strict=True):
         torch.testing.assert_close(2.5 * left, right)
-    # Twice through one graph, into .grad: the first must not have become the second's accumulator.
+    # Several times through one graph, into .grad: what is kept must not have become the accumulator.
     loss = loss_of(case, backend=backend).loss
-    loss.backward(retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
     loss.backward()
     for leaf, gradient in zip(leaves, once, strict=True):
-        torch.testing.assert_close(leaf.grad, 2 * gradient)
+        torch.testing.assert_close(leaf.grad, 4 * gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,8 +182,19 @@ def test_what_the_loss_function_may_not_do():
         call(lambda stats, rows: stats.logprob * learned[rows])
     with pytest.raises(ValueError, match="chunk_bytes must be > 0, got 0"):
         call(lambda stats, rows: stats.logprob, chunk_bytes=0)
-    with pytest.raises(ValueError, match=r"main_grad must be float32 .*\(40, 8\), got torch.bfloat16"):
-        call(lambda stats, rows: stats.logprob, main_grad=torch.zeros(40, 8, dtype=torch.bfloat16))
+    for wrong in (
+        torch.zeros(40, 8, dtype=torch.bfloat16),
+        torch.zeros(40, 8, device="meta"),
+        torch.zeros(8, 40).T,
+        torch.zeros(8, 40),
+    ):
+        with pytest.raises(ValueError, match=r"main_grad must be a contiguous torch.float32 .*\(40, 8\) on cpu, got"):
+            call(lambda stats, rows: stats.logprob, main_grad=wrong)
+    # Where no gradient is wanted none is missed.
+    with torch.no_grad():
+        assert call(lambda stats, rows: stats.logprob * learned[rows]).loss.isfinite()
+        with pytest.raises(ValueError, match="one loss for each"):
+            call(lambda stats, rows: stats.logprob.mean())
     # A loss that depends on none of the statistics has gradients, and they are zero.
     constant = call(lambda stats, rows: torch.ones(6))
     constant.loss.backward()

@@ -114,6 +114,7 @@ def test_ignored_and_dead_rows_never_reach_the_backend(monkeypatch):
         ({"bias": torch.zeros(19)}, r"expected bias \[20\].*got \(19,\)"),
         ({"targets": torch.zeros(5, dtype=torch.int64)}, r"\(4,\), got \(5,\)"),
         ({"weight": torch.zeros(20, 7)}, r"got hidden \(4, 8\) and weight \(20, 7\)"),
+        ({"hidden": torch.zeros(4, 0), "weight": torch.zeros(20, 0)}, "no features: D = 0"),
         ({"weight": torch.zeros(20, 8, device="meta")}, "weight is on meta but hidden is on cpu"),
     ],
 )
