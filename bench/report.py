@@ -26,6 +26,8 @@ rounding; one that cannot do a case says why.
   of them.
 * **MiB**: the most that a step holds beyond inputs and gradients. On a CPU it is resident memory.
 * **error**: the largest error of a result against float64, relative to its largest value; on 256 rows.
+
+A run that was ended early holds the cases that it got to.
 """
 
 

@@ -76,8 +76,8 @@ def linear_token_loss(
 
     Gradients are those of ``linear_token_stats`` followed by the same loss, up to this: they have the dtype of their
     tensor already when a factor on ``.loss`` reaches them. With float16 a loss scale therefore belongs into
-    ``loss_fn``, where it keeps small gradients from vanishing. If no gradient is wanted (``torch.no_grad()``, no argument requires
-    one), none is computed.
+    ``loss_fn``, where it keeps small gradients from vanishing. If no gradient is wanted (``torch.no_grad()``, no
+    argument requires one), none is computed.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, backend: as in
