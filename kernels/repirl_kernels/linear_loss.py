@@ -15,21 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repirl_kernels.ops import LinearOperands, TokenStats, backend_module, prepare_linear
+from repirl_kernels.ops import LinearOperands, TokenStats, linear_backward, linear_forward, prepare_linear
 from repirl_kernels.reference import statistics_dtype
-from repirl_kernels.rows import (
-    check_target_values,
-    contiguous,
-    empty_stats,
-    fold_upstream,
-    kept_rows,
-    live_rows,
-    put,
-    refuse_double_backward,
-    row_indices,
-    split_logsumexp,
-    take,
-)
+from repirl_kernels.rows import empty_stats, fake_gradients, kept_rows, refuse_double_backward
 
 # Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
@@ -284,25 +272,8 @@ def _chunk_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
-    keep = kept_rows(targets, row_mask, ignore_index)
-    check_target_values(targets, keep, vocab_size)
-    rows = row_indices(keep)
-    num_rows = hidden.shape[0]
-    num_kept = num_rows if rows is None else rows.shape[0]
-    if num_kept == 0:
-        return empty_stats(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logprob, logsumexp, target_logit, entropy, _ = backend_module(hidden, backend).linear_forward(
-            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
-            softcap, vocab_size, logits[:num_kept],
-        )  # fmt: skip
-    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
-    return (
-        put(logprob, rows, num_rows),
-        put(logsumexp, rows, num_rows),
-        put(target_logit, rows, num_rows),
-        put(entropy, rows, num_rows),
-        put(logsumexp_low, rows, num_rows),
+    return linear_forward(
+        hidden, weight, targets, bias, row_mask, temperature, softcap, ignore_index, vocab_size, backend, logits
     )
 
 
@@ -349,37 +320,24 @@ def _chunk_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight (if there is no ``weight_sum`` to add it to) and bias, or empty tensors."""
-    upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
-    keep = kept_rows(targets, row_mask, ignore_index)
-    live = live_rows(upstream, keep)
-    rows = row_indices(live)
-    num_rows = hidden.shape[0]
-    num_live = num_rows if rows is None else rows.shape[0]
-    return_weight = need_weight and weight_sum is None
-    dhidden: Tensor | None = None
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
-    if num_live == 0:
-        dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if return_weight else None
-        dbias = torch.zeros_like(bias) if bias is not None and need_bias else None
-    else:
-        _compact(logits, live[keep].nonzero().squeeze(-1))
-        taken = [take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
-        mass, onehot, slope, mean_logit = fold_upstream(*taken)
-        with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
-                take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
-                vocab_size, need_hidden, need_weight, need_bias and bias is not None, logits[:num_live],
-                weight_sum if need_weight else None,
-            )  # fmt: skip
-        if dhidden is not None:
-            dhidden = put(dhidden, rows, num_rows)
-    return (
-        hidden.new_empty(0) if dhidden is None else dhidden,
-        weight.new_empty(0) if dweight is None else dweight,
-        hidden.new_empty(0) if dbias is None else dbias,
+    return linear_backward(
+        (g_logprob, g_logsumexp, g_target_logit, g_entropy),
+        (logsumexp, entropy, logsumexp_low),
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_mask,
+        temperature,
+        softcap,
+        ignore_index,
+        vocab_size,
+        backend,
+        need_hidden,
+        need_weight,
+        need_bias,
+        logits,
+        weight_sum,
     )
 
 
@@ -408,22 +366,7 @@ def _chunk_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return_weight = need_weight and weight_sum is None
-    return (
-        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(weight.shape if return_weight else (0,), dtype=weight.dtype, device=weight.device),
-        hidden.new_empty(0) if bias is None or not need_bias else torch.empty_like(bias),
-    )
-
-
-def _compact(logits: Tensor, rows: Tensor) -> None:
-    """Move ``rows``, in ascending order, to the front, a few at a time: a row is never overwritten before its turn."""
-    if rows.shape[0] == logits.shape[0]:
-        return
-    first = 0
-    for some in rows.split(64):
-        logits[first : first + some.shape[0]] = logits[some]
-        first += some.shape[0]
+    return fake_gradients(hidden, weight, bias, need_hidden, need_weight and weight_sum is None, need_bias)
 
 
 @torch.library.custom_op("repirl_kernels::attach_gradients", mutates_args=())

@@ -27,17 +27,20 @@ from repirl_kernels import native
 from repirl_kernels.reference import statistics_dtype
 from repirl_kernels.rows import (
     check_target_values,
+    compact,
     contiguous,
     empty_stats,
+    fake_gradients,
     fold_upstream,
+    gradients_or_empty,
     kept_rows,
     live_rows,
     no_context,
     put,
+    put_stats,
     refuse_double_backward,
     row_indices,
     skip_below,
-    split_logsumexp,
     take,
 )
 
@@ -424,14 +427,7 @@ def _token_stats(
         logprob, logsumexp, target_logit, entropy, _ = functions.logits_forward(
             take(logits, rows), take(targets, rows), temperature, softcap, vocab_size
         )
-    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
-    return (
-        put(logprob, rows, num_rows),
-        put(logsumexp, rows, num_rows),
-        put(target_logit, rows, num_rows),
-        put(entropy, rows, num_rows),
-        put(logsumexp_low, rows, num_rows),
-    )
+    return put_stats(logprob, logsumexp, target_logit, entropy, rows, num_rows)
 
 
 @_token_stats.register_fake
@@ -503,6 +499,96 @@ def _token_stats_backward_fake(
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+def linear_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
+    keep = kept_rows(targets, row_mask, ignore_index)
+    check_target_values(targets, keep, vocab_size)
+    functions = backend_module(hidden, backend)
+    rows = row_indices(keep)
+    num_rows = hidden.shape[0]
+    num_kept = num_rows if rows is None else rows.shape[0]
+    if num_kept == 0:
+        return empty_stats(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
+            softcap, vocab_size, logits=None if logits is None else logits[:num_kept],
+        )  # fmt: skip
+    return put_stats(logprob, logsumexp, target_logit, entropy, rows, num_rows)
+
+
+def linear_backward(
+    upstream: tuple[Tensor, ...],
+    stats: tuple[Tensor, ...],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    logits: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+    skip_negligible: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor.
+
+    ``stats`` are logsumexp, entropy and what logsumexp lost. ``logits`` are those that :func:`linear_forward` left, and
+    are overwritten. With ``weight_sum`` the weight's gradient is added to that, and an empty tensor here.
+    """
+    keep = kept_rows(targets, row_mask, ignore_index)
+    live = live_rows(upstream, keep)
+    rows = row_indices(live)
+    num_rows = hidden.shape[0]
+    num_live = num_rows if rows is None else rows.shape[0]
+    need_bias = need_bias and bias is not None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    if num_live == 0:
+        if need_hidden:
+            dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if need_weight and weight_sum is None:
+            dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        if bias is not None and need_bias:
+            dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+        return gradients_or_empty(hidden, weight, dhidden, dweight, dbias)
+    if logits is not None:
+        compact(logits, live[keep].nonzero().squeeze(-1))
+    taken = [take(column, rows) for column in (*upstream, *stats)]
+    mass, onehot, slope, mean_logit = fold_upstream(*taken)
+    with torch.autocast(hidden.device.type, enabled=False):
+        dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+            torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
+            take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
+            vocab_size, need_hidden, need_weight, need_bias,
+            logits=None if logits is None else logits[:num_live],
+            dweight_sum=weight_sum if need_weight else None,
+            skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+        )  # fmt: skip
+    if dhidden is not None:
+        dhidden = put(dhidden, rows, num_rows)
+    return gradients_or_empty(hidden, weight, dhidden, dweight, dbias)
+
+
 @torch.library.custom_op("repirl_kernels::linear_token_stats", mutates_args=())
 def _linear_token_stats(
     hidden: Tensor,
@@ -517,25 +603,8 @@ def _linear_token_stats(
     skip_negligible: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    keep = kept_rows(targets, row_mask, ignore_index)
-    check_target_values(targets, keep, vocab_size)
-    functions = backend_module(hidden, backend)
-    rows = row_indices(keep)
-    num_rows = hidden.shape[0]
-    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
-        return empty_stats(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
-            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
-            softcap, vocab_size,
-        )  # fmt: skip
-    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
-    return (
-        put(logprob, rows, num_rows),
-        put(logsumexp, rows, num_rows),
-        put(target_logit, rows, num_rows),
-        put(entropy, rows, num_rows),
-        put(logsumexp_low, rows, num_rows),
+    return linear_forward(
+        hidden, weight, targets, bias, row_mask, temperature, softcap, ignore_index, vocab_size, backend
     )
 
 
@@ -581,38 +650,23 @@ def _linear_token_stats_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor."""
-    upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
-    stats = (logsumexp, entropy, logsumexp_low)
-    rows = row_indices(live_rows(upstream, kept_rows(targets, row_mask, ignore_index)))
-    num_rows = hidden.shape[0]
-    dhidden: Tensor | None = None
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
-    need_bias = need_bias and bias is not None
-    if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
-        dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None
-        dbias = (
-            None
-            if bias is None or not need_bias
-            else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-        )
-    else:
-        taken = [take(column, rows) for column in (*upstream, *stats)]
-        mass, onehot, slope, mean_logit = fold_upstream(*taken)
-        with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
-                take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
-                vocab_size, need_hidden, need_weight, need_bias,
-                skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
-            )  # fmt: skip
-        if dhidden is not None:
-            dhidden = put(dhidden, rows, num_rows)
-    return (
-        hidden.new_empty(0) if dhidden is None else dhidden,
-        weight.new_empty(0) if dweight is None else dweight,
-        hidden.new_empty(0) if dbias is None else dbias,
+    return linear_backward(
+        (g_logprob, g_logsumexp, g_target_logit, g_entropy),
+        (logsumexp, entropy, logsumexp_low),
+        hidden,
+        weight,
+        targets,
+        bias,
+        row_mask,
+        temperature,
+        softcap,
+        ignore_index,
+        vocab_size,
+        backend,
+        need_hidden,
+        need_weight,
+        need_bias,
+        skip_negligible=skip_negligible,
     )
 
 
@@ -640,13 +694,7 @@ def _linear_token_stats_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device),
-        hidden.new_empty(0)
-        if bias is None or not need_bias
-        else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device),
-    )
+    return fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -30,15 +30,17 @@ from repirl_kernels.rows import (
     check_target_values,
     contiguous,
     empty_stats,
+    fake_gradients,
     fold_upstream,
+    gradients_or_empty,
     kept_rows,
     live_rows,
     no_context,
     put,
+    put_stats,
     refuse_double_backward,
     row_indices,
     skip_below,
-    split_logsumexp,
     take,
 )
 
@@ -183,15 +185,7 @@ def _vocab_parallel_token_stats(
     merged = _merge(_all_gather(statistics, group))
     dtype = statistics_dtype(hidden.dtype)
     logprob, target_logit, entropy = (merged[index].to(dtype) for index in (0, 2, 3))
-    logsumexp, logsumexp_low = split_logsumexp(logprob, merged[1], target_logit)
-    return (
-        put(logprob, rows, num_rows),
-        put(logsumexp, rows, num_rows),
-        put(target_logit, rows, num_rows),
-        put(entropy, rows, num_rows),
-        put(logsumexp_low, rows, num_rows),
-        shard,
-    )
+    return *put_stats(logprob, merged[1], target_logit, entropy, rows, num_rows), shard
 
 
 @_vocab_parallel_token_stats.register_fake
@@ -275,11 +269,7 @@ def _vocab_parallel_token_stats_backward(
         dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     if need_bias and bias is not None and dbias is None:
         dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    return (
-        hidden.new_empty(0) if dhidden is None else dhidden,
-        weight.new_empty(0) if dweight is None else dweight,
-        hidden.new_empty(0) if dbias is None else dbias,
-    )
+    return gradients_or_empty(hidden, weight, dhidden, dweight, dbias)
 
 
 @_vocab_parallel_token_stats_backward.register_fake
@@ -307,13 +297,7 @@ def _vocab_parallel_token_stats_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(hidden.shape if need_hidden else (0,), dtype=hidden.dtype, device=hidden.device),
-        torch.empty(weight.shape if need_weight else (0,), dtype=weight.dtype, device=weight.device),
-        hidden.new_empty(0)
-        if bias is None or not need_bias
-        else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device),
-    )
+    return fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
 def _vocab_parallel_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

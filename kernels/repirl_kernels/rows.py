@@ -123,3 +123,51 @@ def refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-
 
 def no_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     """Double backward is refused, so nothing is kept for it."""
+
+
+def put_stats(
+    logprob: Tensor, logsumexp: Tensor, target_logit: Tensor, entropy: Tensor, rows: Tensor | None, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four statistics and what :func:`split_logsumexp` says that logsumexp lost, each put back to ``[N]``."""
+    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
+    return (
+        put(logprob, rows, num_rows),
+        put(logsumexp, rows, num_rows),
+        put(target_logit, rows, num_rows),
+        put(entropy, rows, num_rows),
+        put(logsumexp_low, rows, num_rows),
+    )
+
+
+def gradients_or_empty(
+    hidden: Tensor, weight: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An empty tensor for a gradient that is not needed: operators return no ``None``."""
+    return (
+        hidden.new_empty(0) if dhidden is None else dhidden,
+        weight.new_empty(0) if dweight is None else dweight,
+        hidden.new_empty(0) if dbias is None else dbias,
+    )
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward operator returns, in shape and dtype."""
+    return gradients_or_empty(
+        hidden,
+        weight,
+        torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else None,
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
+        None if bias is None or not need_bias else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device),
+    )
+
+
+def compact(logits: Tensor, rows: Tensor) -> None:
+    """Move ``rows``, in ascending order, to the front, a few at a time: a row is never overwritten before its turn."""
+    if rows.shape[0] == logits.shape[0]:
+        return
+    first = 0
+    for some in rows.split(64):
+        logits[first : first + some.shape[0]] = logits[some]
+        first += some.shape[0]
