@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -22,10 +23,11 @@ namespace {
 // Panels that are in use together, and the rows that pass them, should stay in the second-level cache.
 constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kMaxGroupColumns = 10 * kPanelColumns;
-// The forward pass sums over these columns, then merges the sums in order. As that depends on neither the number of rows
-// nor that of threads, neither do a row's statistics, to the bit.
+// The forward pass sums over about these columns, then merges the sums in order. As that depends on neither the number
+// of rows nor that of threads, neither do a row's statistics, to the bit.
 constexpr int64_t kSplitColumns = 42 * kPanelColumns;
 constexpr int64_t kMinSlabColumns = 8 * kPanelColumns, kMaxSlabColumns = 42 * kPanelColumns;
+static_assert(kMaxGroupColumns <= kMaxKeptColumns && kMaxGroupColumns <= kSplitColumns);
 // Sizes of tasks: packing a panel costs as much as the product of a few rows, and there should be tasks for all cores.
 constexpr int64_t kTaskRows = 1024, kTaskColumns = 10 * kPanelColumns;
 constexpr int64_t kLineBytes = 64;     // of a cache
@@ -80,6 +82,17 @@ struct Problem {
   const int64_t feature_words = words(operands.num_features);
   const int64_t group_columns = std::clamp<int64_t>(kGroupBytes / (feature_words * kPanelColumns * 4) * kPanelColumns,
                                                     kPanelColumns, kMaxGroupColumns);
+
+  // Forward and backward pass cut the columns into the same groups.
+  int64_t whole_groups(int64_t columns) const { return std::max(columns / group_columns, int64_t{1}) * group_columns; }
+
+  bool recompute() const { return operands.logits == nullptr && operands.powers == nullptr; }
+
+  // What is kept of a group's columns in one row.
+  uint16_t *powers(int64_t row, int64_t column) const { return operands.powers + row * operands.kept_stride + column; }
+  uint16_t *maximum(int64_t row, int64_t column) const {
+    return powers(row, operands.num_columns + column / kPanelColumns * 2);
+  }
 
   int64_t words(int64_t values) const { return divide_up(values, products.values_per_word); }
 
@@ -189,9 +202,8 @@ class SlabGradient {
  private:
   static int64_t choose_width(const Problem &problem, int64_t workspace_bytes) {
     const int64_t bytes_per_column = 2 * problem.value_bytes * problem.operands.num_rows;
-    const int64_t columns = std::clamp(workspace_bytes / bytes_per_column / kPanelColumns * kPanelColumns,
-                                       kMinSlabColumns, kMaxSlabColumns);
-    return std::min(columns, round_up(problem.operands.num_columns, kPanelColumns));
+    const int64_t columns = std::clamp(workspace_bytes / bytes_per_column, kMinSlabColumns, kMaxSlabColumns);
+    return std::min(problem.whole_groups(columns), round_up(problem.operands.num_columns, kPanelColumns));
   }
 
   const int64_t padded_rows_, row_words_, num_columns_;
@@ -258,23 +270,16 @@ class SlabBackward {
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
     const int64_t num_tiles = divide_up(chunk_end(row_chunk) - row_chunk * kTaskRows, kTileRows);
-    if (operands_.logits == nullptr) tile.pack(first + column, count, operands_.num_columns, num_tiles);
+    if (problem_.recompute()) tile.pack(first + column, count, operands_.num_columns, num_tiles);
     for (int64_t row = row_chunk * kTaskRows; row < chunk_end(row_chunk); row += kTileRows) {
-      if (operands_.logits == nullptr) tile.multiply(row);
+      if (problem_.recompute()) tile.multiply(row);
       for (int64_t r = 0; r < kTileRows; ++r) {
         float *out = tile.row(r);
         if (row + r >= operands_.num_rows) {
           std::fill_n(out, round_up(count, kPanelColumns), 0.0f);
           continue;
         }
-        const float *x = out;
-        if (operands_.logits != nullptr) {
-          x = operands_.logits + (row + r) * operands_.logits_stride + first + column;
-          const int64_t ahead = row + r + kTileRows < operands_.num_rows ? kTileRows * operands_.logits_stride : 0;
-          for (int64_t i = 0; i < count; i += kLineBytes / 4) __builtin_prefetch(x + ahead + i, 0, 3);
-        }
-        problem_.kernels.gradient_f32(x, out, count, transform, operands_.targets[row + r] - first - column,
-                                      rows_[row + r]);
+        compute_row(row + r, first + column, count, transform, out);
         std::fill(out + count, out + round_up(count, kPanelColumns), 0.0f);
         if (bias_sums)
           for (int64_t i = 0; i < count; ++i) bias_sums[i] += out[i];
@@ -287,6 +292,31 @@ class SlabBackward {
       }
       slab_.store(problem_, tile, row, column, count);
     }
+  }
+
+  // The gradient of one row's logits in a group, from what was kept of it, or else from the logits in `out`.
+  void compute_row(int64_t row, int64_t column, int64_t count, const Transform &transform, float *out) {
+    const int64_t target = operands_.targets[row] - column;
+    const int64_t ahead = row + kTileRows < operands_.num_rows ? kTileRows * operands_.kept_stride : 0;
+    if (operands_.powers != nullptr) {
+      const uint16_t *powers = problem_.powers(row, column);
+      prefetch(powers + ahead, count);
+      float maximum;
+      std::memcpy(&maximum, problem_.maximum(row, column), sizeof maximum);
+      problem_.kernels.gradient_of_kept(powers, maximum, out, count, transform, target, rows_[row]);
+      return;
+    }
+    const float *logits = out;
+    if (operands_.logits != nullptr) {
+      logits = operands_.logits + row * operands_.kept_stride + column;
+      prefetch(logits + ahead, count);
+    }
+    problem_.kernels.gradient_f32(logits, out, count, transform, target, rows_[row]);
+  }
+
+  template <class T>
+  static void prefetch(const T *values, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLineBytes / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(values + i, 0, 3);
   }
 
   // Whether a row has a share in columns [begin, end) of the slab.
@@ -384,8 +414,10 @@ class SlabBackward {
 void linear_forward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
                     RowState *states, float *target_logits, int num_threads) {
   const Problem problem{kernels, products, operands};
-  expect_writes(operands.logits, operands.num_rows * operands.logits_stride * static_cast<int64_t>(sizeof(float)));
-  const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, kSplitColumns);
+  expect_writes(operands.logits, operands.num_rows * operands.kept_stride * static_cast<int64_t>(sizeof(float)));
+  expect_writes(operands.powers, operands.num_rows * operands.kept_stride * static_cast<int64_t>(sizeof(uint16_t)));
+  const int64_t split_columns = problem.whole_groups(kSplitColumns);
+  const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, split_columns);
   const int64_t num_row_chunks = divide_up(num_rows, kTaskRows);
   const RowState nothing{-std::numeric_limits<float>::infinity(), 0.0, 0.0};
   std::vector<RowState> parts(static_cast<size_t>(num_splits * num_rows), nothing);
@@ -395,7 +427,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
   Phases phases;
 
   auto compute_part = [&](LogitTile &tile, int64_t split, int64_t row_chunk) {
-    const int64_t begin = split * kSplitColumns, end = std::min(begin + kSplitColumns, operands.num_columns);
+    const int64_t begin = split * split_columns, end = std::min(begin + split_columns, operands.num_columns);
     const int64_t last_row = std::min((row_chunk + 1) * kTaskRows, num_rows);
     for (int64_t column = begin; column < end; column += problem.group_columns) {
       const int64_t count = std::min(problem.group_columns, end - column);
@@ -405,9 +437,15 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
         tile.multiply(first);
         for (int64_t row = first; row < std::min(first + kTileRows, last_row); ++row) {
           const float *x = tile.row(row - first);
-          if (operands.logits != nullptr) std::copy_n(x, count, operands.logits + row * operands.logits_stride + column);
-          kernels.update_f32(x, count, transform, operands.targets[row] - column,
-                             parts[static_cast<size_t>(split * num_rows + row)], target_logits[row]);
+          const int64_t target = operands.targets[row] - column;
+          RowState &state = parts[static_cast<size_t>(split * num_rows + row)];
+          if (operands.powers != nullptr) {
+            kernels.update_keeping(x, count, transform, target, state, target_logits[row], problem.powers(row, column));
+            std::memcpy(problem.maximum(row, column), &state.maximum, sizeof state.maximum);
+            continue;
+          }
+          if (operands.logits != nullptr) std::copy_n(x, count, operands.logits + row * operands.kept_stride + column);
+          kernels.update_f32(x, count, transform, target, state, target_logits[row]);
         }
       }
     }

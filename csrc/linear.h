@@ -57,9 +57,16 @@ struct LinearOperands {
   int64_t num_rows, num_features, num_columns;
   Transform transform;
   const int64_t *targets;
-  float *logits;  // [num_rows, num_columns] before bias, softcap and temperature: kept by forward, read by backward;
-  int64_t logits_stride;  // or null: not kept, computed again
+  // What forward keeps for backward, which else computes the logits again. One of these at most, the others null:
+  float *logits;     // [num_rows, num_columns], before bias, softcap and temperature
+  uint16_t *powers;  // [num_rows, kept_columns(num_columns)]; see UpdateKeeping
+  int64_t kept_stride;
 };
+
+// A row of powers, and, where panels begin, the maximum that they refer to, as two words behind them.
+inline int64_t kept_columns(int64_t num_columns) {
+  return num_columns + (num_columns + kPanelColumns - 1) / kPanelColumns * 2;
+}
 
 struct LinearGradients {
   float *hidden;  // [num_rows, num_features], contiguous; added to

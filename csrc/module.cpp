@@ -168,11 +168,12 @@ const ProductKernels &require_products() {
 }
 
 using Logits = std::optional<Matrix<float>>;
+using Powers = std::optional<Matrix<uint16_t>>;
 
 template <class T>
 LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias,
                              float temperature, float softcap, const Column<const int64_t> &targets,
-                             const Logits &logits) {
+                             const Logits &logits, const Powers &powers) {
   if ((hidden.shape(1) > 1 && hidden.stride(1) != 1) || (weight.shape(1) > 1 && weight.stride(1) != 1))
     throw nb::value_error("the operands' columns must be contiguous");
   // A row of hidden states may be followed by a 0 that fills its last word.
@@ -182,31 +183,38 @@ LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T
   if (sizeof(T) == 2 && hidden.shape(1) % 2 != 0) throw nb::value_error("hidden must have an even number of columns");
   if (bias) check_length(bias->shape(0), weight.shape(0));
   check_length(targets.shape(0), hidden.shape(0));
-  if (logits) {
-    check_length(logits->shape(0), hidden.shape(0));
-    check_length(logits->shape(1), weight.shape(0));
-    if (logits->shape(1) > 1 && logits->stride(1) != 1) throw nb::value_error("the logits' columns must be contiguous");
-  }
+  auto check_kept = [&](const auto &kept, int64_t num_columns) {
+    if (!kept) return;
+    check_length(kept->shape(0), hidden.shape(0));
+    check_length(kept->shape(1), static_cast<size_t>(num_columns));
+    if (num_columns > 1 && kept->stride(1) != 1) throw nb::value_error("what is kept must have contiguous columns");
+  };
+  const int64_t num_columns = static_cast<int64_t>(weight.shape(0));
+  check_kept(logits, num_columns);
+  check_kept(powers, repirl::kept_columns(num_columns));
+  if (logits && powers) throw nb::value_error("either logits or powers are kept");
+  if (powers && softcap != 0.0f) throw nb::value_error("with a softcap, logits are to be kept");
   return {hidden.data(),
           hidden.stride(0),
           weight.data(),
           weight.stride(0),
           static_cast<int64_t>(hidden.shape(0)),
           static_cast<int64_t>(num_features),
-          static_cast<int64_t>(weight.shape(0)),
+          num_columns,
           make_transform(bias, temperature, softcap),
           targets.data(),
           logits ? logits->data() : nullptr,
-          logits ? logits->stride(0) : 0};
+          powers ? powers->data() : nullptr,
+          logits ? logits->stride(0) : powers ? powers->stride(0) : 0};
 }
 
 template <class T>
 void linear_forward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
                     float softcap, const Column<const int64_t> &targets, const Column<float> &maximum,
                     const Column<double> &total, const Column<double> &weighted, const Column<float> &target_logit,
-                    const Logits &logits, int num_threads) {
+                    const Logits &logits, const Powers &powers, int num_threads) {
   const ProductKernels &products = require_products<T>();
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits);
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits, powers);
   const size_t num_rows = hidden.shape(0);
   for (size_t length : {maximum.shape(0), total.shape(0), weighted.shape(0), target_logit.shape(0)})
     check_length(length, num_rows);
@@ -229,10 +237,11 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
                      const Column<const float> &onehot, const Column<const float> &slope,
                      const std::optional<Matrix<float>> &dhidden, const std::optional<Matrix<T>> &dweight,
                      const std::optional<Matrix<float>> &dweight_sum, const std::optional<Column<float>> &dbias,
-                     const Logits &logits, const std::optional<Column<const float>> &skip_below,
+                     const Logits &logits, const Powers &powers,
+                     const std::optional<Column<const float>> &skip_below,
                      int64_t workspace_bytes, int num_threads) {
   const ProductKernels &products = require_products<T>();
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits);
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits, powers);
   const size_t num_rows = hidden.shape(0);
   for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0)})
     check_length(length, num_rows);
@@ -262,18 +271,19 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
 template <class T>
 void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
   module.def(forward_name, &linear_forward<T>,
-             "Statistics of hidden @ weight.T; writes the logits before bias, softcap and temperature to `logits`.",
+             "Statistics of hidden @ weight.T; keeps for the gradients `logits`, before bias, softcap and temperature, or, "
+             "in bfloat16, `powers`.",
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("maximum"), nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"),
-             nb::arg("logits").none(), nb::arg("num_threads"));
+             nb::arg("logits").none(), nb::arg("powers").none(), nb::arg("num_threads"));
   module.def(backward_name, &linear_backward<T>,
-             "Gradients: adds to `dhidden` and `dweight_sum`, overwrites `dweight` and `dbias`. With `logits`, those are "
-             "read instead of computed again.",
+             "Gradients: adds to `dhidden` and `dweight_sum`, overwrites `dweight` and `dbias`. What forward "
+             "kept in `logits` or `powers` is read instead of computed again.",
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
              nb::arg("slope"), nb::arg("dhidden").none(), nb::arg("dweight").none(), nb::arg("dweight_sum").none(),
-             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("skip_below").none(),
-             nb::arg("workspace_bytes"), nb::arg("num_threads"));
+             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("powers").none(),
+             nb::arg("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
 }
 
 }  // namespace

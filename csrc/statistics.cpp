@@ -11,7 +11,7 @@ namespace REPIRL_ISA {
 namespace {
 
 constexpr int kLanes = REPIRL_LANES;
-constexpr int kBlock = 1024;  // columns in flight: 4 KiB, in the first-level cache
+constexpr int kBlock = kMaxKeptColumns;  // columns in flight: 4 KiB, in the first-level cache
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
@@ -135,9 +135,17 @@ inline Vector load_bias(const float *bias, int64_t column, int64_t num_columns) 
   return column + kLanes <= num_columns ? load(bias + column) : load_tail(bias + column, num_columns - column, 0.0f);
 }
 
-template <bool kIdentity, class T>
+// The first `count` lanes.
+template <class T>
+inline void store_tail(T *x, Vector v, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int64_t lane = 0; lane < count; ++lane) x[lane] = lanes[lane];
+}
+
+template <bool kIdentity, bool kKeep, class T>
 void update_row_as(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
-                float &target_logit) {
+                   float &target_logit, uint16_t *powers) {
   const float infinity = __builtin_inff();
   alignas(64) float block[kBlock];
   for (int64_t start = 0; start < num_columns; start += kBlock) {
@@ -172,9 +180,12 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
       state.maximum = maximum;
     }
     if (state.maximum == -infinity) {
-      // Only banned columns so far, which have no weight; but a NaN must not be lost among them.
-      for (int64_t i = 0; i < count; ++i)
+      // Only banned columns so far, which have no weight; but a NaN must not be lost among them. It makes the row's
+      // logsumexp NaN, and with that all of its gradient, whatever is kept here.
+      for (int64_t i = 0; i < count; ++i) {
         if (block[i] != block[i]) state.total = __builtin_nan("");
+        if (kKeep) powers[start + i] = 0;
+      }
       continue;
     }
     Vector total{}, weighted{};
@@ -183,6 +194,12 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
       const Power p = power(load(block + i) - state.maximum);
       total += p.exp;
       weighted += p.exp * p.x;
+      if (!kKeep) continue;
+      if (i < full) {
+        store(powers + start + i, p.exp);
+      } else {
+        store_tail(powers + start + i, p.exp, count - i);
+      }
     }
     state.total += sum(total);
     state.weighted += sum(weighted);
@@ -192,8 +209,14 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
 template <class T>
 void update_row(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
                 float &target_logit) {
-  const auto function = is_identity(transform) ? update_row_as<true, T> : update_row_as<false, T>;
-  function(x, num_columns, transform, target, state, target_logit);
+  const auto function = is_identity(transform) ? update_row_as<true, false, T> : update_row_as<false, false, T>;
+  function(x, num_columns, transform, target, state, target_logit, nullptr);
+}
+
+void update_keeping(const float *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
+                    float &target_logit, uint16_t *powers) {
+  const auto function = is_identity(transform) ? update_row_as<true, true, float> : update_row_as<false, true, float>;
+  function(x, num_columns, transform, target, state, target_logit, powers);
 }
 
 template <bool kIdentity>
@@ -221,9 +244,7 @@ void gradient_row_as(const T *x, T *out, int64_t num_columns, const Transform &t
     } else {
       const int64_t count = num_columns - i;
       const Logits logits = final_logits<kIdentity>(load_tail(x + i, count, 0.0f), bias, transform);
-      T lanes[kLanes];
-      store(lanes, gradient<kIdentity>(logits, transform, row, onehot));
-      for (int64_t lane = 0; lane < count; ++lane) out[i + lane] = lanes[lane];
+      store_tail(out + i, gradient<kIdentity>(logits, transform, row, onehot), count);
     }
   }
 }
@@ -235,11 +256,52 @@ void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &tran
   function(x, out, num_columns, transform, target, row);
 }
 
+// log(x) for normal x > 0, to 4e-7: a polynomial on [sqrt(1/2), sqrt(2)), fitted there at Chebyshev's points. 0, which
+// has no finite logarithm, gets one that is finite.
+inline Vector logarithm(Vector x) {
+  const Integers bits = (Integers)x;
+  const Integers n = (bits - 0x3f3504f3) >> 23;  // of sqrt(1/2) on
+  const Vector t = (Vector)(bits - (n << 23)) - 1.0f;
+  Vector p = t * 0.11931054f - 0.18680751f;
+  p = p * t + 0.2049176f;
+  p = p * t - 0.24908289f;
+  p = p * t + 0.33314674f;
+  p = p * t - 0.50001145f;
+  p = p * t + 1.00000096f;
+  return t * p + __builtin_convertvector(n, Vector) * 0.693147181f;
+}
+
+template <bool kSlope>
+void gradient_of_kept_as(const uint16_t *powers, float maximum, float *out, int64_t num_columns,
+                         const Transform &transform, int64_t target, const RowGradient &row) {
+  const float shift = maximum - row.logsumexp, scale = __builtin_expf(shift) / transform.temperature;
+  const float above_mean = maximum == -__builtin_inff() ? 0.0f : maximum - row.mean_logit;
+  const float onehot = row.onehot / transform.temperature;
+  const int64_t full = num_columns / kLanes * kLanes;
+  for (int64_t i = 0; i < num_columns; i += kLanes) {
+    const Vector power = i < full ? load(powers + i) : load_tail(powers + i, num_columns - i, 0.0f);
+    Vector dz = power * (scale * row.mass);
+    if (kSlope) dz = power * scale * (row.mass - row.slope * (logarithm(power) + above_mean));
+    if (target >= i && target < i + kLanes) dz[target - i] += onehot;
+    if (i < full) {
+      store(out + i, dz);
+    } else {
+      store_tail(out + i, dz, num_columns - i);
+    }
+  }
+}
+
+void gradient_of_kept(const uint16_t *powers, float maximum, float *out, int64_t num_columns,
+                      const Transform &transform, int64_t target, const RowGradient &row) {
+  const auto function = row.slope == 0.0f ? gradient_of_kept_as<false> : gradient_of_kept_as<true>;
+  function(powers, maximum, out, num_columns, transform, target, row);
+}
+
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {REPIRL_NAME, update_row<float>, update_row<uint16_t>, gradient_row<float>,
-                         gradient_row<uint16_t>};
+                         gradient_row<uint16_t>, update_keeping, gradient_of_kept};
 
 }  // namespace REPIRL_ISA
 }  // namespace repirl

@@ -44,12 +44,24 @@ using GradientRowF32 = void (*)(const float *x, float *out, int64_t num_columns,
 using GradientRowBF16 = void (*)(const uint16_t *x, uint16_t *out, int64_t num_columns, const Transform &,
                                  int64_t target, const RowGradient &);
 
+// Both for a forward pass that keeps its exponentials, so that the gradient needs neither logits nor their exponentials
+// again. `update` writes exp(z - maximum), with the maximum that it leaves in the state, as bfloat16 to `powers`, and
+// `gradient` turns those into dz. That is about as exact as rounding dz to bfloat16. No softcap, whose derivative would
+// need more, and at most kMaxKeptColumns.
+constexpr int64_t kMaxKeptColumns = 1024;
+using UpdateKeeping = void (*)(const float *x, int64_t num_columns, const Transform &, int64_t target, RowState &,
+                               float &target_logit, uint16_t *powers);
+using GradientOfKept = void (*)(const uint16_t *powers, float maximum, float *out, int64_t num_columns,
+                                const Transform &, int64_t target, const RowGradient &);
+
 struct Kernels {
   const char *name;
   UpdateRowF32 update_f32;
   UpdateRowBF16 update_bf16;
   GradientRowF32 gradient_f32;
   GradientRowBF16 gradient_bf16;
+  UpdateKeeping update_keeping;
+  GradientOfKept gradient_of_kept;
 };
 
 namespace baseline { extern const Kernels kernels; }

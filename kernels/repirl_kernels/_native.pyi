@@ -74,6 +74,7 @@ def linear_forward_f32(
     weighted: Tensor,
     target_logit: Tensor,
     logits: Tensor | None,
+    powers: Tensor | None,
     num_threads: int,
 ) -> None: ...
 def linear_forward_bf16(
@@ -88,6 +89,7 @@ def linear_forward_bf16(
     weighted: Tensor,
     target_logit: Tensor,
     logits: Tensor | None,
+    powers: Tensor | None,
     num_threads: int,
 ) -> None: ...
 def linear_backward_f32(
@@ -107,6 +109,7 @@ def linear_backward_f32(
     dweight_sum: Tensor | None,
     dbias: Tensor | None,
     logits: Tensor | None,
+    powers: Tensor | None,
     skip_below: Tensor | None,
     workspace_bytes: int,
     num_threads: int,
@@ -128,6 +131,7 @@ def linear_backward_bf16(
     dweight_sum: Tensor | None,
     dbias: Tensor | None,
     logits: Tensor | None,
+    powers: Tensor | None,
     skip_below: Tensor | None,
     workspace_bytes: int,
     num_threads: int,

@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repirl_kernels.ops import LinearOperands, TokenStats, linear_backward, linear_forward, prepare_linear
+from repirl_kernels import native
+from repirl_kernels.ops import (
+    LinearOperands,
+    TokenStats,
+    choose_backend,
+    linear_backward,
+    linear_forward,
+    prepare_linear,
+)
 from repirl_kernels.reference import statistics_dtype
 from repirl_kernels.rows import empty_stats, fake_gradients, kept_rows, refuse_double_backward
 
@@ -106,14 +114,17 @@ def linear_token_loss(
     leaves = (operands.hidden, operands.weight, operands.bias)
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     num_rows = operands.hidden.shape[0]
-    max_rows = max(1, chunk_bytes // (operands.vocab_size * dtype.itemsize))
+    width, kept_dtype = operands.vocab_size, dtype
+    if _keeps_powers(operands.hidden.device.type, operands.hidden.dtype, softcap, backend):
+        width, kept_dtype = native.powers_width(operands.vocab_size), torch.bfloat16
+    max_rows = max(1, chunk_bytes // (width * kept_dtype.itemsize))
     num_chunks = 1 if num_rows <= max_rows else -(-num_rows // max_rows)
     step = -(-num_rows // num_chunks)
     with torch.no_grad():
         weight_sum = main_grad
         if needs[1] and main_grad is None and num_chunks > 1:
             weight_sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        logits = torch.empty((step, operands.vocab_size), dtype=dtype, device=hidden.device)
+        logits = torch.empty((step, width), dtype=kept_dtype, device=hidden.device)
         chunks = []
         for chunk in range(num_chunks):
             rows = slice(chunk * step, min((chunk + 1) * step, num_rows))
@@ -138,6 +149,11 @@ def linear_token_loss(
         )
     shape = targets.shape
     return TokenLoss(loss, token_loss.reshape(shape), TokenStats(*(column.reshape(shape) for column in stats)))
+
+
+@torch.compiler.assume_constant_result
+def _keeps_powers(device: str, dtype: torch.dtype, softcap: float | None, backend: str | None) -> bool:
+    return choose_backend(device, dtype, backend) == "native" and native.keeps_powers(dtype, softcap)
 
 
 def _check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
