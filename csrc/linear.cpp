@@ -25,11 +25,12 @@ constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kMaxGroupColumns = 10 * kPanelColumns;
 // The forward pass sums over about these columns, then merges the sums in order. As that depends on neither the number
 // of rows nor that of threads, neither do a row's statistics, to the bit.
-constexpr int64_t kSplitColumns = 42 * kPanelColumns;
+constexpr int64_t kSplitColumns = 21 * kPanelColumns;
 constexpr int64_t kMinSlabColumns = 8 * kPanelColumns, kMaxSlabColumns = 42 * kPanelColumns;
 static_assert(kMaxGroupColumns <= kMaxKeptColumns && kMaxGroupColumns <= kSplitColumns);
 // Sizes of tasks: packing a panel costs as much as the product of a few rows, and there should be tasks for all cores.
 constexpr int64_t kTaskRows = 1024, kTaskColumns = 10 * kPanelColumns;
+constexpr int64_t kUnpackedTaskRows = 128;
 constexpr int64_t kLineBytes = 64;     // of a cache
 constexpr int64_t kDepthWords = 1024;  // summed at a time into the weight's gradient
 
@@ -231,8 +232,10 @@ class SlabBackward {
                int64_t workspace_bytes)
       : problem_(problem), operands_(problem.operands), rows_(rows), gradients_(gradients), limits_(limits),
         slab_(problem, gradients, workspace_bytes), num_row_chunks_(divide_up(operands_.num_rows, kTaskRows)),
+        gradient_rows_(problem.recompute() ? kTaskRows : kUnpackedTaskRows),
+        num_gradient_chunks_(divide_up(operands_.num_rows, gradient_rows_)),
         num_feature_panels_(divide_up(operands_.num_features, kPanelColumns)),
-        bias_sums_(gradients.bias ? static_cast<size_t>(num_row_chunks_ * slab_.max_columns()) : 0),
+        bias_sums_(gradients.bias ? static_cast<size_t>(num_gradient_chunks_ * slab_.max_columns()) : 0),
         counts_(limits ? static_cast<size_t>(divide_up(slab_.max_columns(), problem.group_columns) * operands_.num_rows)
                        : 0) {}
 
@@ -240,18 +243,18 @@ class SlabBackward {
     for (int64_t first = 0; first < operands_.num_columns; first += slab_.max_columns()) {
       const int64_t num_columns = std::min(slab_.max_columns(), operands_.num_columns - first);
       const int64_t num_groups = divide_up(num_columns, problem_.group_columns);
-      phases.run(num_workers, num_groups * num_row_chunks_, [&](int64_t task) {
-        compute_gradient(scratch, first, num_columns, task / num_row_chunks_, task % num_row_chunks_);
+      phases.run(num_workers, num_groups * num_gradient_chunks_, [&](int64_t task) {
+        compute_gradient(scratch, first, num_columns, task / num_gradient_chunks_, task % num_gradient_chunks_);
       });
-      const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
       const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
-      const int64_t num_products = (column_chunks + row_chunks) * num_feature_panels_;
+      const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
+      const int64_t num_products = (row_chunks + column_chunks) * num_feature_panels_;
       phases.run(num_workers, num_products + (gradients_.bias ? 1 : 0), [&](int64_t task) {
         const int64_t panel = task % num_feature_panels_, chunk = task / num_feature_panels_;
-        if (chunk < column_chunks) {
-          sum_over_rows(scratch, first, num_columns, chunk, panel);
-        } else if (chunk < column_chunks + row_chunks) {
-          sum_over_columns(scratch, first, num_columns, chunk - column_chunks, panel);
+        if (chunk < row_chunks) {  // the longer tasks first: at the end, workers wait for a short one
+          sum_over_columns(scratch, first, num_columns, chunk, panel);
+        } else if (chunk < row_chunks + column_chunks) {
+          sum_over_rows(scratch, first, num_columns, chunk - row_chunks, panel);
         } else {
           sum_bias(first, num_columns);
         }
@@ -260,8 +263,6 @@ class SlabBackward {
   }
 
  private:
-  int64_t chunk_end(int64_t row_chunk) const { return std::min((row_chunk + 1) * kTaskRows, operands_.num_rows); }
-
   void compute_gradient(Scratch &scratch, int64_t first, int64_t num_columns, int64_t group, int64_t row_chunk) {
     LogitTile &tile = scratch.logits;
     const int64_t column = group * problem_.group_columns;
@@ -269,9 +270,10 @@ class SlabBackward {
     const Transform transform = problem_.transform(first + column);
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
-    const int64_t num_tiles = divide_up(chunk_end(row_chunk) - row_chunk * kTaskRows, kTileRows);
-    if (problem_.recompute()) tile.pack(first + column, count, operands_.num_columns, num_tiles);
-    for (int64_t row = row_chunk * kTaskRows; row < chunk_end(row_chunk); row += kTileRows) {
+    const int64_t first_row = row_chunk * gradient_rows_, end = std::min(first_row + gradient_rows_, operands_.num_rows);
+    if (problem_.recompute())
+      tile.pack(first + column, count, operands_.num_columns, divide_up(end - first_row, kTileRows));
+    for (int64_t row = first_row; row < end; row += kTileRows) {
       if (problem_.recompute()) tile.multiply(row);
       for (int64_t r = 0; r < kTileRows; ++r) {
         float *out = tile.row(r);
@@ -360,7 +362,7 @@ class SlabBackward {
       if (gradients_.weight != nullptr) {
         problem_.products.round(sums, width, static_cast<char *>(gradients_.weight) + offset * problem_.value_bytes);
       } else {
-        for (int64_t i = 0; i < width; ++i) gradients_.weight_sum[offset + i] += sums[i];
+        problem_.products.add(sums, width, gradients_.weight_sum + offset);
       }
     }
   }
@@ -373,10 +375,13 @@ class SlabBackward {
                            scratch.panel.get());
     float *tile = scratch.sums.get();
     int64_t row = chunk * kTaskRows;
+    const int64_t end = std::min(row + kTaskRows, operands_.num_rows);
+    if (first == 0)
+      for (int64_t r = row; r < end; ++r) std::fill_n(gradients_.hidden + r * operands_.num_features + feature, width, 0.0f);
     for (;;) {
       int64_t indices[kTileRows];
       int64_t count = 0;
-      for (; row < chunk_end(chunk) && count < kTileRows; ++row)
+      for (; row < end && count < kTileRows; ++row)
         if (counts(row, 0, num_columns)) indices[count++] = row;
       if (count == 0) break;
       const void *rows[kTileRows];
@@ -384,7 +389,7 @@ class SlabBackward {
       problem_.products.multiply_rows(rows, scratch.panel.get(), problem_.words(num_columns), tile, kPanelColumns);
       for (int64_t r = 0; r < count; ++r) {
         float *out = gradients_.hidden + indices[r] * operands_.num_features + feature;
-        for (int64_t i = 0; i < width; ++i) out[i] += tile[r * kPanelColumns + i];
+        problem_.products.add(tile + r * kPanelColumns, width, out);
       }
     }
   }
@@ -392,7 +397,7 @@ class SlabBackward {
   void sum_bias(int64_t first, int64_t num_columns) {
     for (int64_t column = 0; column < num_columns; ++column) {
       double total = 0.0;
-      for (int64_t chunk = 0; chunk < num_row_chunks_; ++chunk)
+      for (int64_t chunk = 0; chunk < num_gradient_chunks_; ++chunk)
         total += bias_sums_[static_cast<size_t>(chunk * slab_.max_columns() + column)];
       gradients_.bias[first + column] = static_cast<float>(total);
     }
@@ -404,7 +409,7 @@ class SlabBackward {
   const LinearGradients &gradients_;
   const SkipLimits limits_;
   SlabGradient slab_;
-  const int64_t num_row_chunks_, num_feature_panels_;
+  const int64_t num_row_chunks_, gradient_rows_, num_gradient_chunks_, num_feature_panels_;
   std::vector<double> bias_sums_;
   std::vector<uint8_t> counts_;  // [group of columns][row], where there are limits
 };
@@ -450,16 +455,19 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
       }
     }
   };
+  constexpr int64_t kMergedRows = 64;
   run_workers(num_workers, [&](int worker, int num_running) {
     phases.run(num_running, num_splits * num_row_chunks, [&](int64_t task) {
       compute_part(tiles[static_cast<size_t>(worker)], task / num_row_chunks, task % num_row_chunks);
     });
+    phases.run(num_running, divide_up(num_rows, kMergedRows), [&](int64_t task) {
+      for (int64_t row = task * kMergedRows; row < std::min((task + 1) * kMergedRows, num_rows); ++row) {
+        states[row] = nothing;
+        for (int64_t split = 0; split < num_splits; ++split)
+          merge(parts[static_cast<size_t>(split * num_rows + row)], states[row]);
+      }
+    });
   });
-  for (int64_t row = 0; row < num_rows; ++row) {
-    states[row] = nothing;
-    for (int64_t split = 0; split < num_splits; ++split)
-      merge(parts[static_cast<size_t>(split * num_rows + row)], states[row]);
-  }
 }
 
 void linear_backward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,

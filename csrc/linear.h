@@ -40,6 +40,8 @@ struct ProductKernels {
   void (*store_gradient)(const float *tile, int64_t tile_stride, int64_t num_columns, void *rows, int64_t row_stride,
                          uint32_t *blocks, int64_t block_stride);
 
+  void (*add)(const float *values, int64_t count, float *sums);
+
   // Rounds to the operand type.
   void (*round)(const float *values, int64_t count, void *result);
 };
@@ -69,7 +71,7 @@ inline int64_t kept_columns(int64_t num_columns) {
 }
 
 struct LinearGradients {
-  float *hidden;  // [num_rows, num_features], contiguous; added to
+  float *hidden;  // [num_rows, num_features], contiguous; overwritten
   void *weight;   // [num_columns, num_features], contiguous, in the operand type; overwritten
   float *weight_sum;  // the same in float32; added to
   float *bias;        // [num_columns]; overwritten

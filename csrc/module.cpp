@@ -277,7 +277,7 @@ void bind_linear(nb::module_ &module, const char *forward_name, const char *back
              nb::arg("targets"), nb::arg("maximum"), nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"),
              nb::arg("logits").none(), nb::arg("powers").none(), nb::arg("num_threads"));
   module.def(backward_name, &linear_backward<T>,
-             "Gradients: adds to `dhidden` and `dweight_sum`, overwrites `dweight` and `dbias`. What forward "
+             "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. What forward "
              "kept in `logits` or `powers` is read instead of computed again.",
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),

@@ -3,8 +3,8 @@
 A chunk of rows gives logits, these statistics, these the loss and its derivatives, these the gradient of the logits
 and with it those of hidden states and weights, all in the forward pass. That takes three products of the size of the
 logits; ``linear_token_stats`` followed by ``backward()`` takes four, because it has to compute the logits again.
-The price is memory: the logits of one chunk, and, for half-precision weights and more than one chunk, the sum of the
-weight's gradient in float32.
+The price is memory: the logits of one chunk (or, on a CPU, their exponentials in bfloat16), and, for half-precision
+weights and more than one chunk, the sum of the weight's gradient in float32.
 
 Axes: N rows (tokens), D features, V vocabulary.
 """
@@ -88,6 +88,8 @@ def linear_token_loss(
             forward twice adds twice: keep it out of checkpointed regions. If ``loss_fn`` raises, the chunks before
             have been added.
         chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
+            They are float32, but for bfloat16 operands the native CPU backend holds their exponentials in bfloat16, if
+            there is no softcap. Those serve the gradients alone; the statistics come of float32 logits all the same.
 
     Returns:
         :class:`TokenLoss`.
@@ -124,7 +126,7 @@ def linear_token_loss(
         weight_sum = main_grad
         if needs[1] and main_grad is None and num_chunks > 1:
             weight_sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        logits = torch.empty((step, width), dtype=kept_dtype, device=hidden.device)
+        logits = torch.empty((step, width), dtype=kept_dtype, device=hidden.device) if any(needs) else None
         chunks = []
         for chunk in range(num_chunks):
             rows = slice(chunk * step, min((chunk + 1) * step, num_rows))
@@ -188,14 +190,14 @@ def _run_chunk(
     operands: LinearOperands,
     rows: slice,
     loss_fn: Callable[[TokenStats, slice], Tensor],
-    logits: Tensor,
+    logits: Tensor | None,
     weight_sum: Tensor | None,
     options: _Options,
     needs: list[bool],
 ) -> _Chunk:
     hidden, targets = operands.hidden[rows], operands.targets[rows]
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
-    buffer = logits[: hidden.shape[0]]
+    buffer = None if logits is None else logits[: hidden.shape[0]]
     *stats, logsumexp_low = _chunk_forward(hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options)
     upstream: tuple[Tensor, ...] = ()
     if any(needs):
@@ -280,7 +282,7 @@ def _chunk_forward(
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    logits: Tensor,
+    logits: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -300,7 +302,7 @@ def _chunk_forward_fake(
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    logits: Tensor,
+    logits: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,

@@ -188,7 +188,7 @@ def linear_backward(
         softcap,
     )
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
-    dhidden = torch.zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
+    dhidden = torch.empty(hidden.shape, dtype=torch.float32) if need_hidden else None
     dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_weight and dweight_sum is None else None
     dbias = torch.zeros(weight.shape[0], dtype=torch.float32) if need_bias else None
     if dweight is not None:
@@ -229,6 +229,8 @@ def _backward_by_slabs(
 ) -> None:
     """Fill in the gradients with torch's products."""
     hidden_ND = hidden.detach().float()
+    if dhidden is not None:
+        dhidden.zero_()
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         weight_CD = weight[first:last].detach().float()

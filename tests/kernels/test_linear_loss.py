@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_checks import check_linear, linear_case, stats_by_loss
+from kernel_checks import check_linear, linear_case, run_linear, stats_by_loss
 from repirl_kernels import TokenStats, linear_loss, linear_token_loss, linear_token_stats, native, policy_loss
 from torch.utils.checkpoint import checkpoint
 
@@ -33,9 +33,45 @@ def loss_of(case, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows_in_a_chunk", [1, 5, 8])
 @pytest.mark.parametrize("shape", [(17, 70, 9), (16, 997, 33)])
-def test_chunks(backend, shape, rows_in_a_chunk, dtype):
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_chunks(backend, shape, rows_in_a_chunk, dtype, softcap):
     op = functools.partial(stats_by_loss, backend=backend, chunk_bytes=rows_in_a_chunk * shape[1] * 4)
-    check_linear(op, linear_case(*shape, dtype=dtype, bias=True, temperature=0.8, softcap=9.0))
+    check_linear(op, linear_case(*shape, dtype=dtype, bias=True, temperature=0.8, softcap=softcap))
+
+
+# Groups of columns, and so the maxima that exponentials refer to: several in a row, one in 48 columns, a part of one.
+@pytest.mark.skipif(not native.keeps_powers(torch.bfloat16, None), reason="this machine keeps float32 logits")
+@pytest.mark.parametrize("shape", [(40, 2100, 64), (20, 300, 4097), (130, 1009, 31), (9, 31, 8)])
+@pytest.mark.parametrize("temperature", [1.0, 0.05])  # e^-60 and less beside 1
+def test_exponentials_kept_in_bfloat16(shape, temperature, monkeypatch):
+    kept = []
+    original = linear_loss._chunk_forward
+    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: kept.append(args[5]) or original(*args))
+    case = linear_case(*shape, dtype=torch.bfloat16, bias=True, temperature=temperature)
+    case.upstream[:, ::3] = 0  # rows that are there in the forward pass and not in the backward pass
+    case.upstream[3, 1::3] = 0  # no entropy: their logarithms are not needed
+    case.bias[:7], case.targets[2] = -torch.inf, 3  # banned tokens, one of them a target
+    op = functools.partial(stats_by_loss, backend="native")
+    actual = run_linear(op, case)
+    expected = run_linear(functools.partial(linear_token_stats, backend="native"), case)
+    assert {buffer.dtype for buffer in kept if buffer is not None} == {torch.bfloat16}
+    assert torch.equal(actual.stats, expected.stats)
+    for gradient, other in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0.02, atol=0.01 * other.abs().max().item())
+    check_linear(op, case._replace(targets=case.targets.clamp(min=7)))
+
+
+@pytest.mark.skipif(not native.keeps_powers(torch.bfloat16, None), reason="this machine keeps float32 logits")
+def test_nan_and_infinity_pass_through_kept_exponentials():
+    case = linear_case(12, 700, 16, dtype=torch.bfloat16)
+    case.hidden[3, 2], case.hidden[5] = torch.nan, 1e38  # logits of both signs beyond float32
+    actual = run_linear(functools.partial(stats_by_loss, backend="native"), case)
+    expected = run_linear(functools.partial(linear_token_stats, backend="native"), case)
+    poisoned = torch.tensor([3, 5])
+    assert actual.dhidden[poisoned].isnan().all()
+    assert expected.dhidden[poisoned].isnan().all()
+    assert torch.equal(actual.dhidden.isfinite(), expected.dhidden.isfinite())
+    assert actual.dweight.isnan().all()
 
 
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx512", "avx512bf16"])
@@ -129,11 +165,15 @@ def test_nothing_is_computed_that_is_not_wanted(monkeypatch):
     original = linear_loss._chunk_backward
     monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: calls.append(args[-3:]) or original(*args))
     case = linear_case(6, 40, 8, bias=True)
+    buffers = []
+    forward = linear_loss._chunk_forward
+    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: buffers.append(args[5]) or forward(*args))
     assert not loss_of(case).loss.requires_grad
     case.weight.requires_grad_()
     with torch.no_grad():
         assert not loss_of(case).loss.requires_grad
     assert calls == []
+    assert buffers == [None, None]  # no logits are kept either
     loss_of(case._replace(hidden=case.hidden.requires_grad_(), weight=case.weight.detach())).loss.backward()
     assert calls == [(True, False, False)]
 
@@ -145,7 +185,7 @@ def test_the_logits_held_are_those_of_one_chunk(monkeypatch):
         linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].numel() * 4) or original(*args)
     )
     case = linear_case(100, 50, 8)
-    loss_of(case, chunk_bytes=3000)
+    loss_of(case._replace(hidden=case.hidden.requires_grad_()), chunk_bytes=3000)
     assert max(sizes) <= 3000
     assert len(sizes) == 7
 
