@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -37,13 +36,15 @@ constexpr int64_t kDepthWords = 1024;  // summed at a time into the weight's gra
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Memory that is about to be written from end to end: in large pages it takes a fraction of the page faults.
-void expect_writes(void *data, int64_t bytes) {
+// Has the system provide fresh memory at once, where it can: page by page, as it is written, takes longer, above all
+// where several threads write.
+void populate(void *data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
+  constexpr uintptr_t kPage = 4096;
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, since Linux 5.14
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (data != nullptr && begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, kPopulateWrite);
 #else
   (void)data, (void)bytes;
 #endif
@@ -83,16 +84,28 @@ struct Problem {
   const int64_t feature_words = words(operands.num_features);
   const int64_t group_columns = std::clamp<int64_t>(kGroupBytes / (feature_words * kPanelColumns * 4) * kPanelColumns,
                                                     kPanelColumns, kMaxGroupColumns);
+  const int64_t rows_in_gradient = repirl::rows_in_gradient(operands.kept, operands.num_features, value_bytes);
 
   // Forward and backward pass cut the columns into the same groups.
   int64_t whole_groups(int64_t columns) const { return std::max(columns / group_columns, int64_t{1}) * group_columns; }
 
-  bool recompute() const { return operands.logits == nullptr && operands.powers == nullptr; }
+  bool recompute() const { return operands.kept.buffer == nullptr; }
 
-  // What is kept of a group's columns in one row.
-  uint16_t *powers(int64_t row, int64_t column) const { return operands.powers + row * operands.kept_stride + column; }
-  uint16_t *maximum(int64_t row, int64_t column) const {
-    return powers(row, operands.num_columns + column / kPanelColumns * 2);
+  // What is kept of a row in a group: `count` columns from `column` on.
+  void *kept(int64_t row, int64_t column, int64_t count) const {
+    const Kept &kept = operands.kept;
+    if (kept.rows != nullptr) row = kept.rows[row];
+    const int64_t bytes = kept.powers ? 2 : 4;
+    if (row < rows_in_gradient)
+      return static_cast<char *>(kept.weight_gradient) + (column * operands.num_features + row * count) * bytes;
+    const int64_t before = column * (kept.num_rows - rows_in_gradient) + (row - rows_in_gradient) * count;
+    return kept.buffer + maxima_bytes(kept, operands.num_columns) + before * bytes;
+  }
+
+  float &kept_maximum(int64_t row, int64_t column) const {
+    const Kept &kept = operands.kept;
+    if (kept.rows != nullptr) row = kept.rows[row];
+    return reinterpret_cast<float *>(kept.buffer)[column / group_columns * kept.num_rows + row];
   }
 
   int64_t words(int64_t values) const { return divide_up(values, products.values_per_word); }
@@ -244,17 +257,21 @@ class SlabBackward {
       const int64_t num_columns = std::min(slab_.max_columns(), operands_.num_columns - first);
       const int64_t num_groups = divide_up(num_columns, problem_.group_columns);
       phases.run(num_workers, num_groups * num_gradient_chunks_, [&](int64_t task) {
+        if (task == 0 && gradients_.weight != nullptr && problem_.rows_in_gradient == 0)
+          populate(static_cast<char *>(gradients_.weight) + first * operands_.num_features * problem_.value_bytes,
+                   num_columns * operands_.num_features * problem_.value_bytes);
         compute_gradient(scratch, first, num_columns, task / num_gradient_chunks_, task % num_gradient_chunks_);
       });
       const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
       const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
-      const int64_t num_products = (row_chunks + column_chunks) * num_feature_panels_;
-      phases.run(num_workers, num_products + (gradients_.bias ? 1 : 0), [&](int64_t task) {
-        const int64_t panel = task % num_feature_panels_, chunk = task / num_feature_panels_;
-        if (chunk < row_chunks) {  // the longer tasks first: at the end, workers wait for a short one
-          sum_over_columns(scratch, first, num_columns, chunk, panel);
-        } else if (chunk < row_chunks + column_chunks) {
-          sum_over_rows(scratch, first, num_columns, chunk - row_chunks, panel);
+      const int64_t num_row_tasks = row_chunks * num_feature_panels_, num_column_tasks = column_chunks * num_feature_panels_;
+      phases.run(num_workers, num_row_tasks + num_column_tasks + (gradients_.bias ? 1 : 0), [&](int64_t task) {
+        if (task < num_row_tasks) {  // the longer tasks first: at the end, workers wait for a short one
+          sum_over_columns(scratch, first, num_columns, task % row_chunks, task / row_chunks);
+        } else if (task < num_row_tasks + num_column_tasks) {
+          // Neighbours differ in their columns: two workers on one page of fresh memory would both be given it.
+          task -= num_row_tasks;
+          sum_over_rows(scratch, first, num_columns, task % column_chunks, task / column_chunks);
         } else {
           sum_bias(first, num_columns);
         }
@@ -299,26 +316,18 @@ class SlabBackward {
   // The gradient of one row's logits in a group, from what was kept of it, or else from the logits in `out`.
   void compute_row(int64_t row, int64_t column, int64_t count, const Transform &transform, float *out) {
     const int64_t target = operands_.targets[row] - column;
-    const int64_t ahead = row + kTileRows < operands_.num_rows ? kTileRows * operands_.kept_stride : 0;
-    if (operands_.powers != nullptr) {
-      const uint16_t *powers = problem_.powers(row, column);
-      prefetch(powers + ahead, count);
-      float maximum;
-      std::memcpy(&maximum, problem_.maximum(row, column), sizeof maximum);
-      problem_.kernels.gradient_of_kept(powers, maximum, out, count, transform, target, rows_[row]);
-      return;
+    const void *kept = problem_.recompute() ? out : problem_.kept(row, column, count);
+    if (!problem_.recompute()) {
+      const int64_t ahead = std::min(row + kTileRows, operands_.num_rows - 1);
+      const char *next = static_cast<const char *>(problem_.kept(ahead, column, count));
+      for (int64_t i = 0; i < count * (operands_.kept.powers ? 2 : 4); i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
     }
-    const float *logits = out;
-    if (operands_.logits != nullptr) {
-      logits = operands_.logits + row * operands_.kept_stride + column;
-      prefetch(logits + ahead, count);
+    if (operands_.kept.powers && !problem_.recompute()) {
+      problem_.kernels.gradient_of_kept(static_cast<const uint16_t *>(kept), problem_.kept_maximum(row, column), out, count,
+                                        transform, target, rows_[row]);
+    } else {
+      problem_.kernels.gradient_f32(static_cast<const float *>(kept), out, count, transform, target, rows_[row]);
     }
-    problem_.kernels.gradient_f32(logits, out, count, transform, target, rows_[row]);
-  }
-
-  template <class T>
-  static void prefetch(const T *values, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLineBytes / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(values + i, 0, 3);
   }
 
   // Whether a row has a share in columns [begin, end) of the slab.
@@ -419,8 +428,6 @@ class SlabBackward {
 void linear_forward(const Kernels &kernels, const ProductKernels &products, const LinearOperands &operands,
                     RowState *states, float *target_logits, int num_threads) {
   const Problem problem{kernels, products, operands};
-  expect_writes(operands.logits, operands.num_rows * operands.kept_stride * static_cast<int64_t>(sizeof(float)));
-  expect_writes(operands.powers, operands.num_rows * operands.kept_stride * static_cast<int64_t>(sizeof(uint16_t)));
   const int64_t split_columns = problem.whole_groups(kSplitColumns);
   const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, split_columns);
   const int64_t num_row_chunks = divide_up(num_rows, kTaskRows);
@@ -434,6 +441,11 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
   auto compute_part = [&](LogitTile &tile, int64_t split, int64_t row_chunk) {
     const int64_t begin = split * split_columns, end = std::min(begin + split_columns, operands.num_columns);
     const int64_t last_row = std::min((row_chunk + 1) * kTaskRows, num_rows);
+    if (row_chunk == 0 && problem.rows_in_gradient > 0)
+      populate(problem.kept(0, begin, 0), (end - begin) * operands.num_features * problem.value_bytes);
+    if (row_chunk == 0 && !problem.recompute() && problem.rows_in_gradient < num_rows)
+      populate(problem.kept(problem.rows_in_gradient, begin, 0),
+               (end - begin) * (num_rows - problem.rows_in_gradient) * (operands.kept.powers ? 2 : 4));
     for (int64_t column = begin; column < end; column += problem.group_columns) {
       const int64_t count = std::min(problem.group_columns, end - column);
       const Transform transform = problem.transform(column);
@@ -444,12 +456,13 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
           const float *x = tile.row(row - first);
           const int64_t target = operands.targets[row] - column;
           RowState &state = parts[static_cast<size_t>(split * num_rows + row)];
-          if (operands.powers != nullptr) {
-            kernels.update_keeping(x, count, transform, target, state, target_logits[row], problem.powers(row, column));
-            std::memcpy(problem.maximum(row, column), &state.maximum, sizeof state.maximum);
+          void *kept = problem.recompute() ? nullptr : problem.kept(row, column, count);
+          if (kept != nullptr && operands.kept.powers) {
+            kernels.update_keeping(x, count, transform, target, state, target_logits[row], static_cast<uint16_t *>(kept));
+            problem.kept_maximum(row, column) = state.maximum;
             continue;
           }
-          if (operands.logits != nullptr) std::copy_n(x, count, operands.logits + row * operands.kept_stride + column);
+          if (kept != nullptr) std::copy_n(x, count, static_cast<float *>(kept));
           kernels.update_f32(x, count, transform, target, state, target_logits[row]);
         }
       }
@@ -474,7 +487,6 @@ void linear_backward(const Kernels &kernels, const ProductKernels &products, con
                      const RowGradient *rows, const LinearGradients &gradients, SkipLimits limits,
                      int64_t workspace_bytes, int num_threads) {
   const Problem problem{kernels, products, operands};
-  expect_writes(gradients.weight, operands.num_columns * operands.num_features * problem.value_bytes);
   SlabBackward backward(problem, rows, gradients, limits, workspace_bytes);
   const int num_workers = problem.num_workers(num_threads);
   std::vector<Scratch> scratch;

@@ -51,6 +51,34 @@ extern const Kernels kernels;
 extern const ProductKernels products_f32, products_bf16;
 }  // namespace avx512bf16
 
+// What the forward pass keeps for the backward pass, which else computes the logits again: powers (see UpdateKeeping), or
+// logits before bias, softcap and temperature. As far as they fit they lie in the memory that the weight's gradient will
+// take: a group of columns is read before that group's rows of the gradient are written.
+struct Kept {
+  char *buffer;               // kept_bytes() of them, aligned to 4 bytes; null: nothing is kept
+  void *weight_gradient;      // [num_columns, num_features] in the operand type, contiguous, or null
+  int64_t num_rows;           // of the forward pass
+  const int64_t *rows;        // backward's rows among these; null: all of them
+  bool powers;
+};
+
+// Rows of kept values that the weight's gradient has room for.
+inline int64_t rows_in_gradient(const Kept &kept, int64_t num_features, int64_t value_bytes) {
+  const bool same_size = value_bytes == (kept.powers ? 2 : 4);
+  return kept.weight_gradient == nullptr || !same_size ? 0 : num_features < kept.num_rows ? num_features : kept.num_rows;
+}
+
+// Of powers, a float32 maximum for each row and group; room for as many groups as panels.
+inline int64_t maxima_bytes(const Kept &kept, int64_t num_columns) {
+  return kept.powers ? (num_columns + kPanelColumns - 1) / kPanelColumns * kept.num_rows * 4 : 0;
+}
+
+// The maxima, then the values that lie here.
+inline int64_t kept_bytes(const Kept &kept, int64_t num_features, int64_t num_columns, int64_t value_bytes) {
+  const int64_t num_rows = kept.num_rows - rows_in_gradient(kept, num_features, value_bytes);
+  return maxima_bytes(kept, num_columns) + num_rows * num_columns * (kept.powers ? 2 : 4);
+}
+
 struct LinearOperands {
   const void *hidden;  // [num_rows, num_features]; the last word of a row must be readable, and 0 beyond the features
   int64_t hidden_stride;
@@ -59,16 +87,8 @@ struct LinearOperands {
   int64_t num_rows, num_features, num_columns;
   Transform transform;
   const int64_t *targets;
-  // What forward keeps for backward, which else computes the logits again. One of these at most, the others null:
-  float *logits;     // [num_rows, num_columns], before bias, softcap and temperature
-  uint16_t *powers;  // [num_rows, kept_columns(num_columns)]; see UpdateKeeping
-  int64_t kept_stride;
+  Kept kept;
 };
-
-// A row of powers, and, where panels begin, the maximum that they refer to, as two words behind them.
-inline int64_t kept_columns(int64_t num_columns) {
-  return num_columns + (num_columns + kPanelColumns - 1) / kPanelColumns * 2;
-}
 
 struct LinearGradients {
   float *hidden;  // [num_rows, num_features], contiguous; overwritten

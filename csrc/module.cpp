@@ -20,6 +20,7 @@ namespace nb = nanobind;
 
 namespace {
 
+using repirl::Kept;
 using repirl::Kernels;
 using repirl::LinearGradients;
 using repirl::LinearOperands;
@@ -167,13 +168,34 @@ const ProductKernels &require_products() {
   return *products;
 }
 
-using Logits = std::optional<Matrix<float>>;
-using Powers = std::optional<Matrix<uint16_t>>;
+// What a forward pass keeps: a buffer, the weight's gradient to be, and the number of rows.
+using Buffer = std::optional<Column<uint8_t>>;
+
+template <class T>
+Kept make_kept(const Buffer &buffer, const std::optional<Matrix<T>> &dweight, size_t num_rows, size_t num_features,
+               size_t num_columns, float softcap) {
+  if (!buffer) return {nullptr, nullptr, 0, nullptr, false};
+  const Kept kept{reinterpret_cast<char *>(buffer->data()), dweight ? dweight->data() : nullptr,
+                  static_cast<int64_t>(num_rows), nullptr, sizeof(T) == 2 && softcap == 0.0f};
+  const int64_t bytes = repirl::kept_bytes(kept, static_cast<int64_t>(num_features), static_cast<int64_t>(num_columns),
+                                           static_cast<int64_t>(sizeof(T)));
+  if (static_cast<int64_t>(buffer->shape(0)) < bytes) throw nb::value_error("the buffer is too small for what is kept");
+  return kept;
+}
+
+template <class T>
+void check_gradient(const std::optional<Matrix<T>> &result, size_t num_rows, size_t num_features) {
+  if (!result) return;
+  check_length(result->shape(0), num_rows);
+  check_length(result->shape(1), num_features);
+  if ((num_features > 1 && result->stride(1) != 1) || result->stride(0) != static_cast<int64_t>(num_features))
+    throw nb::value_error("gradients must be contiguous");
+}
 
 template <class T>
 LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias,
                              float temperature, float softcap, const Column<const int64_t> &targets,
-                             const Logits &logits, const Powers &powers) {
+                             const Kept &kept) {
   if ((hidden.shape(1) > 1 && hidden.stride(1) != 1) || (weight.shape(1) > 1 && weight.stride(1) != 1))
     throw nb::value_error("the operands' columns must be contiguous");
   // A row of hidden states may be followed by a 0 that fills its last word.
@@ -183,38 +205,27 @@ LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T
   if (sizeof(T) == 2 && hidden.shape(1) % 2 != 0) throw nb::value_error("hidden must have an even number of columns");
   if (bias) check_length(bias->shape(0), weight.shape(0));
   check_length(targets.shape(0), hidden.shape(0));
-  auto check_kept = [&](const auto &kept, int64_t num_columns) {
-    if (!kept) return;
-    check_length(kept->shape(0), hidden.shape(0));
-    check_length(kept->shape(1), static_cast<size_t>(num_columns));
-    if (num_columns > 1 && kept->stride(1) != 1) throw nb::value_error("what is kept must have contiguous columns");
-  };
-  const int64_t num_columns = static_cast<int64_t>(weight.shape(0));
-  check_kept(logits, num_columns);
-  check_kept(powers, repirl::kept_columns(num_columns));
-  if (logits && powers) throw nb::value_error("either logits or powers are kept");
-  if (powers && softcap != 0.0f) throw nb::value_error("with a softcap, logits are to be kept");
   return {hidden.data(),
           hidden.stride(0),
           weight.data(),
           weight.stride(0),
           static_cast<int64_t>(hidden.shape(0)),
           static_cast<int64_t>(num_features),
-          num_columns,
+          static_cast<int64_t>(weight.shape(0)),
           make_transform(bias, temperature, softcap),
           targets.data(),
-          logits ? logits->data() : nullptr,
-          powers ? powers->data() : nullptr,
-          logits ? logits->stride(0) : powers ? powers->stride(0) : 0};
+          kept};
 }
 
 template <class T>
 void linear_forward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
                     float softcap, const Column<const int64_t> &targets, const Column<float> &maximum,
                     const Column<double> &total, const Column<double> &weighted, const Column<float> &target_logit,
-                    const Logits &logits, const Powers &powers, int num_threads) {
+                    const Buffer &buffer, const std::optional<Matrix<T>> &dweight, int num_threads) {
   const ProductKernels &products = require_products<T>();
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits, powers);
+  check_gradient(dweight, weight.shape(0), weight.shape(1));
+  const Kept kept = make_kept<T>(buffer, dweight, hidden.shape(0), weight.shape(1), weight.shape(0), softcap);
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, kept);
   const size_t num_rows = hidden.shape(0);
   for (size_t length : {maximum.shape(0), total.shape(0), weighted.shape(0), target_logit.shape(0)})
     check_length(length, num_rows);
@@ -237,24 +248,26 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
                      const Column<const float> &onehot, const Column<const float> &slope,
                      const std::optional<Matrix<float>> &dhidden, const std::optional<Matrix<T>> &dweight,
                      const std::optional<Matrix<float>> &dweight_sum, const std::optional<Column<float>> &dbias,
-                     const Logits &logits, const Powers &powers,
-                     const std::optional<Column<const float>> &skip_below,
-                     int64_t workspace_bytes, int num_threads) {
+                     const Buffer &buffer, int64_t num_buffer_rows,
+                     const std::optional<Column<const int64_t>> &buffer_rows,
+                     const std::optional<Column<const float>> &skip_below, int64_t workspace_bytes, int num_threads) {
   const ProductKernels &products = require_products<T>();
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, logits, powers);
-  const size_t num_rows = hidden.shape(0);
+  const size_t num_rows = hidden.shape(0), num_features = weight.shape(1);
+  check_gradient(dhidden, num_rows, num_features);
+  check_gradient(dweight, weight.shape(0), num_features);
+  check_gradient(dweight_sum, weight.shape(0), num_features);
+  Kept kept = make_kept<T>(buffer, dweight, static_cast<size_t>(num_buffer_rows), num_features, weight.shape(0), softcap);
+  if (buffer_rows) {
+    check_length(buffer_rows->shape(0), num_rows);
+    kept.rows = buffer_rows->data();
+    for (size_t row = 0; row < num_rows; ++row)
+      if (kept.rows[row] < 0 || kept.rows[row] >= num_buffer_rows) throw nb::value_error("no such row in the buffer");
+  } else if (buffer) {
+    check_length(num_rows, static_cast<size_t>(num_buffer_rows));
+  }
+  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, kept);
   for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0)})
     check_length(length, num_rows);
-  auto check_result = [&](const auto &result, size_t rows) {
-    if (!result) return;
-    check_length(result->shape(0), rows);
-    check_length(result->shape(1), weight.shape(1));
-    if ((weight.shape(1) > 1 && result->stride(1) != 1) || result->stride(0) != static_cast<int64_t>(weight.shape(1)))
-      throw nb::value_error("gradients must be contiguous");
-  };
-  check_result(dhidden, num_rows);
-  check_result(dweight, weight.shape(0));
-  check_result(dweight_sum, weight.shape(0));
   if (dbias) check_length(dbias->shape(0), weight.shape(0));
   if (skip_below) check_length(skip_below->shape(0), num_rows);
   const LinearGradients gradients{dhidden ? dhidden->data() : nullptr, dweight ? dweight->data() : nullptr,
@@ -271,19 +284,19 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
 template <class T>
 void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
   module.def(forward_name, &linear_forward<T>,
-             "Statistics of hidden @ weight.T; keeps for the gradients `logits`, before bias, softcap and temperature, or, "
-             "in bfloat16, `powers`.",
+             "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
+             "of computed again.",
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("maximum"), nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"),
-             nb::arg("logits").none(), nb::arg("powers").none(), nb::arg("num_threads"));
+             nb::arg("buffer").none(), nb::arg("dweight").none(), nb::arg("num_threads"));
   module.def(backward_name, &linear_backward<T>,
-             "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. What forward "
-             "kept in `logits` or `powers` is read instead of computed again.",
+             "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
+             "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
              nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
              nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
              nb::arg("slope"), nb::arg("dhidden").none(), nb::arg("dweight").none(), nb::arg("dweight_sum").none(),
-             nb::arg("dbias").none(), nb::arg("logits").none(), nb::arg("powers").none(),
-             nb::arg("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
+             nb::arg("dbias").none(), nb::arg("buffer").none(), nb::arg("num_buffer_rows"),
+             nb::arg("buffer_rows").none(), nb::arg("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
 }
 
 }  // namespace

@@ -90,6 +90,7 @@ def linear_token_loss(
         chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
             They are float32, but for bfloat16 operands the native CPU backend holds their exponentials in bfloat16, if
             there is no softcap. Those serve the gradients alone; the statistics come of float32 logits all the same.
+            What it can put into the memory of the weight's gradient does not count.
 
     Returns:
         :class:`TokenLoss`.
@@ -116,28 +117,23 @@ def linear_token_loss(
     leaves = (operands.hidden, operands.weight, operands.bias)
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     num_rows = operands.hidden.shape[0]
-    width, kept_dtype = operands.vocab_size, dtype
-    if _keeps_powers(operands.hidden.device.type, operands.hidden.dtype, softcap, backend):
-        width, kept_dtype = native.powers_width(operands.vocab_size), torch.bfloat16
-    max_rows = max(1, chunk_bytes // (width * kept_dtype.itemsize))
-    num_chunks = 1 if num_rows <= max_rows else -(-num_rows // max_rows)
-    step = -(-num_rows // num_chunks)
     with torch.no_grad():
-        weight_sum = main_grad
-        if needs[1] and main_grad is None and num_chunks > 1:
-            weight_sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        logits = torch.empty((step, width), dtype=kept_dtype, device=hidden.device) if any(needs) else None
+        num_chunks, memory = _plan(operands, needs, main_grad, chunk_bytes, softcap, backend)
+        step = -(-num_rows // num_chunks)
         chunks = []
         for chunk in range(num_chunks):
             rows = slice(chunk * step, min((chunk + 1) * step, num_rows))
-            chunks.append(_run_chunk(operands, rows, loss_fn, logits, weight_sum, options, needs))
+            chunks.append(_run_chunk(operands, rows, loss_fn, memory, options, needs))
         token_loss, *stats = (torch.cat(column) for column in zip(*(chunk.values for chunk in chunks), strict=True))
         loss = token_loss.sum()
         if any(needs):
             dhidden = torch.cat([chunk.dhidden for chunk in chunks])
             dweight = None
-            if main_grad is None:
-                dweight = chunks[0].dweight if weight_sum is None else weight_sum.to(operands.weight.dtype)
+            if memory.dweight is not None:
+                dweight = memory.dweight
+            elif main_grad is None:
+                total = memory.weight_sum
+                dweight = chunks[0].dweight if total is None else total.to(operands.weight.dtype)
             dbias = torch.stack([chunk.dbias for chunk in chunks]).sum(dim=0)
     if any(needs):
         loss = _attach_gradients(
@@ -153,9 +149,56 @@ def linear_token_loss(
     return TokenLoss(loss, token_loss.reshape(shape), TokenStats(*(column.reshape(shape) for column in stats)))
 
 
+class _Memory(NamedTuple):
+    """What all chunks use: logits ``[R, V]``, or the native backend's buffer, which may come with ``dweight``."""
+
+    logits: Tensor | None
+    weight_sum: Tensor | None
+    dweight: Tensor | None
+
+
+def _plan(
+    operands: LinearOperands,
+    needs: list[bool],
+    main_grad: Tensor | None,
+    chunk_bytes: int,
+    softcap: float | None,
+    backend: str | None,
+) -> tuple[int, _Memory]:
+    """The number of chunks, and the memory for one."""
+    (num_rows, num_features), vocab_size = operands.hidden.shape, operands.vocab_size
+    device, operand_dtype = operands.hidden.device, operands.hidden.dtype
+    dtype = statistics_dtype(operand_dtype)
+    own_buffer = _has_own_buffer(device.type, operand_dtype, backend)
+    # The weight's gradient of a single chunk is written once, and its memory is free until then.
+    in_gradient = own_buffer and needs[1] and main_grad is None
+
+    def bytes_of(rows: int, in_gradient: bool) -> int:
+        if own_buffer:
+            return native.buffer_bytes(rows, num_features, vocab_size, operand_dtype, softcap, in_gradient)
+        return rows * vocab_size * dtype.itemsize
+
+    num_chunks = 1
+    if bytes_of(num_rows, in_gradient) > chunk_bytes:
+        num_chunks = max(1, -(-num_rows // max(1, chunk_bytes // bytes_of(1, False))))
+    in_gradient = in_gradient and num_chunks == 1
+    weight_sum = main_grad
+    if needs[1] and main_grad is None and num_chunks > 1:
+        weight_sum = torch.zeros(operands.weight.shape, dtype=dtype, device=device)
+    if not any(needs):
+        return num_chunks, _Memory(None, weight_sum, None)
+    step = -(-num_rows // num_chunks)
+    if not own_buffer:
+        return num_chunks, _Memory(torch.empty((step, vocab_size), dtype=dtype, device=device), weight_sum, None)
+    # Never empty: that would be a graph of its own when compiled.
+    buffer = torch.empty(torch.sym_max(bytes_of(step, in_gradient), 64), dtype=torch.uint8)
+    dweight = torch.empty(operands.weight.shape, dtype=operand_dtype) if in_gradient else None
+    return num_chunks, _Memory(buffer, weight_sum, dweight)
+
+
 @torch.compiler.assume_constant_result
-def _keeps_powers(device: str, dtype: torch.dtype, softcap: float | None, backend: str | None) -> bool:
-    return choose_backend(device, dtype, backend) == "native" and native.keeps_powers(dtype, softcap)
+def _has_own_buffer(device: str, dtype: torch.dtype, backend: str | None) -> bool:
+    return choose_backend(device, dtype, backend) == "native" and native.has_products(dtype)
 
 
 def _check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -190,15 +233,18 @@ def _run_chunk(
     operands: LinearOperands,
     rows: slice,
     loss_fn: Callable[[TokenStats, slice], Tensor],
-    logits: Tensor | None,
-    weight_sum: Tensor | None,
+    memory: _Memory,
     options: _Options,
     needs: list[bool],
 ) -> _Chunk:
     hidden, targets = operands.hidden[rows], operands.targets[rows]
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
-    buffer = None if logits is None else logits[: hidden.shape[0]]
-    *stats, logsumexp_low = _chunk_forward(hidden, operands.weight, targets, operands.bias, row_mask, buffer, *options)
+    logits, weight_sum, dweight_memory = memory
+    if logits is not None and logits.dim() == 2:
+        logits = logits[: hidden.shape[0]]
+    *stats, logsumexp_low = _chunk_forward(
+        hidden, operands.weight, targets, operands.bias, row_mask, logits, dweight_memory, *options
+    )
     upstream: tuple[Tensor, ...] = ()
     if any(needs):
         losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
@@ -220,8 +266,9 @@ def _run_chunk(
         logsumexp,
         entropy,
         logsumexp_low,
-        buffer,
+        logits,
         weight_sum,
+        dweight_memory,
         *options,
         *needs,
     )
@@ -275,7 +322,7 @@ def _has_other_leaves(losses: Tensor, leaves: TokenStats) -> bool:
     return False
 
 
-@torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits",))
+@torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits", "dweight"))
 def _chunk_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -283,6 +330,7 @@ def _chunk_forward(
     bias: Tensor | None,
     row_mask: Tensor | None,
     logits: Tensor | None,
+    dweight: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -290,9 +338,8 @@ def _chunk_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
-    return linear_forward(
-        hidden, weight, targets, bias, row_mask, temperature, softcap, ignore_index, vocab_size, backend, logits
-    )
+    options = (temperature, softcap, ignore_index, vocab_size, backend)
+    return linear_forward(hidden, weight, targets, bias, row_mask, *options, logits, dweight)
 
 
 @_chunk_forward.register_fake
@@ -303,6 +350,7 @@ def _chunk_forward_fake(
     bias: Tensor | None,
     row_mask: Tensor | None,
     logits: Tensor | None,
+    dweight: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -312,7 +360,7 @@ def _chunk_forward_fake(
     return empty_stats(hidden)
 
 
-@torch.library.custom_op("repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum"))
+@torch.library.custom_op("repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum", "dweight"))
 def _chunk_backward(
     g_logprob: Tensor,
     g_logsumexp: Tensor,
@@ -328,6 +376,7 @@ def _chunk_backward(
     logsumexp_low: Tensor,
     logits: Tensor,
     weight_sum: Tensor | None,
+    dweight: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -337,7 +386,7 @@ def _chunk_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight (if there is no ``weight_sum`` to add it to) and bias, or empty tensors."""
+    """Gradients of hidden, weight (if there is no ``weight_sum`` or ``dweight`` for it) and bias, or empty tensors."""
     return linear_backward(
         (g_logprob, g_logsumexp, g_target_logit, g_entropy),
         (logsumexp, entropy, logsumexp_low),
@@ -356,6 +405,7 @@ def _chunk_backward(
         need_bias,
         logits,
         weight_sum,
+        dweight,
     )
 
 
@@ -375,6 +425,7 @@ def _chunk_backward_fake(
     logsumexp_low: Tensor,
     logits: Tensor,
     weight_sum: Tensor | None,
+    dweight: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -384,7 +435,7 @@ def _chunk_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, need_hidden, need_weight and weight_sum is None, need_bias)
+    return fake_gradients(hidden, weight, bias, need_hidden, need_weight and weight_sum is dweight is None, need_bias)
 
 
 @torch.library.custom_op("repirl_kernels::attach_gradients", mutates_args=())

@@ -29,6 +29,7 @@ _SLAB_ELEMENTS = 2**22
 _WORKSPACE_BYTES = 8 << 20
 # A product with few columns reads all of hidden for little work.
 _MIN_SLAB_COLUMNS = 1024
+_PANEL_COLUMNS = 48  # the C++ module's kPanelColumns
 
 
 def is_available() -> bool:
@@ -51,18 +52,30 @@ def use_instruction_set(name: str) -> None:
     _native.use_instruction_set(name)
 
 
-def keeps_powers(dtype: torch.dtype, softcap: float | None) -> bool:
-    """Whether :func:`linear_forward` keeps exp(z - maximum) in bfloat16 for its gradients, in place of float32 logits.
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the C++ module multiplies operands of this dtype itself, on this machine.
 
-    That is half the memory, and as exact as the bfloat16 gradients that come of it. The derivative of a softcap would
-    not be.
+    For gradients it then keeps values in a layout of its own, in :func:`buffer_bytes`, and never widens an operand.
     """
-    return dtype == torch.bfloat16 and softcap is None and is_available() and _native.has_products()
+    return dtype in (torch.float32, torch.bfloat16) and is_available() and _native.has_products()
 
 
-def powers_width(vocab_size: int) -> int:
-    """Columns of the bfloat16 tensor in which a row of powers is kept: for every 48 a maximum of two words."""
-    return vocab_size + -(-vocab_size // 48) * 2
+def buffer_bytes(
+    num_rows: int, num_features: int, vocab_size: int, dtype: torch.dtype, softcap: float | None, in_gradient: bool
+) -> int:
+    """What :func:`linear_forward` keeps for the gradients of ``num_rows`` rows, where it :func:`has_products`.
+
+    For bfloat16 operands that is exp(z - maximum), in bfloat16: as exact as the gradients that come of it. But the
+    derivative of a softcap would not be: then, and for float32, it is the logits in float32. ``in_gradient``: values of
+    the operands' own size lie in the memory of the weight's gradient first, which is written after they are read.
+    """
+    powers = dtype == torch.bfloat16 and softcap is None
+    value_bytes = 2 if powers else 4
+    maxima_bytes = -(-vocab_size // _PANEL_COLUMNS) * num_rows * 4 if powers else 0
+    here = num_rows
+    if in_gradient and value_bytes == dtype.itemsize:
+        here = torch.sym_max(num_rows - num_features, 0)  # one graph for all numbers of rows, when compiled
+    return maxima_bytes + here * vocab_size * value_bytes
 
 
 def logits_forward(
@@ -124,19 +137,22 @@ def linear_forward(
     softcap: float | None,
     vocab_size: int,
     logits: Tensor | None = None,
+    dweight: Tensor | None = None,
 ) -> ForwardResult:
     """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``.
 
-    ``logits``, a float32 ``[N, vocab_size]``, receives the logits before bias, softcap and temperature. Where
-    :func:`keeps_powers`, it may be a bfloat16 ``[N, powers_width(vocab_size)]`` instead.
+    ``logits``, a float32 ``[N, vocab_size]``, receives the logits before bias, softcap and temperature. Where this
+    backend :func:`has_products` it is a uint8 buffer of :func:`buffer_bytes`, and ``dweight`` the memory of the
+    weight's gradient, if that is to be used, too.
     """
     state = _RunningStatistics(targets, temperature, softcap)
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
-    if _has_products(hidden):
+    if has_products(hidden.dtype):
         function = _native.linear_forward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_forward_f32
         function(
             _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, state.softcap, state.targets,
-            state.maximum, state.total, state.weighted, state.target_logit, *_kept(logits), torch.get_num_threads(),
+            state.maximum, state.total, state.weighted, state.target_logit, logits,
+            None if dweight is None else _bits(dweight[:vocab_size]), torch.get_num_threads(),
         )  # fmt: skip
         return state.result()
     hidden_ND = hidden.detach().float()
@@ -167,14 +183,19 @@ def linear_backward(
     need_weight: bool,
     need_bias: bool,
     logits: Tensor | None = None,
+    num_logits_rows: int = 0,
+    logits_rows: Tensor | None = None,
+    dweight: Tensor | None = None,
     dweight_sum: Tensor | None = None,
     skip_below: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
-    With ``logits`` of :func:`linear_forward`, those are not computed again; they may be overwritten. The weight's
-    gradient is added to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``. Of a
-    row whose gradients of a range of logits are all below its ``skip_below``, that range is left out.
+    With ``logits`` of :func:`linear_forward`, those are not computed again; they may be overwritten. If they are a
+    buffer, they come with ``dweight`` as there, which is written and returned, with that pass's ``num_logits_rows``,
+    and ``logits_rows``, the places of these rows among those (``None`` for all). The weight's gradient is added to
+    ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``. Of a row whose gradients of
+    a range of logits are all below its ``skip_below``, that range is left out.
     """
     rows = _RowGradients(
         g_logprob,
@@ -189,11 +210,12 @@ def linear_backward(
     )
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
     dhidden = torch.empty(hidden.shape, dtype=torch.float32) if need_hidden else None
-    dweight = torch.empty(weight.shape, dtype=weight.dtype) if need_weight and dweight_sum is None else None
+    if need_weight and dweight_sum is None and dweight is None:
+        dweight = torch.empty(weight.shape, dtype=weight.dtype)
     dbias = torch.zeros(weight.shape[0], dtype=torch.float32) if need_bias else None
     if dweight is not None:
         dweight[vocab_size:] = 0
-    if _has_products(hidden):
+    if has_products(hidden.dtype):
         function = _native.linear_backward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_backward_f32
         function(
             _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, rows.softcap, rows.targets,
@@ -201,7 +223,7 @@ def linear_backward(
             None if dweight is None else _bits(dweight[:vocab_size]),
             None if dweight_sum is None else dweight_sum[:vocab_size],
             None if dbias is None else dbias[:vocab_size],
-            *_kept(logits), skip_below, _WORKSPACE_BYTES, torch.get_num_threads(),
+            logits, num_logits_rows, logits_rows, skip_below, _WORKSPACE_BYTES, torch.get_num_threads(),
         )  # fmt: skip
     else:
         _backward_by_slabs(
@@ -254,18 +276,6 @@ def _backward_by_slabs(
         elif dweight is not None:
             # Products of half-precision operands, summed over all rows in float32, rounded once.
             torch.mm(dz.to(weight.dtype).T, hidden_part.to(weight.dtype), out=dweight[first:last])
-
-
-def _has_products(operand: Tensor) -> bool:
-    """Whether the C++ module multiplies, on machines with AVX-512 for bfloat16: then nothing is ever widened."""
-    return operand.dtype != torch.float16 and _native.has_products()
-
-
-def _kept(logits: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Logits and powers for the C++ module, of which one at most is kept."""
-    if logits is None or logits.dtype == torch.float32:
-        return logits, None
-    return None, _bits(logits)
 
 
 def _whole_words(hidden: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import math
 import os
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -511,8 +511,12 @@ def linear_forward(
     vocab_size: int,
     backend: str,
     logits: Tensor | None = None,
+    dweight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
+    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count.
+
+    ``logits`` may be a buffer of the native backend's (without rows), which comes with ``dweight`` if that is its, too.
+    """
     keep = kept_rows(targets, row_mask, ignore_index)
     check_target_values(targets, keep, vocab_size)
     functions = backend_module(hidden, backend)
@@ -521,10 +525,13 @@ def linear_forward(
     num_kept = num_rows if rows is None else rows.shape[0]
     if num_kept == 0:
         return empty_stats(hidden)
+    kept: dict[str, Any] = {} if logits is None else {"logits": logits[:num_kept]}
+    if logits is not None and logits.dim() == 1:
+        kept = {"logits": logits, "dweight": dweight}
     with torch.autocast(hidden.device.type, enabled=False):
         logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
             take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
-            softcap, vocab_size, logits=None if logits is None else logits[:num_kept],
+            softcap, vocab_size, **kept,
         )  # fmt: skip
     return put_stats(logprob, logsumexp, target_logit, entropy, rows, num_rows)
 
@@ -547,12 +554,14 @@ def linear_backward(
     need_bias: bool,
     logits: Tensor | None = None,
     weight_sum: Tensor | None = None,
+    dweight: Tensor | None = None,
     skip_negligible: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor.
 
     ``stats`` are logsumexp, entropy and what logsumexp lost. ``logits`` are those that :func:`linear_forward` left, and
-    are overwritten. With ``weight_sum`` the weight's gradient is added to that, and an empty tensor here.
+    are overwritten. With ``weight_sum`` the weight's gradient is added to that; with ``dweight``, the forward pass's,
+    it is written there; here it is an empty tensor then.
     """
     keep = kept_rows(targets, row_mask, ignore_index)
     live = live_rows(upstream, keep)
@@ -561,32 +570,41 @@ def linear_backward(
     num_live = num_rows if rows is None else rows.shape[0]
     need_bias = need_bias and bias is not None
     dhidden: Tensor | None = None
-    dweight: Tensor | None = None
+    new_dweight: Tensor | None = None
     dbias: Tensor | None = None
     if num_live == 0:
         if need_hidden:
             dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        if need_weight and weight_sum is None:
-            dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        if dweight is not None:
+            dweight.zero_()
+        elif need_weight and weight_sum is None:
+            new_dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         if bias is not None and need_bias:
             dbias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-        return gradients_or_empty(hidden, weight, dhidden, dweight, dbias)
+        return gradients_or_empty(hidden, weight, dhidden, new_dweight, dbias)
+    kept: dict[str, Any] = {}
     if logits is not None:
-        compact(logits, live[keep].nonzero().squeeze(-1))
+        still_live = live[keep]
+        places = row_indices(still_live)
+        kept = {"logits": logits, "num_logits_rows": len(still_live), "logits_rows": places, "dweight": dweight}
+        if logits.dim() == 2:
+            if places is not None:
+                compact(logits, places)
+            kept = {"logits": logits[:num_live]}
     taken = [take(column, rows) for column in (*upstream, *stats)]
     mass, onehot, slope, mean_logit = fold_upstream(*taken)
     with torch.autocast(hidden.device.type, enabled=False):
-        dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+        dhidden, new_dweight, dbias = backend_module(hidden, backend).linear_backward(
             torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
             take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
             vocab_size, need_hidden, need_weight, need_bias,
-            logits=None if logits is None else logits[:num_live],
             dweight_sum=weight_sum if need_weight else None,
             skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+            **kept,
         )  # fmt: skip
     if dhidden is not None:
         dhidden = put(dhidden, rows, num_rows)
-    return gradients_or_empty(hidden, weight, dhidden, dweight, dbias)
+    return gradients_or_empty(hidden, weight, dhidden, None if dweight is not None else new_dweight, dbias)
 
 
 @torch.library.custom_op("repirl_kernels::linear_token_stats", mutates_args=())

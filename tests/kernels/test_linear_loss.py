@@ -39,29 +39,45 @@ def test_chunks(backend, shape, rows_in_a_chunk, dtype, softcap):
     check_linear(op, linear_case(*shape, dtype=dtype, bias=True, temperature=0.8, softcap=softcap))
 
 
-# Groups of columns, and so the maxima that exponentials refer to: several in a row, one in 48 columns, a part of one.
-@pytest.mark.skipif(not native.keeps_powers(torch.bfloat16, None), reason="this machine keeps float32 logits")
+needs_products = pytest.mark.skipif(
+    not native.has_products(torch.bfloat16), reason="on this machine logits are kept, and by torch's products"
+)
+
+
+# Several groups of columns, one of 48 columns, a part of one; more rows than features, whose values do not all fit into
+# the memory of the weight's gradient, and fewer.
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 2100, 64), (20, 300, 4097), (130, 1009, 31), (9, 31, 8)])
-@pytest.mark.parametrize("temperature", [1.0, 0.05])  # e^-60 and less beside 1
-def test_exponentials_kept_in_bfloat16(shape, temperature, monkeypatch):
-    kept = []
-    original = linear_loss._chunk_forward
-    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: kept.append(args[5]) or original(*args))
-    case = linear_case(*shape, dtype=torch.bfloat16, bias=True, temperature=temperature)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.05}, {"softcap": 5.0}, {"vocab_size": 30}]  # 0.05: e^-60 and less beside 1
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_values_kept_for_the_gradients(shape, dtype, options, frozen, monkeypatch):
+    lent = []
+    original = linear_loss._chunk_backward
+    monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: lent.append(args[14]) or original(*args))
+    case = linear_case(*shape, dtype=dtype, bias=True, **options)
     case.upstream[:, ::3] = 0  # rows that are there in the forward pass and not in the backward pass
     case.upstream[3, 1::3] = 0  # no entropy: their logarithms are not needed
     case.bias[:7], case.targets[2] = -torch.inf, 3  # banned tokens, one of them a target
-    op = functools.partial(stats_by_loss, backend="native")
-    actual = run_linear(op, case)
-    expected = run_linear(functools.partial(linear_token_stats, backend="native"), case)
-    assert {buffer.dtype for buffer in kept if buffer is not None} == {torch.bfloat16}
-    assert torch.equal(actual.stats, expected.stats)
-    for gradient, other in zip(actual[1:], expected[1:], strict=True):
-        torch.testing.assert_close(gradient, other, rtol=0.02, atol=0.01 * other.abs().max().item())
-    check_linear(op, case._replace(targets=case.targets.clamp(min=7)))
+    leaves = [case.hidden.requires_grad_(), case.bias.requires_grad_(), *([] if frozen else [case.weight])]
+    case.weight.requires_grad_(not frozen)
+    result = loss_of(case, backend="native")
+    stats = linear_token_stats(case.hidden, case.weight, case.targets, bias=case.bias, backend="native", **options)
+    assert torch.equal(torch.stack(list(result.stats)), torch.stack(list(stats)).detach())
+    tolerance = 0.01 if dtype == torch.bfloat16 else 1e-5
+    actual = torch.autograd.grad(result.loss, leaves)
+    expected = torch.autograd.grad(list(stats), leaves, list(case.upstream))
+    for gradient, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=2 * tolerance, atol=tolerance * other.abs().max().item())
+    assert [dweight is None for dweight in lent] == [frozen]
+    if not frozen and "softcap" not in options:
+        op = functools.partial(stats_by_loss, backend="native")
+        check_linear(op, case._replace(targets=case.targets.clamp(min=7)))
 
 
-@pytest.mark.skipif(not native.keeps_powers(torch.bfloat16, None), reason="this machine keeps float32 logits")
+@needs_products
 def test_nan_and_infinity_pass_through_kept_exponentials():
     case = linear_case(12, 700, 16, dtype=torch.bfloat16)
     case.hidden[3, 2], case.hidden[5] = torch.nan, 1e38  # logits of both signs beyond float32
@@ -72,6 +88,15 @@ def test_nan_and_infinity_pass_through_kept_exponentials():
     assert expected.dhidden[poisoned].isnan().all()
     assert torch.equal(actual.dhidden.isfinite(), expected.dhidden.isfinite())
     assert actual.dweight.isnan().all()
+
+
+@needs_products
+def test_no_row_has_a_gradient():
+    case = linear_case(6, 40, 8)
+    case.weight.requires_grad_()
+    case.upstream.zero_()  # nothing runs backward, and what was kept stands in the gradient's memory
+    loss_of(case, backend="native").loss.backward()
+    assert torch.equal(case.weight.grad, torch.zeros(40, 8))
 
 
 @pytest.mark.parametrize("instruction_set", ["baseline", "avx512", "avx512bf16"])
@@ -182,7 +207,7 @@ def test_the_logits_held_are_those_of_one_chunk(monkeypatch):
     sizes = []
     original = linear_loss._chunk_forward
     monkeypatch.setattr(
-        linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].numel() * 4) or original(*args)
+        linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].nbytes) or original(*args)
     )
     case = linear_case(100, 50, 8)
     loss_of(case._replace(hidden=case.hidden.requires_grad_()), chunk_bytes=3000)
@@ -249,16 +274,21 @@ def test_opcheck(backend, masked):
     case.targets.clamp_(max=27)
     options = (0.7, 3.0 if masked else None, -100, 28, backend)
     logits = torch.empty(6, 28)
-    forward = (case.hidden, case.weight, case.targets, case.bias, mask, logits, *options)
+    dweight = None
+    if backend == "native" and native.has_products(torch.float32):
+        size = native.buffer_bytes(6, 8, 28, torch.float32, options[1], True)
+        logits, dweight = torch.empty(size, dtype=torch.uint8), torch.empty(30, 8)
+    forward = (case.hidden, case.weight, case.targets, case.bias, mask, logits, dweight, *options)
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(linear_loss._chunk_forward, forward, test_utils=utilities)
     _, logsumexp, _, entropy, low = linear_loss._chunk_forward(*forward)
     for *needs, with_sum in itertools.product([False, True], repeat=4):
+        if dweight is not None and (with_sum or not needs[1]):
+            continue
         weight_sum = torch.zeros(30, 8) if with_sum else None
         backward = (*case.upstream, case.hidden, case.weight, case.targets, case.bias, mask, logsumexp, entropy, low)
-        torch.library.opcheck(
-            linear_loss._chunk_backward, (*backward, logits, weight_sum, *options, *needs), test_utils=utilities
-        )
+        backward += (logits, weight_sum, dweight, *options, *needs)
+        torch.library.opcheck(linear_loss._chunk_backward, backward, test_utils=utilities)
     leaves = [tensor.clone().requires_grad_() for tensor in (case.hidden, case.weight)]
     gradients = [torch.randn(6, 8), torch.randn(30, 8), torch.randn(30)]
     torch.library.opcheck(linear_loss._attach_gradients, (torch.randn(()), *leaves, None, *gradients))

@@ -180,7 +180,7 @@ def test_skip_negligible_leaves_out_what_is_below_the_resolution(monkeypatch, dt
     if not native.is_available():
         pytest.skip("not built")
     if not own_products:
-        monkeypatch.setattr(native, "_has_products", lambda operand: False)
+        monkeypatch.setattr(native, "has_products", lambda dtype: False)
     monkeypatch.setattr(native, "_SLAB_ELEMENTS", 40 * 1024)
     # A few likely tokens in the first columns, for all rows but every fifth; the rest is far below any resolution.
     case = linear_case(40, 9000, 24, dtype=dtype, bias=True, scale=1.0)
