@@ -257,9 +257,6 @@ class SlabBackward {
       const int64_t num_columns = std::min(slab_.max_columns(), operands_.num_columns - first);
       const int64_t num_groups = divide_up(num_columns, problem_.group_columns);
       phases.run(num_workers, num_groups * num_gradient_chunks_, [&](int64_t task) {
-        if (task == 0 && gradients_.weight != nullptr && problem_.rows_in_gradient == 0)
-          populate(static_cast<char *>(gradients_.weight) + first * operands_.num_features * problem_.value_bytes,
-                   num_columns * operands_.num_features * problem_.value_bytes);
         compute_gradient(scratch, first, num_columns, task / num_gradient_chunks_, task % num_gradient_chunks_);
       });
       const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
@@ -287,6 +284,10 @@ class SlabBackward {
     const Transform transform = problem_.transform(first + column);
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
+    if (row_chunk == 0 && gradients_.weight != nullptr && problem_.rows_in_gradient == 0)
+      populate(static_cast<char *>(gradients_.weight) +
+                   (first + column) * operands_.num_features * problem_.value_bytes,
+               count * operands_.num_features * problem_.value_bytes);
     const int64_t first_row = row_chunk * gradient_rows_, end = std::min(first_row + gradient_rows_, operands_.num_rows);
     if (problem_.recompute())
       tile.pack(first + column, count, operands_.num_columns, divide_up(end - first_row, kTileRows));
