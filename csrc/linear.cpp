@@ -91,11 +91,13 @@ struct Problem {
 
   bool recompute() const { return operands.kept.buffer == nullptr; }
 
+  int64_t kept_row(int64_t row) const { return operands.kept.rows == nullptr ? row : operands.kept.rows[row]; }
+
   // What is kept of a row in a group: `count` columns from `column` on.
   void *kept(int64_t row, int64_t column, int64_t count) const {
     const Kept &kept = operands.kept;
-    if (kept.rows != nullptr) row = kept.rows[row];
-    const int64_t bytes = kept.powers ? 2 : 4;
+    const int64_t bytes = kept.value_bytes();
+    row = kept_row(row);
     if (row < rows_in_gradient)
       return static_cast<char *>(kept.weight_gradient) + (column * operands.num_features + row * count) * bytes;
     const int64_t before = column * (kept.num_rows - rows_in_gradient) + (row - rows_in_gradient) * count;
@@ -104,8 +106,7 @@ struct Problem {
 
   float &kept_maximum(int64_t row, int64_t column) const {
     const Kept &kept = operands.kept;
-    if (kept.rows != nullptr) row = kept.rows[row];
-    return reinterpret_cast<float *>(kept.buffer)[column / group_columns * kept.num_rows + row];
+    return reinterpret_cast<float *>(kept.buffer)[column / group_columns * kept.num_rows + kept_row(row)];
   }
 
   int64_t words(int64_t values) const { return divide_up(values, products.values_per_word); }
@@ -317,13 +318,15 @@ class SlabBackward {
   // The gradient of one row's logits in a group, from what was kept of it, or else from the logits in `out`.
   void compute_row(int64_t row, int64_t column, int64_t count, const Transform &transform, float *out) {
     const int64_t target = operands_.targets[row] - column;
-    const void *kept = problem_.recompute() ? out : problem_.kept(row, column, count);
-    if (!problem_.recompute()) {
-      const int64_t ahead = std::min(row + kTileRows, operands_.num_rows - 1);
-      const char *next = static_cast<const char *>(problem_.kept(ahead, column, count));
-      for (int64_t i = 0; i < count * (operands_.kept.powers ? 2 : 4); i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
+    if (problem_.recompute()) {
+      problem_.kernels.gradient_f32(out, out, count, transform, target, rows_[row]);
+      return;
     }
-    if (operands_.kept.powers && !problem_.recompute()) {
+    const void *kept = problem_.kept(row, column, count);
+    const int64_t ahead = std::min(row + kTileRows, operands_.num_rows - 1);
+    const char *next = static_cast<const char *>(problem_.kept(ahead, column, count));
+    for (int64_t i = 0; i < count * operands_.kept.value_bytes(); i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
+    if (operands_.kept.powers) {
       problem_.kernels.gradient_of_kept(static_cast<const uint16_t *>(kept), problem_.kept_maximum(row, column), out, count,
                                         transform, target, rows_[row]);
     } else {
@@ -446,7 +449,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
       populate(problem.kept(0, begin, 0), (end - begin) * operands.num_features * problem.value_bytes);
     if (row_chunk == 0 && !problem.recompute() && problem.rows_in_gradient < num_rows)
       populate(problem.kept(problem.rows_in_gradient, begin, 0),
-               (end - begin) * (num_rows - problem.rows_in_gradient) * (operands.kept.powers ? 2 : 4));
+               (end - begin) * (num_rows - problem.rows_in_gradient) * operands.kept.value_bytes());
     for (int64_t column = begin; column < end; column += problem.group_columns) {
       const int64_t count = std::min(problem.group_columns, end - column);
       const Transform transform = problem.transform(column);

@@ -60,12 +60,14 @@ struct Kept {
   int64_t num_rows;           // of the forward pass
   const int64_t *rows;        // backward's rows among these; null: all of them
   bool powers;
+
+  int64_t value_bytes() const { return powers ? 2 : 4; }
 };
 
 // Rows of kept values that the weight's gradient has room for.
 inline int64_t rows_in_gradient(const Kept &kept, int64_t num_features, int64_t value_bytes) {
-  const bool same_size = value_bytes == (kept.powers ? 2 : 4);
-  return kept.weight_gradient == nullptr || !same_size ? 0 : num_features < kept.num_rows ? num_features : kept.num_rows;
+  if (kept.weight_gradient == nullptr || value_bytes != kept.value_bytes()) return 0;
+  return num_features < kept.num_rows ? num_features : kept.num_rows;
 }
 
 // Of powers, a float32 maximum for each row and group; room for as many groups as panels.
@@ -73,10 +75,10 @@ inline int64_t maxima_bytes(const Kept &kept, int64_t num_columns) {
   return kept.powers ? (num_columns + kPanelColumns - 1) / kPanelColumns * kept.num_rows * 4 : 0;
 }
 
-// The maxima, then the values that lie here.
+// The maxima, then the values that lie here. buffer_bytes() of native.py says the same in Python.
 inline int64_t kept_bytes(const Kept &kept, int64_t num_features, int64_t num_columns, int64_t value_bytes) {
   const int64_t num_rows = kept.num_rows - rows_in_gradient(kept, num_features, value_bytes);
-  return maxima_bytes(kept, num_columns) + num_rows * num_columns * (kept.powers ? 2 : 4);
+  return maxima_bytes(kept, num_columns) + num_rows * num_columns * kept.value_bytes();
 }
 
 struct LinearOperands {

@@ -128,10 +128,8 @@ def linear_token_loss(
         loss = token_loss.sum()
         if any(needs):
             dhidden = torch.cat([chunk.dhidden for chunk in chunks])
-            dweight = None
-            if memory.dweight is not None:
-                dweight = memory.dweight
-            elif main_grad is None:
+            dweight = memory.dweight
+            if dweight is None and main_grad is None:
                 total = memory.weight_sum
                 dweight = chunks[0].dweight if total is None else total.to(operands.weight.dtype)
             dbias = torch.stack([chunk.dbias for chunk in chunks]).sum(dim=0)
@@ -191,8 +189,8 @@ def _plan(
     if not own_buffer:
         return num_chunks, _Memory(torch.empty((step, vocab_size), dtype=dtype, device=device), weight_sum, None)
     # Never empty: that would be a graph of its own when compiled.
-    buffer = torch.empty(torch.sym_max(bytes_of(step, in_gradient), 64), dtype=torch.uint8)
-    dweight = torch.empty(operands.weight.shape, dtype=operand_dtype) if in_gradient else None
+    buffer = torch.empty(torch.sym_max(bytes_of(step, in_gradient), 64), dtype=torch.uint8, device=device)
+    dweight = torch.empty(operands.weight.shape, dtype=operand_dtype, device=device) if in_gradient else None
     return num_chunks, _Memory(buffer, weight_sum, dweight)
 
 

@@ -68,6 +68,7 @@ def buffer_bytes(
     For bfloat16 operands that is exp(z - maximum), in bfloat16: as exact as the gradients that come of it. But the
     derivative of a softcap would not be: then, and for float32, it is the logits in float32. ``in_gradient``: values of
     the operands' own size lie in the memory of the weight's gradient first, which is written after they are read.
+    The C++ module says the same, ``kept_bytes``, and checks it; here sizes may be symbols of ``torch.compile``.
     """
     powers = dtype == torch.bfloat16 and softcap is None
     value_bytes = 2 if powers else 4
