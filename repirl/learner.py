@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class Learner:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, whole, by its Hugging Face name, as a sampling engine loads it."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
 
     def _outputs(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
         device = self.device

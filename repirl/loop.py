@@ -77,7 +77,7 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) 
             metrics |= update_policy(run, rollouts, timer)
         elif run.prm:
             metrics |= update_prm(run, rollouts, timer)
-    run.engine.update_weights(run.policy.model)
+    run.engine.update_weights(run.policy)
     return metrics
 
 

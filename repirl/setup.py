@@ -59,7 +59,7 @@ class Run:
                 raise ConfigError(f"checkpoint {str(path)!r} is of a run without {name}; it had another objective")
             if cursor:
                 cursor.load_state_dict(state[name])
-        self.engine.update_weights(self.policy.model)
+        self.engine.update_weights(self.policy)
         return step
 
 

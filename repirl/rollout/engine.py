@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from repirl.learner import Learner
+
+
+class EngineError(RuntimeError):
+    """An engine does not sample from the weights that it was given, or does not answer at all."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,20 @@ class Engine(Protocol):
         """One response a prompt. A response depends on its prompt, its seed, the weights and the sampling only."""
         ...
 
-    def update_weights(self, model: PreTrainedModel) -> None:
-        """Sample from these weights from now on."""
+    def update_weights(self, policy: Learner) -> None:
+        """Sample from the policy's present weights from now on. EngineError where that cannot be made sure."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back what memory can be given back until `wake`; a sleeping engine generates nothing."""
+        ...
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the engine started. It is not used afterwards."""
         ...
 
 

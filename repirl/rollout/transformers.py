@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from repirl.learner import Learner
 from repirl.models import ordinary_attention
 from repirl.rollout.engine import Response, Sampling
 
@@ -24,9 +25,17 @@ class TransformersEngine:
         self.pad_id = pad_id
         self.max_sequences = max_sequences
 
-    def update_weights(self, model: PreTrainedModel) -> None:
-        """The engine samples from `model` itself from now on; nothing is copied."""
-        self.model = model
+    def update_weights(self, policy: Learner) -> None:
+        """Nothing to do: the engine samples with the policy's own model."""
+
+    def sleep(self) -> None:
+        """Nothing to give back: weights are the trainer's, caches live as long as one call of `generate`."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
