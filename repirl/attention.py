@@ -40,6 +40,8 @@ class PackedLayout:
             self.groups.append(index.to(device))
             offset += index.numel()
             first += size
+        # Positions that attention computes, padding included; the packed kernel, where it runs, has none.
+        self.num_slots = offset
         self.inverse = inverse.to(device)
 
 
@@ -72,6 +74,7 @@ def packed_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         cu, longest = packed_layout.cu_seqlens, packed_layout.max_length
+        packed_layout.num_slots = q.shape[0]
         grouped_heads = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
         out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped_heads)
         return out[None], None

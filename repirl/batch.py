@@ -7,6 +7,8 @@ a value at token t belongs to the action a_t = token_ids[t] taken in the state o
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -110,23 +112,53 @@ class PackedBatch:
         index = torch.as_tensor(sequences, dtype=torch.int64)
         return _ranges(self.response_cu_seqlens[:-1][index], self.response_cu_seqlens.diff()[index])
 
-    def microbatches(self, tokens_per_microbatch: int) -> list[list[int]]:
-        """Whole sequences (by index) in micro-batches of at most `tokens_per_microbatch` tokens, the longest first.
+    def microbatches(
+        self, tokens_per_microbatch: int, num_ranks: int = 1, costs: Sequence[float] | None = None
+    ) -> list[list[list[int]]]:
+        """Whole sequences (by index) dealt out to ranks: [rank][micro-batch] -> sequences, as many micro-batches for
+        every rank, the last of some perhaps empty.
 
-        A sequence longer than the budget has a micro-batch of its own: dropping it would bias the loss.
-        Sequences of similar length share a micro-batch, which keeps attention regular.
+        A micro-batch holds at most `tokens_per_microbatch` tokens; a sequence that is longer has one of its own, as
+        dropping it would bias the loss. costs: of each sequence (default: its tokens), which are spread evenly over
+        the micro-batches, and those of equal cost run on all ranks at a time, so that none waits for another.
         """
-        order = torch.argsort(self.lengths, descending=True, stable=True).tolist()
+        if self.num_sequences == 0:
+            return [[] for _ in range(num_ranks)]
         lengths = self.lengths.tolist()
-        groups: list[list[int]] = []
-        used = 0
-        for sequence in order:
-            if not groups or used + lengths[sequence] > tokens_per_microbatch:
-                groups.append([])
-                used = 0
-            groups[-1].append(sequence)
-            used += lengths[sequence]
-        return groups
+        costs = lengths if costs is None else costs
+        order = sorted(range(len(lengths)), key=lambda i: -costs[i])
+        count = _round_up(max(1, math.ceil(sum(lengths) / tokens_per_microbatch)), num_ranks)
+        while (bins := _fill(order, lengths, costs, count, tokens_per_microbatch)) is None:
+            count += num_ranks
+        bins.sort(key=lambda sequences: -sum(costs[i] for i in sequences))
+        return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _fill(
+    order: list[int], lengths: list[int], costs: Sequence[float], count: int, capacity: int
+) -> list[list[int]] | None:
+    """Each sequence, the costliest first, to the cheapest of `count` bins that has room; None where none has any."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    used = [0] * count
+    cheapest = [(0.0, i) for i in range(count)]
+    for sequence in order:
+        skipped = []
+        while cheapest:
+            cost, i = heapq.heappop(cheapest)
+            if not bins[i] or used[i] + lengths[sequence] <= capacity:
+                break
+            skipped.append((cost, i))
+        else:
+            return None
+        bins[i].append(sequence)
+        used[i] += lengths[sequence]
+        for entry in [*skipped, (cost + costs[sequence], i)]:
+            heapq.heappush(cheapest, entry)
+    return bins
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:

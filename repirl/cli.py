@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 
 from repirl import __version__
-from repirl.config import Config, ConfigError, describe, list_presets, load_config
+from repirl.config import Config, ConfigError, RunError, describe, list_presets, load_config
 
 OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend (one message, no traceback), 130 when interrupted."""
+    """Returns the exit code: 0; 2 for what the user can mend, 1 for what else ended a run in an expected way (one
+    message, no traceback, either way); 130 when interrupted."""
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if options.command is None:
@@ -25,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"repirl: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"repirl: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("repirl: interrupted; go on with --resume", file=sys.stderr)
         return 130
@@ -93,10 +98,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(describe(config))
         print(batch_arithmetic(config))
         return 0
+    from repirl.dist.world import leave_world
     from repirl.loop import train
 
     train(config, resume=options.resume)
-    print_summary(config)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_summary(config)
+    leave_world()
     return 0
 
 

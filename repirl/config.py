@@ -21,6 +21,11 @@ class ConfigError(ValueError):
     """What the user can mend: an option, a file, a column. The message is all that needs to be shown."""
 
 
+class RunError(RuntimeError):
+    """What ends a run in an expected way, through nobody's configuration: a full disk, an engine that died, a loss
+    that is no longer finite. The message is all that needs to be shown."""
+
+
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -39,6 +44,9 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     max_grad_norm: PositiveFloat = Field(1.0, description="global gradient-norm clip")
+    max_skipped_updates: Positive = Field(
+        5, description="updates in a row that may be skipped for a loss or gradient that is not finite"
+    )
 
 
 class PolicyConfig(Section):
@@ -134,6 +142,16 @@ class BatchConfig(Section):
     tokens_per_microbatch: Positive = Field(16384, description="tokens of one forward and backward")
 
 
+class ParallelConfig(Section):
+    replicate: Positive = Field(
+        1, description="copies of the weights; the processes of each copy shard them (1: all processes do)"
+    )
+    cpu_offload: bool = Field(
+        False, description="parameters, gradients and optimiser state stay in host memory and visit the GPU by layer"
+    )
+    timeout_minutes: Positive = Field(30, description="how long a process waits for the others before it gives up")
+
+
 class EvalConfig(Section):
     every: NonNegative = Field(10, description="steps between evaluations; 0: never")
     num_prompts: Positive | None = Field(None, description="held-out prompts used; null: all")
@@ -143,9 +161,15 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegative = Field(20, description="steps between checkpoints; 0: never")
     keep_last: Positive = Field(2, description="newest checkpoints kept")
+    keep_best: NonNegative = Field(0, description="checkpoints with the best held-out accuracy kept besides")
+    asynchronous: bool = Field(False, description="write from a copy in host memory while training goes on")
 
 
 class LogConfig(Section):
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="what one device can do, for the utilisation (mfu/...); null: a product is timed at the start",
+    )
     tensorboard: bool = Field(True, description="TensorBoard files beside metrics.jsonl")
 
 
@@ -155,7 +179,10 @@ class Config(Section):
     seed: int = Field(0, description="of sampling and of data order")
     steps: Positive = Field(description="turns of the dual loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and computation")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and optimiser state")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of gathered weights, activations and rollouts; null: as dtype"
+    )
     num_threads: Positive | None = Field(None, description="PyTorch's CPU threads; null: its default")
     order: Literal["prm_first", "policy_first"] = Field("prm_first", description="which side a step updates first")
     policy: PolicyConfig
@@ -165,9 +192,15 @@ class Config(Section):
     irl: IRLConfig = IRLConfig()
     loss: LossConfig = LossConfig()
     batch: BatchConfig = BatchConfig()
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def computes_in(self) -> str:
+        """The type of weights in products, and of activations."""
+        return self.compute_dtype or self.dtype
 
     @field_validator("data")
     @classmethod
@@ -206,7 +239,8 @@ class Config(Section):
             if self.dtype == "bfloat16" and section.optimizer.lr < 1e-4:
                 raise ValueError(
                     f"dtype is bfloat16 and {name}.optimizer.lr {section.optimizer.lr}: bfloat16 weights round away "
-                    "updates below about 1e-4, so nothing would be learned; use dtype: float32"
+                    "updates below about 1e-4, so nothing would be learned; use dtype: float32, and "
+                    "compute_dtype: bfloat16 for products and activations"
                 )
         if self.objective == "repirl" and self.loss.outcome_coefficient == self.loss.process_coefficient == 0:
             raise ValueError(

@@ -1,18 +1,12 @@
-"""Held-out accuracy, and the verifier's verdict on one response."""
+"""Held-out accuracy."""
 
 from __future__ import annotations
 
 from repirl.config import Config, ConfigError
 from repirl.dist.checkpoint import load_weights, resolve_checkpoint
-from repirl.rewards.math import math_reward
-from repirl.rollout.engine import Response, Sampling, sequence_seed
+from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.sampling import respond
 from repirl.setup import Run, build
-
-
-def verify(run: Run, response: Response, answer: str) -> float:
-    """1.0 where the response's final answer is right. One that ran into the length limit is judged like any
-    other: what it wrote may hold an answer; the share of such responses is the metric `rollout/truncated`."""
-    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
 
 
 def evaluate(run: Run) -> float:
@@ -21,8 +15,7 @@ def evaluate(run: Run) -> float:
     prompts = run.held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
     sampling = Sampling(config.rollout.max_response_tokens, config.eval.temperature, (run.tokenizer.eos_token_id,))
-    responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
-    return sum(verify(run, r, p.answer) for r, p in zip(responses, prompts, strict=True)) / len(prompts)
+    return sum(outcome or 0.0 for _, outcome in respond(run, prompts, seeds, sampling)) / len(prompts)
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, int]:

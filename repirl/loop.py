@@ -11,40 +11,43 @@ from repirl.batch import PackedBatch
 from repirl.config import Config
 from repirl.evaluate import evaluate
 from repirl.objectives import irl, rloo, sft
-from repirl.report.metrics import MetricsLogger, PhaseTimer, ProgressDisplay, peak_memory_bytes
+from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
 from repirl.sampling import sample_experts, sample_rollouts, write_reference
 from repirl.setup import Run, build, check_output_dir
 
 
 def train(config: Config, *, resume: bool = False) -> int:
-    """Train `config.steps` steps, from the newest checkpoint with `resume`; returns the steps done in all."""
+    """Train `config.steps` steps, from the newest sound checkpoint with `resume`; returns the steps done in all.
+
+    Under torchrun every process calls it.
+    """
     checkpoint = check_output_dir(config, resume)
     run = build(config)
     start = run.restore(checkpoint) if checkpoint else 0
-    timer = PhaseTimer()
-    with (
-        MetricsLogger(config.output_dir, tensorboard=config.log.tensorboard, start_step=start) as logger,
-        ProgressDisplay(config.steps, config.objective) as display,
-    ):
+    timer, peak_flops = PhaseTimer(run.work), peak_flops_of(config, run.world)
+    with Reporter(config, run.world, start) as reporter:
         for step in range(start, config.steps):
             metrics: dict[str, float] = {}
             if step == 0 and run.held_out and config.eval.every:
-                logger.log(0, {"eval/accuracy": evaluate(run)} | timer.step_metrics())
+                accuracy = evaluate(run)
+                reporter.log(0, {"eval/accuracy": accuracy} | timer.step_metrics(run.world, peak_flops))
             if config.objective == "sft":
                 metrics |= sft_step(run, timer)
             else:
-                metrics |= dual_step(run, step, timer, display)
+                metrics |= dual_step(run, step, timer, reporter)
             done = step + 1
             if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
                 with timer("eval"):
                     metrics["eval/accuracy"] = evaluate(run)
-            metrics |= timer.step_metrics() | {"memory/peak_bytes": peak_memory_bytes()}
-            logger.log(done, metrics)
-            display.update(done, metrics)
+            metrics |= timer.step_metrics(run.world, peak_flops)
+            metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
+            reporter.log(done, metrics)
             # After the log: a step that a checkpoint holds has its line. Its seconds count for the next step.
-            if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
-                with timer("checkpoint"):
-                    run.save(done)
+            with timer("checkpoint"):
+                if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
+                    run.save(done, metrics.get("eval/accuracy"))
+                run.checkpointer.poll()
+        run.checkpointer.finish()
     return config.steps
 
 
@@ -55,10 +58,10 @@ def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
     return _named("policy", found[-1]) | {"tokens": experts.num_tokens}
 
 
-def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) -> dict[str, float]:
+def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dict[str, float]:
     """One turn of the dual loop."""
     config = run.config
-    display.phase("rollout")
+    reporter.phase("rollout")
     with timer("rollout"):
         rollouts, metrics = sample_rollouts(run, step)
     with timer("old_logprob"):
@@ -72,7 +75,7 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, display: ProgressDisplay) 
     }
     phases = ("policy", "prm") if config.order == "policy_first" else ("prm", "policy")
     for phase in phases:
-        display.phase(phase)
+        reporter.phase(phase)
         if phase == "policy":
             metrics |= update_policy(run, rollouts, timer)
         elif run.prm:

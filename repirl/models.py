@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from repirl.attention import PACKED, PackedLayout
+from repirl.batch import PackedBatch
 from repirl.config import ConfigError
 
 
@@ -109,6 +110,21 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def forward_flops(model: PreTrainedModel, batch: PackedBatch) -> list[float]:
+    """Floating-point operations of one forward pass over each sequence, causal attention counted by half and the head
+    for response tokens only: model FLOPs, which recomputation does not add to."""
+    backbone = getattr(model, model.base_model_prefix)
+    head = model.lm_head if hasattr(model, "lm_head") else model.score
+    config = model.config
+    embeddings = model.get_input_embeddings().weight.numel()
+    per_token = 2 * (sum(p.numel() for p in backbone.parameters()) - embeddings)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Two products (scores, and values weighted by them), two operations each, half of it masked.
+    per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
+    lengths, responses = batch.lengths.double(), batch.response_cu_seqlens.diff()
+    return (per_token * lengths + per_pair * lengths**2 + 2 * head.weight.numel() * responses).tolist()
+
+
 @contextmanager
 def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model runs padded batches with a KV cache (PyTorch's attention), as for generation."""
@@ -131,7 +147,7 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
     except (OSError, ValueError) as error:
-        raise ConfigError(_load_message("tokenizer", name, gguf_file, error)) from error
+        raise ConfigError(load_message("tokenizer", name, gguf_file, error)) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name!r} has no end-of-sequence token; responses could never end")
     if tokenizer.pad_token_id is None:
@@ -164,7 +180,7 @@ def load_model(
                 if model.score.bias is not None:
                     nn.init.zeros_(model.score.bias)
     except (OSError, ValueError) as error:
-        raise ConfigError(_load_message("model", name, gguf_file, error)) from error
+        raise ConfigError(load_message("model", name, gguf_file, error)) from error
     if gguf_file is not None:
         # What GGUF loading leaves behind would make save_pretrained refuse a model that is plain float by now.
         model.hf_quantizer = None
@@ -173,15 +189,14 @@ def load_model(
     # Rotary frequencies are buffers that `.to(bfloat16)` would round, hence dtype= above and only a device here.
     model = fuse(model.to(device))
     if kind == "causal":
-        _check_packed(model, name)
+        check_packed(model, name, device, dtype)
     return model
 
 
 @torch.no_grad()
-def _check_packed(model: PreTrainedModel, name: str) -> None:
+def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype) -> None:
     """ConfigError where the fused head does not say what the model itself says: some architectures scale logits
     or attention in ways of their own, and would train on wrong numbers without a word."""
-    device = next(model.parameters()).device
     ids = torch.arange(8, device=device) % model.config.vocab_size
     training = model.training
     model.eval()
@@ -192,14 +207,15 @@ def _check_packed(model: PreTrainedModel, name: str) -> None:
     stats = model(ids, position_ids=positions, packed_layout=layout, response_index=index, targets=ids[1:])
     model.train(training)
     difference = float((stats.logprob - table.gather(1, ids[1:, None])[:, 0]).abs().max())
-    if not difference < (1e-2 if model.dtype == torch.float32 else 0.5):
+    if not difference < (1e-2 if dtype == torch.float32 else 0.5):
         raise ConfigError(
             f"model {name!r} ({type(model).__name__}) computes its logits in a way that the fused head does not know: "
             f"log-probabilities differ by {difference:.3g}; supported are Llama, Qwen2, Qwen3, SmolLM2 and their like"
         )
 
 
-def _load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:
+def load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:
+    """What to tell the user where a model or tokenizer cannot be loaded."""
     place = f"{name!r}" + (f" (gguf_file {gguf_file!r})" if gguf_file else "")
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (

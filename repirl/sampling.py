@@ -1,10 +1,11 @@
-"""The batches of a step: rollouts, experts, and the frozen reference's view of either."""
+"""The batches of a step: rollouts with their verdicts, experts, and the frozen reference's view of either."""
 
 from __future__ import annotations
 
 from repirl.batch import EXPERT, PackedBatch, pack
-from repirl.evaluate import verify
-from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.data.prompts import Prompt
+from repirl.rewards.math import math_reward
+from repirl.rollout.engine import Response, Sampling, sequence_seed
 from repirl.setup import Run
 
 
@@ -16,6 +17,31 @@ def write_reference(run: Run, batch: PackedBatch) -> None:
             batch.write("prm_ref_logprob", run.reference.score(batch, run.prm.temperature)["logprob"])
 
 
+def respond(
+    run: Run, prompts: list[Prompt], seeds: list[int], sampling: Sampling
+) -> list[tuple[Response, float | None]]:
+    """A response to each prompt and the verifier's verdict on it (None for a prompt without an answer). Each process
+    samples and judges its share; all of them get everything."""
+    rank, size = run.world.rank, run.world.size
+    # Sequences of one prompt stay on one process: their prompt is prefilled once.
+    place: dict[tuple[int, ...], int] = {}
+    shares = [place.setdefault(prompt.token_ids, len(place)) % size for prompt in prompts]
+    mine = [i for i, share in enumerate(shares) if share == rank]
+    responses = run.engine.generate([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
+    run.work.tokens += sum(len(r.token_ids) for r in responses)
+    judged = [
+        (i, response, None if prompts[i].answer is None else verify(run, response, prompts[i].answer))
+        for i, response in zip(mine, responses, strict=True)
+    ]
+    return [(response, outcome) for _, response, outcome in sorted(run.world.gather(judged), key=lambda x: x[0])]
+
+
+def verify(run: Run, response: Response, answer: str) -> float:
+    """1.0 where the response's final answer is right. One that ran into the length limit is judged like any
+    other: what it wrote may hold an answer; the share of such responses is the metric `rollout/truncated`."""
+    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
+
+
 def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]:
     """K responses for each prompt of the step, verified where prompts have answers."""
     config, num_samples = run.config, run.config.rollout.samples_per_prompt
@@ -25,15 +51,12 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
     seeds = [sequence_seed(config.seed, step, groups[i], i % num_samples) for i in range(len(prompts))]
     end_ids = (run.tokenizer.eos_token_id,)
     sampling = Sampling(config.rollout.max_response_tokens, config.rollout.temperature, end_ids)
-    responses = run.engine.generate([p.token_ids for p in prompts], seeds, sampling)
-    has_answers = config.data.answer_column is not None
-    outcome = [
-        verify(run, r, p.answer) if has_answers else float("nan") for r, p in zip(responses, prompts, strict=True)
-    ]
+    judged = respond(run, prompts, seeds, sampling)
+    responses = [response for response, _ in judged]
     batch = pack(
         [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses, strict=True)],
         group_ids=groups,
-        outcome=outcome,
+        outcome=[float("nan") if outcome is None else outcome for _, outcome in judged],
         streams={"sampler_logprob": [r.logprobs for r in responses]},
     )
     metrics = {
@@ -42,6 +65,7 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
         "tokens": batch.num_tokens,
         "tokens/response": batch.num_response_tokens,
     }
+    has_answers = config.data.answer_column is not None
     return batch, metrics | ({"rollout/outcome": float(batch.outcome.mean())} if has_answers else {})
 
 

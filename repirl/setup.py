@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import Config, ConfigError
+from repirl.config import Config, ConfigError, describe
 from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
-from repirl.dist.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from repirl.dist.checkpoint import Checkpointer, list_checkpoints, load_checkpoint, newest_sound
+from repirl.dist.load import load_sharded_model
+from repirl.dist.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import load_model, load_tokenizer, quiet_transformers
+from repirl.report.metrics import Work
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 
@@ -34,26 +37,25 @@ class Run:
     held_out: PromptSet | None
     prompt_cursor: Cursor | None
     expert_cursor: Cursor | None
+    world: World
+    work: Work
+    checkpointer: Checkpointer
 
     @property
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"prm": self.prm} if self.prm else {})
 
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.config.output_dir) / "checkpoints"
-
-    def save(self, step: int) -> Path:
-        """Checkpoint after `step` finished steps."""
+    def save(self, step: int, accuracy: float | None = None) -> None:
+        """Checkpoint after `step` finished steps; accuracy: on the held-out prompts, if it was measured after it."""
         cursors = {"prompts": self.prompt_cursor, "experts": self.expert_cursor}
         state = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
-        return save_checkpoint(
-            self.checkpoints, step, self.learners, state, self.tokenizer, keep_last=self.config.checkpoint.keep_last
+        self.checkpointer.save(
+            step, self.learners, state, self.tokenizer, description=describe(self.config), score=accuracy
         )
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; returns the number of finished steps."""
-        step, state = load_checkpoint(path, self.learners)
+        step, state = load_checkpoint(path, self.learners, self.world)
         for name, cursor in {"prompts": self.prompt_cursor, "experts": self.expert_cursor}.items():
             if cursor and name not in state:
                 raise ConfigError(f"checkpoint {str(path)!r} is of a run without {name}; it had another objective")
@@ -61,13 +63,6 @@ class Run:
                 cursor.load_state_dict(state[name])
         self.engine.update_weights(self.policy)
         return step
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device that the configuration asks for; ConfigError where it asks for CUDA and there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' but PyTorch sees no GPU here; use device: cpu or device: auto")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def needs_reference(config: Config) -> bool:
@@ -86,7 +81,8 @@ def build(config: Config) -> Run:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    device, dtype = pick_device(config), getattr(torch, config.dtype)
+    world, work = join_world(config), Work()
+    dtype = getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
 
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
@@ -99,13 +95,27 @@ def build(config: Config) -> Run:
         name, gguf_file = section.model, section.gguf_file
         if name is None:
             name, gguf_file = config.policy.model, config.policy.gguf_file
+        if world.mesh is None:
+            model = load_model(name, kind=kind, dtype=dtype, device=world.device, gguf_file=gguf_file)
+        else:
+            model = load_sharded_model(
+                name,
+                kind=kind,
+                dtype=dtype,
+                compute_dtype=getattr(torch, config.computes_in),
+                world=world,
+                cpu_offload=config.parallel.cpu_offload,
+                gguf_file=gguf_file,
+            )
         return Learner(
-            load_model(name, kind=kind, dtype=dtype, device=device, gguf_file=gguf_file),
+            model,
             section.optimizer,
             num_updates=num_updates,
             tokens_per_microbatch=config.batch.tokens_per_microbatch,
             temperature=temperature,
             gradient_checkpointing=section.gradient_checkpointing,
+            world=world,
+            work=work,
         )
 
     # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
@@ -118,7 +128,7 @@ def build(config: Config) -> Run:
     if needs_reference(config):
         reference = learner(config.policy, "causal", 1, temperature)
         reference.model.requires_grad_(False)
-    engine = TransformersEngine(policy.model, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
+    engine = TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
     return Run(
         config,
         tokenizer,
@@ -131,6 +141,9 @@ def build(config: Config) -> Run:
         held_out,
         Cursor(len(prompts), config.seed) if prompts else None,
         Cursor(len(experts), config.seed + 1) if experts else None,
+        world,
+        work,
+        Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world),
     )
 
 
@@ -147,4 +160,4 @@ def check_output_dir(config: Config, resume: bool) -> Path | None:
             f"output_dir {config.output_dir!r} already holds a run (newest checkpoint {found[-1].name}); "
             "go on with it by --resume, or choose another output_dir"
         )
-    return found[-1] if found else None
+    return newest_sound(Path(config.output_dir) / "checkpoints") if found else None

@@ -1,8 +1,9 @@
-"""Checkpoints that survive a kill at any moment.
+"""Checkpoints that survive a kill at any moment, and go on with any number of processes.
 
-A checkpoint is a folder `step_N`: tensors by torch.distributed.checkpoint, `trainer.json` for everything else,
-and each model's configuration and tokenizer. It is written as `step_N.tmp`, flushed to disk and renamed, and
-only then are older ones pruned: whatever happens, the last complete one stays.
+A checkpoint is a folder `step_N`: tensors by torch.distributed.checkpoint (sharded, loaded into whatever sharding
+there is), `run.pt` for the rest of the run's state, `trainer.json` for what people read, each model's configuration
+and tokenizer, and `manifest.json` with every file's size and checksum. It is written as `step_N.tmp`, flushed to disk
+and renamed, and only then are older ones pruned: whatever happens, the last complete one stays.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ import random
 import re
 import shutil
 import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -28,13 +34,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repirl.config import ConfigError
+from repirl.config import CheckpointConfig, ConfigError, RunError
+from repirl.dist.world import World
 from repirl.learner import Learner
 from repirl.models import save_description
 
 logger = logging.getLogger(__name__)
 # One process is what is meant here, not an oversight to be warned of.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; the ones before it are untouched."""
 
 
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -44,14 +55,55 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint folder itself, or the newest one of a run's folder. ConfigError where there is none."""
+    """A checkpoint folder itself, or the newest sound one of a run's folder. ConfigError where there is none."""
     path = Path(path)
     if (path / "trainer.json").is_file():
+        if (problem := find_damage(path)) is not None:
+            raise ConfigError(f"checkpoint {str(path)!r} is damaged: {problem}")
         return path
     for folder in (path / "checkpoints", path):
-        if found := list_checkpoints(folder):
-            return found[-1]
+        if list_checkpoints(folder):
+            return newest_sound(folder)
     raise ConfigError(f"no checkpoint at {str(path)!r}: expected a step_N folder, or a run's folder that holds some")
+
+
+def newest_sound(folder: str | os.PathLike) -> Path:
+    """The newest checkpoint whose files are all as they were written; says which newer ones are not.
+
+    ConfigError where there is none: starting anew by itself would hide that a run was lost.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        problem = find_damage(path)
+        if problem is None:
+            return path
+        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
+    raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound: {[p.name for p in found]}")
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if they are as they were written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read: {error}"
+    for name, (size, checksum) in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+        if _checksum(file) != checksum:
+            return f"{name} has other content than was written"
+    return None
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _tensors(learners: dict[str, Learner]) -> dict[str, Any]:
@@ -64,9 +116,30 @@ def _tensors(learners: dict[str, Learner]) -> dict[str, Any]:
     }
 
 
-def _flush(folder: Path) -> None:
-    """Force a folder's files and names to disk, so that the rename never points at missing bytes."""
-    for path in [*folder.rglob("*"), folder]:
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    """Force files, and the names in folders, to disk, so that the rename never points at missing bytes."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -74,74 +147,197 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_checkpoint(
-    folder: str | os.PathLike,
-    step: int,
-    learners: dict[str, Learner],
-    trainer_state: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    keep_last: int,
-) -> Path:
-    """Write `folder`/step_`step` and prune to the newest `keep_last`. trainer_state must be JSON's types."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, final = folder / f"step_{step}.tmp", folder / f"step_{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    state = _tensors(learners)
-    state["rng"] = {"torch": torch.get_rng_state()}
-    dcp.save(state, checkpoint_id=temporary / "tensors", no_dist=True)
-    for name, learner in learners.items():
-        save_description(learner.model, tokenizer, temporary / name)
-    schedulers = {
-        name: {"scheduler": learner.scheduler.state_dict(), "num_skipped_updates": learner.num_skipped_updates}
-        for name, learner in learners.items()
-    }
-    version, internal, gauss = random.getstate()
-    python_rng = [version, list(internal), gauss]
-    content = {"step": step, "learners": schedulers, "python_rng": python_rng, "trainer": trainer_state}
-    (temporary / "trainer.json").write_text(json.dumps(content))
-    _flush(temporary)
-    if final.exists():
-        # Only after resuming from an older one; the name is freed in one step, too.
-        final.rename(folder / f"step_{step}.replaced.tmp")
-    temporary.rename(final)
-    _flush(folder)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
-    for leftover in folder.glob("step_*.tmp"):
-        shutil.rmtree(leftover)
-    return final
+class Checkpointer:
+    """Writes the checkpoints of one run into `folder`, all processes together, and prunes them.
+
+    With `config.asynchronous` a checkpoint is copied to host memory and written while training goes on; it becomes
+    complete at one of the next calls of `poll`, at the latest in `finish`.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig, world: World) -> None:
+        self.folder, self.config, self.world = Path(folder), config, world
+        self._pending: tuple[int, Future] | None = None
+        # Writing beside training needs a group of its own: its messages would mix with the training's.
+        self._group = dist.new_group(backend="gloo") if config.asynchronous and world.mesh is not None else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
+
+    def save(
+        self,
+        step: int,
+        learners: dict[str, Learner],
+        run_state: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        description: str = "",
+        score: float | None = None,
+    ) -> None:
+        """Write step_`step`. run_state: what else the run needs to go on, of plain types and tensors, equal on all
+        processes · description: the resolved configuration · score: what `keep_best` goes by.
+
+        CheckpointError, on every process, where any of them could not write (a full disk); what was written of this
+        checkpoint is removed then, and the ones before are untouched.
+        """
+        self.finish()
+        temporary = self.folder / f"step_{step}.tmp"
+        rng = self.world.gather([_rng_state()])
+
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            for name, learner in learners.items():
+                save_description(learner.model, tokenizer, temporary / name)
+            counts = {
+                name: {
+                    "scheduler": learner.scheduler.state_dict(),
+                    "num_skipped_updates": learner.num_skipped_updates,
+                    "num_skipped_in_a_row": learner.num_skipped_in_a_row,
+                }
+                for name, learner in learners.items()
+            }
+            content = {"step": step, "score": score, "processes": self.world.size, "learners": counts}
+            (temporary / "trainer.json").write_text(json.dumps(content))
+            (temporary / "config.yaml").write_text(description)
+            torch.save({"rng": rng, "run": run_state}, temporary / "run.pt")
+
+        self._together(step, prepare if self.world.is_main else _nothing)
+        state, target = _tensors(learners), temporary / "tensors"
+        if self._thread is None:
+            self._together(step, lambda: _write(state, target, None))
+            self._complete(step)
+        else:
+            state = _copied(state)
+            self._pending = (step, self._thread.submit(_write, state, target, self._group))
+
+    def poll(self) -> None:
+        """Complete a checkpoint that is being written, if all processes are done with it. Every process has to call."""
+        if self._pending is None:
+            return
+        step, future = self._pending
+        if self.world.sum(torch.tensor(float(future.done()))) == self.world.size:
+            self._pending = None
+            self._together(step, future.result)
+            self._complete(step)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is being written, and complete it."""
+        if self._pending is not None:
+            self._pending[1].exception()
+            self.world.barrier()
+            self.poll()
+
+    def _complete(self, step: int) -> None:
+        temporary, final = self.folder / f"step_{step}.tmp", self.folder / f"step_{step}"
+
+        def complete() -> None:
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            manifest = {str(p.relative_to(temporary)): (p.stat().st_size, _checksum(p)) for p in files}
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
+            _flush([*temporary.rglob("*"), temporary])
+            if final.exists():
+                # Only after resuming from an older one; the name is freed in one step, too.
+                final.rename(self.folder / f"step_{step}.replaced.tmp")
+            temporary.rename(final)
+            _flush([self.folder])
+            self._prune()
+
+        self._together(step, complete if self.world.is_main else _nothing)
+
+    def _prune(self) -> None:
+        found = list_checkpoints(self.folder)
+        kept = set(found[-self.config.keep_last :])
+        scores = {path: json.loads((path / "trainer.json").read_text())["score"] for path in found}
+        # Among equals the older one is kept: it took fewer steps.
+        ranked = sorted((p for p in found if scores[p] is not None), key=lambda p: -scores[p])
+        kept |= set(ranked[: self.config.keep_best])
+        for path in found:
+            if path not in kept:
+                # Renamed first: a kill while it is being removed must not leave half of it under its name.
+                path.rename(doomed := path.with_name(f"{path.name}.pruned.tmp"))
+                shutil.rmtree(doomed)
+        for leftover in self.folder.glob("step_*.tmp"):
+            shutil.rmtree(leftover)
+
+    def _together(self, step: int, action: Callable[[], Any]) -> None:
+        """Run an action that may fail on some processes only, and fail on all of them then."""
+        problem = None
+        try:
+            action()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            problem = _reason(error)
+        problems = [p for p in self.world.gather([problem]) if p is not None]
+        if problems:
+            if self.world.is_main:
+                shutil.rmtree(self.folder / f"step_{step}.tmp", ignore_errors=True)
+            found = list_checkpoints(self.folder)
+            newest = f"{found[-1].name}, go on from there with --resume" if found else "none before this one"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}. "
+                f"The newest complete one is {newest}"
+            )
 
 
-def load_checkpoint(path: Path, learners: dict[str, Learner]) -> tuple[int, dict[str, Any]]:
-    """Restore learners and RNGs in place; returns (step, trainer_state)."""
+def _nothing() -> None:
+    """What the other processes do while the main one writes."""
+
+
+def _write(state: dict[str, Any], target: Path, group: dist.ProcessGroup | None) -> None:
+    dcp.save(state, checkpoint_id=target, process_group=group, no_dist=not dist.is_initialized())
+
+
+def _copied(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state.detach().clone() if isinstance(state, torch.Tensor) else state
+
+
+def _reason(error: BaseException) -> str:
+    """The message behind the wrapping of torch.distributed.checkpoint."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return "; ".join(f"{type(f[0]).__name__}: {f[0]}" for f in error.failures.values())
+    return f"{type(error).__name__}: {error}"
+
+
+def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> tuple[int, dict[str, Any]]:
+    """Restore learners and RNGs in place, onto any number of processes; returns (step, run_state).
+
+    The optimiser's options and the learning rate's schedule stay those of the learners, so that a run can go on with
+    others than it began with. ConfigError where the checkpoint is of other models.
+    """
     content = json.loads((path / "trainer.json").read_text())
     missing = sorted(set(learners) - set(content["learners"]))
     if missing:
         raise ConfigError(f"checkpoint {str(path)!r} has no {missing[0]!r}; it holds {sorted(content['learners'])}")
+    options = {name: [_options(group) for group in x.optimizer.param_groups] for name, x in learners.items()}
     state = _tensors(learners)
-    state["rng"] = {"torch": torch.get_rng_state()}
     try:
-        dcp.load(state, checkpoint_id=path / "tensors", no_dist=True)
+        dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise ConfigError(
-            f"checkpoint {str(path)!r} does not fit the configured models: {str(error).strip().splitlines()[-1]}"
+            f"checkpoint {str(path)!r} does not fit the configured models: {_reason(error).splitlines()[-1]}"
         ) from error
     for name, learner in learners.items():
         set_model_state_dict(learner.model, state[name]["model"])
         set_optimizer_state_dict(learner.model, learner.optimizer, state[name]["optimizer"])
-        learner.scheduler.load_state_dict(content["learners"][name]["scheduler"])
-        learner.num_skipped_updates = content["learners"][name]["num_skipped_updates"]
-    torch.set_rng_state(state["rng"]["torch"])
-    version, internal, gauss = content["python_rng"]
-    random.setstate((version, tuple(internal), gauss))
-    return content["step"], content["trainer"]
+        for group, mine in zip(learner.optimizer.param_groups, options[name], strict=True):
+            group |= mine
+        saved = content["learners"][name]
+        learner.set_num_updates(saved["scheduler"]["last_epoch"])
+        learner.num_skipped_updates = saved["num_skipped_updates"]
+        learner.num_skipped_in_a_row = saved["num_skipped_in_a_row"]
+    rest = torch.load(path / "run.pt", weights_only=True)
+    _set_rng_state(rest["rng"][world.rank % len(rest["rng"])])
+    return content["step"], rest["run"]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def load_weights(path: Path, name: str, model: PreTrainedModel) -> None:
     """Fill a model with the weights that a checkpoint holds under `name` ("policy" or "prm")."""
     state = {name: {"model": get_model_state_dict(model)}}
-    dcp.load(state, checkpoint_id=path / "tensors", no_dist=True)
+    dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
     set_model_state_dict(model, state[name]["model"])

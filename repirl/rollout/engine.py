@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from repirl.config import RunError
+
 if TYPE_CHECKING:
     from repirl.learner import Learner
 
 
-class EngineError(RuntimeError):
+class EngineError(RunError):
     """An engine does not sample from the weights that it was given, or does not answer at all."""
 
 

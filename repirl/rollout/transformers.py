@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from repirl.learner import Learner
-from repirl.models import ordinary_attention
 from repirl.rollout.engine import Response, Sampling
 
 
 class TransformersEngine:
-    """max_sequences: how many responses are decoded side by side."""
+    """policy: whose model samples · max_sequences: how many responses are decoded side by side. A sharded model is
+    gathered for the time of a call, so that processes may sample different numbers of tokens."""
 
-    def __init__(self, model: PreTrainedModel, *, pad_id: int, max_sequences: int) -> None:
-        self.model = model
+    def __init__(self, policy: Learner, *, pad_id: int, max_sequences: int) -> None:
+        self.policy = policy
         self.pad_id = pad_id
         self.max_sequences = max_sequences
 
@@ -37,7 +37,6 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to do."""
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """See Engine.generate. ValueError for an empty prompt or a count of seeds that is not that of prompts."""
         if len(prompts) != len(seeds):
@@ -47,27 +46,24 @@ class TransformersEngine:
         # Prompts of similar length side by side waste little on padding.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         responses: dict[int, Response] = {}
-        training = self.model.training
-        self.model.eval()
-        try:
-            with ordinary_attention(self.model):
-                for start in range(0, len(order), self.max_sequences):
-                    chunk = order[start : start + self.max_sequences]
-                    found = self._decode([prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
-                    responses.update(zip(chunk, found, strict=True))
-        finally:
-            self.model.train(training)
+        with self.policy.ordinary_model() as model:
+            for start in range(0, len(order), self.max_sequences):
+                chunk = order[start : start + self.max_sequences]
+                found = self._decode(model, [prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
+                responses.update(zip(chunk, found, strict=True))
         return [responses[i] for i in range(len(prompts))]
 
-    def _decode(self, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling) -> list[Response]:
-        device = next(self.model.parameters()).device
+    def _decode(
+        self, model: PreTrainedModel, prompts: list[Sequence[int]], seeds: list[int], sampling: Sampling
+    ) -> list[Response]:
+        device = self.policy.device
         limit = sampling.max_response_tokens
         unique = list(dict.fromkeys(map(tuple, prompts)))
         longest = max(map(len, unique))
         ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in unique], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, mask, cache)
+        cache = DynamicCache(config=model.config)
+        logits = _forward(model, ids, mask, cache)
         rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
         cache.batch_select_indices(rows)
         logits, mask = logits[rows], mask[rows]
@@ -94,18 +90,19 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 alive, mask, chosen = alive[keep], mask[keep], chosen[keep]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = self._forward(chosen[:, None], mask, cache)
+            logits = _forward(model, chosen[:, None], mask, cache)
         return [
             Response(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), e)
             for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
         ]
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-        output = self.model(
-            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        return output.logits[:, -1]
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+    output = model(
+        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return output.logits[:, -1]
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -20,16 +20,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-WORLD_SIZE = 3
 # A collective that waits for longer fails; the answer of a test may take a little more.
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 ANSWER_SECONDS = 100.0
 
 
 class RankProcesses:
-    """Three processes, which run a function as the ranks of a group of 2 or of 3."""
+    """Processes, which run a function as the ranks of the group of all of them, or of the last two."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int = 3) -> None:
+        self._world_size = world_size
         self._processes: list[multiprocessing.context.SpawnProcess] = []
         self._connections: list[Connection] = []
         self._directory: tempfile.TemporaryDirectory | None = None
@@ -37,11 +37,11 @@ class RankProcesses:
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """``function(group, *args)`` on each rank; the results in rank order.
 
-        A group of 2 has the global ranks 1 and 2: a rank within the group must not be taken for a global one.
+        A group of 2 of 3 has the global ranks 1 and 2: a rank within the group must not be taken for a global one.
         """
         if not self._processes:
             self._start()
-        connections = self._connections[WORLD_SIZE - num_ranks :]
+        connections = self._connections[self._world_size - num_ranks :]
         # Plain bytes: tensors in shared memory would have to outlive their process.
         message = pickle.dumps((num_ranks, function, args))
         for connection in connections:
@@ -87,21 +87,23 @@ class RankProcesses:
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"  # the loopback device, whatever the host's name resolves to
         with mock.patch.dict(os.environ, environment):
-            for rank in range(WORLD_SIZE):
+            for rank in range(self._world_size):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, init_file, there), daemon=True)
+                process = context.Process(target=_serve, args=(rank, self._world_size, init_file, there), daemon=True)
                 process.start()
                 there.close()
                 self._processes.append(process)
                 self._connections.append(here)
 
 
-def _serve(rank: int, init_file: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, init_file: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE, timeout=COLLECTIVE_TIMEOUT
+        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
-    groups = {2: dist.new_group([1, 2], timeout=COLLECTIVE_TIMEOUT), 3: dist.group.WORLD}
+    groups = {world_size: dist.group.WORLD}
+    if world_size > 2:
+        groups[2] = dist.new_group([world_size - 2, world_size - 1], timeout=COLLECTIVE_TIMEOUT)
     with contextlib.suppress(EOFError, ConnectionError):  # the tests are over, or another rank has failed
         while True:
             num_ranks, function, args = pickle.loads(connection.recv_bytes())
@@ -116,9 +118,9 @@ def _serve(rank: int, init_file: str, connection: Connection) -> None:
 
 
 @contextlib.contextmanager
-def rank_processes() -> Iterator[RankProcesses]:
+def rank_processes(world_size: int = 3) -> Iterator[RankProcesses]:
     """The processes, ended on leaving."""
-    processes = RankProcesses()
+    processes = RankProcesses(world_size)
     try:
         yield processes
     finally:

@@ -50,7 +50,8 @@ needs_products = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 2100, 64), (20, 300, 4097), (130, 1009, 31), (9, 31, 8)])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.05}, {"softcap": 5.0}, {"vocab_size": 30}]  # 0.05: e^-60 and less beside 1
+    "options",
+    [{}, {"temperature": 0.05}, {"softcap": 5.0}, {"vocab_size": 30}],  # 0.05: e^-60 and less beside 1
 )
 @pytest.mark.parametrize("frozen", [False, True])
 def test_values_kept_for_the_gradients(shape, dtype, options, frozen, monkeypatch):
@@ -206,9 +207,7 @@ def test_nothing_is_computed_that_is_not_wanted(monkeypatch):
 def test_the_logits_held_are_those_of_one_chunk(monkeypatch):
     sizes = []
     original = linear_loss._chunk_forward
-    monkeypatch.setattr(
-        linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].nbytes) or original(*args)
-    )
+    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].nbytes) or original(*args))
     case = linear_case(100, 50, 8)
     loss_of(case._replace(hidden=case.hidden.requires_grad_()), chunk_bytes=3000)
     assert max(sizes) <= 3000

@@ -59,9 +59,7 @@ def test_soft_q_gradient_reaches_the_next_state_only_within_its_sequence() -> No
     target_logit, logsumexp, cu = rollouts([2, 1, 2])
     target_logit.requires_grad_()
     logsumexp.requires_grad_()
-    reward = losses.token_rewards(
-        "soft_q", target_logit=target_logit, logsumexp=logsumexp, cu_seqlens=cu, gamma=0.5
-    )
+    reward = losses.token_rewards("soft_q", target_logit=target_logit, logsumexp=logsumexp, cu_seqlens=cu, gamma=0.5)
     reward.sum().backward()
     assert target_logit.grad.tolist() == [1.0] * 5
     assert logsumexp.grad.tolist() == [0.0, -0.5, 0.0, 0.0, -0.5]
@@ -295,9 +293,7 @@ def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: 
     policy.requires_grad_()
     expert.requires_grad_()
     groups = GROUPS if group_by == "prompt" else [0] * len(GROUPS)
-    explicit = written_out(
-        kind, normalize, groups, split(expert, expert_cu), split(policy, cu), split(mu, cu)
-    )
+    explicit = written_out(kind, normalize, groups, split(expert, expert_cu), split(policy, cu), split(mu, cu))
     expected = torch.autograd.grad(explicit, [expert, policy])
 
     options = {"group_ids": torch.tensor(GROUPS), "kind": kind, "group_by": group_by}
@@ -317,9 +313,7 @@ def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: 
         close(sum(g.sum() for g in expected), torch.zeros((), dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    "shaping", [{"temper": 0.4}, {"target_ess": 0.95}, {"truncate": 1.5}, {"smooth": "psis"}]
-)
+@pytest.mark.parametrize("shaping", [{"temper": 0.4}, {"target_ess": 0.95}, {"truncate": 1.5}, {"smooth": "psis"}])
 @pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
 @pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
 def test_one_pass_equals_two_with_shaped_weights(kind: str, normalize: str, shaping: dict) -> None:
@@ -331,9 +325,7 @@ def test_one_pass_equals_two_with_shaped_weights(kind: str, normalize: str, shap
     expert.requires_grad_()
     options = {"group_ids": torch.tensor([0] * 30 + [1] * 5), "kind": kind, "base_logprob": base}
     weighting = {k: v for k, v in shaping.items() if k in ("temper", "target_ess")}
-    loss = losses.irl_loss(
-        expert, expert_cu, policy, mu, cu, normalize=normalize, reward_l2=0.1, **options, **shaping
-    )
+    loss = losses.irl_loss(expert, expert_cu, policy, mu, cu, normalize=normalize, reward_l2=0.1, **options, **shaping)
     with torch.no_grad():
         lw = segments.log_importance_weights(policy, mu, cu, **options, **weighting)
         log_weight = lw.log_weight

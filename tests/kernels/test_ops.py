@@ -36,9 +36,7 @@ def test_opcheck_linear(backend, masked):
             *needs,
         )
         # Double backward is refused, so there is no gradient of this one to check.
-        torch.library.opcheck(
-            ops._linear_token_stats_backward, backward, test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(ops._linear_token_stats_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

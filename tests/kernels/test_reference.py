@@ -34,9 +34,7 @@ def test_linear_gradients_pass_gradcheck(options):
 def test_logits_gradients_pass_gradcheck(options):
     logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 8, 3, -100, 5])
-    assert torch.autograd.gradcheck(
-        lambda z: tuple(token_stats(z, targets, backend="reference", **options)), [logits]
-    )
+    assert torch.autograd.gradcheck(lambda z: tuple(token_stats(z, targets, backend="reference", **options)), [logits])
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -115,9 +115,7 @@ def test_integer_values_are_refused() -> None:
 # Importance weights -----------------------------------------------------------------------------------------
 
 
-def elements(
-    kind: str, x: list[Tensor], groups: list[int]
-) -> tuple[list[float], list[tuple], dict[tuple, float]]:
+def elements(kind: str, x: list[Tensor], groups: list[int]) -> tuple[list[float], list[tuple], dict[tuple, float]]:
     """Log weights, bucket names and bucket masses, from loops. The definition, written out."""
     members = defaultdict(list)
     for i, group in enumerate(groups):
@@ -195,9 +193,7 @@ def test_weights_are_shift_safe_and_differentiable() -> None:
     reward.requires_grad_()
 
     def weights(r: Tensor) -> Tensor:
-        lw = segments.log_importance_weights(
-            r, logprob, cu, kind="trajectory", group_ids=torch.tensor(GROUPS)
-        )
+        lw = segments.log_importance_weights(r, logprob, cu, kind="trajectory", group_ids=torch.tensor(GROUPS))
         return segments.self_normalize(lw.log_weight, lw.bucket_ids)
 
     assert torch.autograd.gradcheck(weights, reward)
@@ -323,16 +319,13 @@ def slow_psis(log_weight: list[float]) -> tuple[list[float], float]:
     x = [math.exp(log_weight[i] - largest) - cutoff for i in tail]
     num_grid = 30 + math.floor(math.sqrt(size))
     quartile = x[math.floor(size / 4 + 0.5) - 1]
-    thetas = [
-        1 / x[-1] + (1 - math.sqrt(num_grid / (j - 0.5))) / (3 * quartile) for j in range(1, num_grid + 1)
-    ]
+    thetas = [1 / x[-1] + (1 - math.sqrt(num_grid / (j - 0.5))) / (3 * quartile) for j in range(1, num_grid + 1)]
     profile = []
     for theta in thetas:
         k = sum(math.log1p(-theta * v) for v in x) / size
         profile.append(size * (math.log(-theta / k) - k - 1))
     theta = sum(
-        theta / sum(math.exp(other - own) for other in profile)
-        for theta, own in zip(thetas, profile, strict=True)
+        theta / sum(math.exp(other - own) for other in profile) for theta, own in zip(thetas, profile, strict=True)
     )
     k = sum(math.log1p(-theta * v) for v in x) / size
     sigma = -k / theta
@@ -458,9 +451,7 @@ def slow_rloo(outcome, reward, cu, groups, c_o: float, c_p: float, gamma: float)
         a_o = float(outcome[i]) - sum(float(outcome[j]) for j in others) / len(others)
         means = [float(pieces[j].mean()) for j in others if len(pieces[j])]
         for t in range(len(piece)):
-            a_p = sum(
-                gamma ** (u - t) * (float(piece[u]) - sum(means) / len(means)) for u in range(t, len(piece))
-            )
+            a_p = sum(gamma ** (u - t) * (float(piece[u]) - sum(means) / len(means)) for u in range(t, len(piece)))
             result.append(c_o * a_o + c_p * a_p)
     return result
 
@@ -477,10 +468,7 @@ def test_rloo_advantages(c_o: float, c_p: float, gamma: float) -> None:
     close(actual, expected)
     whitened = segments.rloo_advantages(outcome, reward, cu, groups, whiten=True, **options)
     close(whitened, (expected - expected.mean()) / expected.std(correction=0), 1e-6)
-    assert (
-        segments.rloo_advantages(outcome.float(), reward.float(), cu, groups, **options).dtype
-        == torch.float32
-    )
+    assert segments.rloo_advantages(outcome.float(), reward.float(), cu, groups, **options).dtype == torch.float32
 
 
 def test_rloo_refuses_what_it_cannot_compare() -> None:

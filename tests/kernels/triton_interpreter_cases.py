@@ -41,9 +41,7 @@ def logits_case(num_rows: int, num_columns: int, dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7, "softcap": 5.0, "bias": True, "vocab_size": 91}]
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 5.0, "bias": True, "vocab_size": 91}])
 def test_linear(dtype, options):
     """Several row blocks, tiles in a split, splits and slabs would all show here."""
     check_linear(linear_op, linear_case(37, 200, 40, dtype=dtype, **options))

@@ -36,9 +36,7 @@ NEXT_STATE = torch.tensor([[_INDEX.get((*p, v), NUM_STATES) for v in range(V)] f
 
 
 def random_table(seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(
-        NUM_STATES, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return scale * torch.randn(NUM_STATES, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def trajectory_sums(table: Tensor) -> Tensor:

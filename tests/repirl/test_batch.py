@@ -32,18 +32,40 @@ def test_select_keeps_order_and_streams():
     assert make().select([]).num_tokens == 0
 
 
-def test_microbatches_hold_every_sequence_once_within_the_budget():
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", [1, 6, 100])
+def test_microbatches_hold_every_sequence_once_within_the_budget(budget, num_ranks):
     batch = make()
-    groups = batch.microbatches(6)
+    dealt = batch.microbatches(budget, num_ranks)
+    assert len(dealt) == num_ranks
+    # As many for every rank: sharded models run them together.
+    assert len({len(mine) for mine in dealt}) == 1
+    groups = [group for mine in dealt for group in mine]
     assert sorted(i for group in groups for i in group) == [0, 1, 2, 3]
-    assert all(sum(int(batch.lengths[i]) for i in group) <= 6 for group in groups)
     # A sequence over the budget stands alone, and none is dropped.
-    assert sorted(map(len, batch.microbatches(1))) == [1, 1, 1, 1]
+    assert all(len(group) == 1 or sum(int(batch.lengths[i]) for i in group) <= budget for group in groups if group)
+
+
+def test_microbatches_spread_cost_evenly():
+    lengths = torch.randint(2, 400, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = pack([([1], [2] * (n - 1)) for n in lengths])
+    costs = [n + n * n / 100 for n in lengths]
+    dealt = batch.microbatches(4000, 4, costs)
+    loads = [[sum(costs[i] for i in group) for group in mine] for mine in dealt]
+    by_rank = [sum(mine) for mine in loads]
+    assert max(by_rank) < 1.02 * min(by_rank)
+    # What runs at a time on all ranks costs about the same, too.
+    for together in zip(*loads, strict=True):
+        assert max(together) < 1.1 * min(together)
+
+
+def test_an_empty_batch_has_no_microbatches():
+    assert make().select([]).microbatches(10, 2) == [[], []]
 
 
 def test_response_positions_point_into_the_response_tensor():
     batch = make()
-    for group in batch.microbatches(6):
+    for group in batch.microbatches(6)[0]:
         micro = batch.select(group)
         torch.testing.assert_close(micro.read("x"), batch.read("x")[batch.response_positions(group)])
 

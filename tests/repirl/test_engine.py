@@ -22,7 +22,8 @@ def model(tmp_path_factory):
 
 
 def engine(model, max_sequences=64):
-    return TransformersEngine(model, pad_id=0, max_sequences=max_sequences)
+    policy = Learner(model, OptimizerConfig(), num_updates=1, tokens_per_microbatch=999)
+    return TransformersEngine(policy, pad_id=0, max_sequences=max_sequences)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -23,11 +23,11 @@ from repirl.objectives import irl, rloo
 from repirl.report.metrics import read_metrics
 from repirl.setup import build, needs_reference
 
-SECONDS = ("seconds/", "memory/")
+SECONDS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 
 
 def metrics_of(config):
-    """Lines of a run, without what differs between equal runs: seconds and memory."""
+    """Lines of a run, without what differs between equal runs: speed and memory."""
     lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(SECONDS)} for line in lines]
 

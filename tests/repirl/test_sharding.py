@@ -1,0 +1,266 @@
+"""Two and three processes give what one gives: losses, gradients, weights, rollouts, checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rank_processes import rank_processes
+from safetensors.torch import load_file, save_file
+from tiny import make_model, tiny_config, tiny_values
+
+from repirl.batch import pack
+from repirl.config import ConfigError, OptimizerConfig, build_config
+from repirl.dist.load import load_sharded_model
+from repirl.dist.shard import units, whole
+from repirl.dist.world import World, join_world
+from repirl.learner import Learner
+from repirl.loop import train
+from repirl.models import load_model
+from repirl.report.metrics import read_metrics
+
+# Uneven on purpose; with three ranks and the first two only, one rank has none.
+PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1]), ([7], [8, 8, 8, 1])]
+CPU = torch.device("cpu")
+# A large epsilon: Adam would otherwise turn the rounding of a gradient near zero into a whole step.
+OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with rank_processes(2) as two, rank_processes(3) as three:
+        yield {2: two, 3: three}
+
+
+def loss(outputs, micro):
+    values = outputs["logprob"] + 0.3 * outputs["entropy"] if "logprob" in outputs else outputs["value"]
+    return (values * micro.read("weight")).sum() + 0.1 * (values**2).sum()
+
+
+def updates(learner, count, num_steps):
+    """Scores before, gradients of the first update, weights after the last; loss and norm of each update."""
+    batch = pack(PAIRS[:count])
+    batch.write("weight", torch.linspace(-1, 1, batch.num_response_tokens))
+    before = learner.score(batch)
+    metrics = []
+    for step in range(num_steps):
+        metrics.append(learner.step(batch, loss))
+        if step == 0:
+            # They stay until the next update clears them.
+            grads = {n: whole(p.grad).clone() for n, p in learner.model.named_parameters()}
+    after = {name: weight.clone() for name, weight in learner.weights()}
+    return before, grads, after, [(m["loss"], m["grad_norm"]) for m in metrics], learner.score(batch)
+
+
+def plain(path, kind, count, num_steps, **options):
+    model = load_model(path, kind=kind, dtype=torch.float32, device=CPU)
+    learner = Learner(model, OPTIMIZER, num_updates=9, tokens_per_microbatch=12, **options)
+    return updates(learner, count, num_steps)
+
+
+def sharded(_group, values, path, kind, count, num_steps, options):
+    """The same on each rank of a process."""
+    config = build_config(values)
+    world = join_world(config)
+    model = load_sharded_model(
+        path,
+        kind=kind,
+        dtype=torch.float32,
+        compute_dtype=getattr(torch, config.computes_in),
+        world=world,
+        cpu_offload=config.parallel.cpu_offload,
+    )
+    assert len(units(model)) >= 3
+    learner = Learner(model, OPTIMIZER, num_updates=9, tokens_per_microbatch=12, world=world, **options)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    return local, updates(learner, count, num_steps)
+
+
+def assert_equal(found, expected, atol):
+    before, grads, after, metrics, scored = found
+    for ours, theirs in [(before, expected[0]), (grads, expected[1]), (after, expected[2]), (scored, expected[4])]:
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(
+                ours[name], theirs[name], atol=atol, rtol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    torch.testing.assert_close(torch.tensor(metrics), torch.tensor(expected[3]), atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "tied", "architecture", "checkpointing"),
+    [("causal", True, "qwen3", False), ("causal", False, "llama", True), ("value", True, "qwen3", True)],
+)
+@pytest.mark.parametrize("count", [2, 5])
+def test_ranks_make_the_updates_of_one_process(
+    ranks, tmp_path, num_ranks, kind, tied, architecture, checkpointing, count
+):
+    path = str(make_model(tmp_path / "model", tied=tied, architecture=architecture))
+    options = {"gradient_checkpointing": checkpointing, "temperature": 0.7}
+    expected = plain(path, kind, count, 3, **options)
+    values = tiny_values(tmp_path)
+    results = ranks[num_ranks].run(num_ranks, sharded, values, path, kind, count, 3, options)
+    total = sum(p.numel() for p in load_model(path, kind=kind, dtype=torch.float32, device=CPU).parameters())
+    # Each process holds its share of the parameters, and each ends with the same numbers.
+    assert sum(local for local, _ in results) == total
+    for _, found in results:
+        assert_equal(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("parallel", [{"replicate": 2}, {"cpu_offload": True}])
+def test_other_layouts_make_the_same_updates(ranks, tmp_path, parallel):
+    path = str(make_model(tmp_path / "model"))
+    values = tiny_values(tmp_path, parallel=parallel)
+    for _, found in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
+        assert_equal(found, plain(path, "causal", 5, 2), 2e-5)
+
+
+def test_bfloat16_computation_keeps_float32_weights(ranks, tmp_path):
+    path = str(make_model(tmp_path / "model"))
+    values = tiny_values(tmp_path, compute_dtype="bfloat16")
+    expected = plain(path, "causal", 5, 2)
+    for _, found in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
+        assert all(w.dtype == torch.float32 for w in found[2].values())
+        assert_equal(found, expected, 8e-2)
+        # It really computed in bfloat16.
+        assert (found[0]["logprob"] - expected[0]["logprob"]).abs().max() > 1e-4
+
+
+def run_on_rank(_group, values, resume):
+    config = build_config(values)
+    train(config, resume=resume)
+    return None
+
+
+def lines(folder):
+    return read_metrics(Path(folder) / "metrics.jsonl")
+
+
+OPTIONS = {"steps": 4, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False, "base_measure": "reference"}}
+COMPARED = ("policy/loss", "policy/grad_norm", "prm/loss", "prm/grad_norm", "rollout/length", "eval/accuracy", "tokens")
+
+
+def assert_same_run(ours, theirs, rel):
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for key in COMPARED:
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=rel, abs=1e-6), (a["step"], key)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ranks):
+    config = tiny_config(tmp_path, output_dir=str(tmp_path / "one"), **OPTIONS)
+    train(config)
+    values = tiny_values(tmp_path, output_dir=str(tmp_path / "many"), **OPTIONS)
+    ranks[num_ranks].run(num_ranks, run_on_rank, values, False)
+    assert_same_run(lines(tmp_path / "many"), lines(tmp_path / "one"), 1e-3)
+
+
+def checkpointed_weights(_group, values):
+    """Whole weights of the newest checkpoint, loaded by this number of ranks."""
+    from repirl.dist.checkpoint import resolve_checkpoint
+    from repirl.setup import build
+
+    config = build_config(values)
+    run = build(config)
+    run.restore(resolve_checkpoint(config.output_dir))
+    return {f"{k}.{n}": w.clone() for k, x in run.learners.items() for n, w in x.weights()}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_goes_on_exactly_on_as_many_ranks_and_closely_on_others(ranks, tmp_path, asynchronous):
+    """Two steps and a resume are four steps: to the bit on two ranks, within rounding on one and on three."""
+    checkpoint = {"every": 2, "asynchronous": asynchronous}
+    changes = {"checkpoint": checkpoint, "log": {"tensorboard": False}}
+    whole_run = tiny_values(tmp_path, output_dir=str(tmp_path / "whole"), **OPTIONS | changes)
+    ranks[2].run(2, run_on_rank, whole_run, False)
+    expected = ranks[2].run(2, checkpointed_weights, whole_run)[0]
+    for num_ranks in (2, 3, 1):
+        values = tiny_values(tmp_path, output_dir=str(tmp_path / str(num_ranks)), **OPTIONS | changes)
+        ranks[2].run(2, run_on_rank, values | {"steps": 2}, False)
+        assert sorted(p.name for p in (tmp_path / str(num_ranks) / "checkpoints").iterdir()) == ["step_2"]
+        if num_ranks == 1:
+            train(build_config(values), resume=True)
+            found = checkpointed_weights(None, values)
+        else:
+            ranks[num_ranks].run(num_ranks, run_on_rank, values, True)
+            found = ranks[num_ranks].run(num_ranks, checkpointed_weights, values)[0]
+        assert found.keys() == expected.keys()
+        for name in expected:
+            if num_ranks == 2:
+                assert torch.equal(found[name], expected[name]), name
+            else:
+                torch.testing.assert_close(found[name], expected[name], atol=2e-5, rtol=1e-4)
+        assert_same_run(lines(tmp_path / str(num_ranks)), lines(tmp_path / "whole"), 1e-3)
+
+
+def loaded(_group, values, path, kind):
+    config = build_config(values)
+    world = join_world(config)
+    dtype = torch.float32
+    model = load_sharded_model(path, kind=kind, dtype=dtype, compute_dtype=dtype, world=world)
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    return {n: whole(p.detach()).clone() for n, p in model.named_parameters()} | buffers
+
+
+@pytest.mark.parametrize("layout", ["one file", "several files", "other names"])
+@pytest.mark.parametrize("kind", ["causal", "value"])
+def test_shards_are_read_from_files_in_any_layout(ranks, tmp_path, layout, kind):
+    path = make_model(tmp_path / "model", tied=False)
+    expected = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
+    if layout == "several files":
+        expected.save_pretrained(path, max_shard_size="20KB")
+        (path / "model.safetensors").unlink(missing_ok=True)
+        assert (path / "model.safetensors.index.json").exists()
+    elif layout == "other names":
+        # As older checkpoints have it: transformers maps such names, and so every process loads the whole.
+        weights = load_file(path / "model.safetensors")
+        renamed = {n.removeprefix("model."): w for n, w in weights.items()}
+        save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+        expected = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
+    for found in ranks[2].run(2, loaded, tiny_values(tmp_path), str(path), kind):
+        theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
+        assert found.keys() == theirs.keys()
+        for name in theirs:
+            assert torch.equal(found[name], theirs[name]), name
+
+
+def test_a_missing_model_or_a_wrong_layout_is_one_clear_message(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, parallel={"replicate": 2})
+    with pytest.raises(ConfigError, match=r"parallel.replicate is 2, but there are 1 processes"):
+        join_world(config)
+    assert join_world(tiny_config(tmp_path)) == World(CPU)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        join_world(tiny_config(tmp_path, device="cuda"))
+
+
+def torchrun(num_ranks, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The loopback device, whatever the host's name resolves to.
+    environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return subprocess.run(
+        [*command, "-m", "repirl.cli", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_torchrun_starts_the_command_line(tmp_path):
+    train(tiny_config(tmp_path, output_dir=str(tmp_path / "one"), steps=2))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tiny_values(tmp_path, output_dir=str(tmp_path / "two"), steps=2)))
+    result = torchrun(2, "train", "--config", str(file), timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(lines(tmp_path / "two"), lines(tmp_path / "one"), 1e-3)
+    # One process speaks.
+    assert result.stdout.count("repirl 2/2") == 1
+    assert result.stdout.count("metrics, TensorBoard and checkpoints") == 1
