@@ -44,6 +44,7 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     max_grad_norm: PositiveFloat = Field(1.0, description="global gradient-norm clip")
+    state_bits: Literal[32, 8] = Field(32, description="of AdamW's moments; 8: block-wise quantised (torchao)")
     max_skipped_updates: Positive = Field(
         5, description="updates in a row that may be skipped for a loss or gradient that is not finite"
     )
@@ -55,6 +56,9 @@ class PolicyConfig(Section):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimiser")
     updates_per_step: Positive = Field(1, description="n_policy: updates on each step's rollouts (algorithm 1)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    activation_offload: bool = Field(
+        False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
+    )
 
 
 class PRMConfig(Section):
@@ -68,6 +72,9 @@ class PRMConfig(Section):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the PRM's optimiser")
     updates_per_step: Positive = Field(1, description="n_prm: PRM updates before the policy's (algorithm 1)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    activation_offload: bool = Field(
+        False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
+    )
 
 
 class ExpertFileConfig(Section):
@@ -142,6 +149,14 @@ class BatchConfig(Section):
     tokens_per_microbatch: Positive = Field(16384, description="tokens of one forward and backward")
 
 
+class AdapterConfig(Section):
+    rank: Positive = Field(16, description="rank of the LoRA updates")
+    alpha: PositiveFloat = Field(32.0, description="LoRA's scale: updates are multiplied by alpha / rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="layers that get an update: all linear ones but the head, or names"
+    )
+
+
 class ParallelConfig(Section):
     replicate: Positive = Field(
         1, description="copies of the weights; the processes of each copy shard them (1: all processes do)"
@@ -193,6 +208,14 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     batch: BatchConfig = BatchConfig()
     parallel: ParallelConfig = ParallelConfig()
+    adapters: AdapterConfig | None = Field(
+        None, description="policy and PRM as two LoRA adapters on one frozen base, which is the reference as well"
+    )
+    offload_idle: bool = Field(
+        False,
+        description="parameters and optimiser state of the side that does not work now leave the device: to host "
+        "memory, or on a CPU to files in output_dir",
+    )
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
