@@ -128,7 +128,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     _no_overrides(overrides)
-    from repirl.models import export_checkpoint
+    from repirl.export import export_checkpoint
 
     for folder in export_checkpoint(options.checkpoint, options.output):
         print(folder)

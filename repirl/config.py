@@ -269,9 +269,32 @@ class Config(Section):
             raise ValueError(
                 "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
             )
+        self._memory_options_fit()
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
         return self
+
+    def _memory_options_fit(self) -> None:
+        if self.adapters is not None:
+            if self.prm.model is not None and self.objective == "repirl":
+                raise ValueError(
+                    f"adapters put policy and PRM on one base, but prm.model is {self.prm.model!r}: leave it out"
+                )
+            if self.offload_idle:
+                raise ValueError("offload_idle moves whole models, but with adapters there is only one: leave it out")
+            if self.policy.gradient_checkpointing != self.prm.gradient_checkpointing and self.objective == "repirl":
+                raise ValueError(
+                    "policy.gradient_checkpointing and prm.gradient_checkpointing differ, but with adapters there is "
+                    "only one model: set both"
+                )
+        if self.offload_idle and self.parallel.cpu_offload:
+            raise ValueError("parallel.cpu_offload keeps everything in host memory already: leave out offload_idle")
+        for name, section in {"policy": self.policy, "prm": self.prm}.items():
+            if section.activation_offload and not section.gradient_checkpointing:
+                raise ValueError(
+                    f"{name}.activation_offload moves what gradient checkpointing keeps: set "
+                    f"{name}.gradient_checkpointing, too"
+                )
 
 
 def list_presets() -> list[str]:

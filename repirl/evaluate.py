@@ -34,5 +34,5 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     }
     run = build(config.model_copy(update=policy_only))
     if path is not None:
-        load_weights(path, "policy", run.policy.model)
+        load_weights(path, "policy", run.policy)
     return evaluate(run), len(run.held_out.prompts[: config.eval.num_prompts])

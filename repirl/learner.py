@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import PreTrainedModel, get_scheduler
 
+from repirl.adapters import belongs, is_shared, merged_weights, select_adapter
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
-from repirl.config import OptimizerConfig, RunError
+from repirl.config import ConfigError, OptimizerConfig, RunError
+from repirl.dist.offload import Residency
 from repirl.dist.shard import gathered, reshard, whole
 from repirl.dist.world import World
 from repirl.models import forward_flops, ordinary_attention
@@ -32,21 +35,27 @@ class TrainingError(RunError):
 class Learner:
     """A model with its optimiser and schedule.
 
-    model: a fused model (models.fuse), sharded where `world.mesh` says so · num_updates: optimiser updates that the
-    schedule is laid out for · tokens_per_microbatch: what one forward and backward may hold · temperature: the
-    sampling temperature, at which the model's distribution is read · world: the processes that share the work; each
-    of them calls the same methods with the same batches · work: counts what was computed.
+    model: a fused model (models.fuse), sharded where `world.mesh` says so · optimizer: None for a model that is only
+    asked · num_updates: optimiser updates that the schedule is laid out for · tokens_per_microbatch: what one forward
+    and backward may hold · temperature: the sampling temperature, at which the model's distribution is read ·
+    reads_values: whether the model's one-output head is what is asked, not its distribution; by default where there
+    is no other · adapter: which of the adapters of a shared model (adapters.add_adapters) this is, None for its base ·
+    world: the processes that share the work; each of them calls the same methods with the same batches · work: counts
+    what was computed.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         *,
-        num_updates: int,
+        num_updates: int = 1,
         tokens_per_microbatch: int,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
+        reads_values: bool | None = None,
+        adapter: str | None = None,
         world: World | None = None,
         work: Work | None = None,
     ) -> None:
@@ -55,30 +64,37 @@ class Learner:
         self.work = work or Work()
         self.tokens_per_microbatch = tokens_per_microbatch
         self.temperature = temperature
-        self.max_grad_norm = optimizer.max_grad_norm
-        self.max_skipped_updates = optimizer.max_skipped_updates
+        self.reads_values = not hasattr(model, "lm_head") if reads_values is None else reads_values
+        self.adapter, self.shares_model = adapter, is_shared(model)
+        self.residency: Residency | None = None
         if gradient_checkpointing:
-            enable_checkpointing(model)
+            enable_checkpointing(model, offload=activation_offload)
         # Training mode everywhere, for checkpointing and because rollouts and updates must be one distribution:
         # dropout would make pi_old differ from itself.
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        decayed = [p for p in model.parameters() if p.ndim >= 2]
-        others = [p for p in model.parameters() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=optimizer.lr,
-            betas=tuple(optimizer.betas),
-            eps=optimizer.eps,
-        )
+        self.trained = self._trained_parameters() if optimizer else {}
+        self.num_skipped_updates = self.num_skipped_in_a_row = 0
+        self.optimizer: torch.optim.Optimizer | None = None
+        if optimizer is None:
+            if not self.shares_model:
+                model.requires_grad_(False)
+            return
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.max_skipped_updates = optimizer.max_skipped_updates
+        self.optimizer = make_optimizer(list(self.trained.values()), optimizer)
         names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
         self.scheduler = get_scheduler(
             names[optimizer.schedule], self.optimizer, optimizer.warmup_steps, max(num_updates, 1)
         )
-        self.num_skipped_updates = 0
-        self.num_skipped_in_a_row = 0
+
+    def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        named = self.model.named_parameters()
+        if self.shares_model:
+            return {name: p for name, p in named if self.adapter is not None and belongs(name, self.adapter)}
+        return {name: p for name, p in named if p.requires_grad}
 
     @property
     def device(self) -> torch.device:
@@ -86,22 +102,48 @@ class Learner:
 
     def set_num_updates(self, count: int) -> None:
         """Go on as if `count` updates had been made: the schedule's place, and the rate that belongs to it."""
+        assert self.optimizer is not None
         self.scheduler.last_epoch, self.scheduler._step_count = count, count + 1
         rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        rates = [base * rule(count) for base, rule in rules]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.scheduler._last_lr = rates
+        self.scheduler._last_lr = [float(base) * rule(count) for base, rule in rules]
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter once, whole, by its Hugging Face name, as a sampling engine loads it; where the model is
         sharded, every process has to go through all of them."""
+        self._take_place()
+        if self.shares_model:
+            yield from merged_weights(self.model, self.adapter)
+            return
         for name, parameter in self.model.named_parameters():
             yield name, whole(parameter.detach())
+
+    def model_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: all of it, or of a shared one what is trained here."""
+        self._take_place()
+        state = get_model_state_dict(self.model)
+        return {name: state[name] for name in self.trained} if self.shares_model else state
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `model_state` gave."""
+        self._take_place()
+        set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
+
+    def _take_place(self) -> None:
+        """Be the one whose tensors are on the device, and whose adapter is on."""
+        if self.residency is not None:
+            self.residency.use(self)
+        if self.shares_model:
+            select_adapter(self.model, self.adapter)
 
     @contextmanager
     def ordinary_model(self) -> Iterator[PreTrainedModel]:
         """The model for ordinary forward passes (padded batches, KV cache, no gradients) by this process alone."""
+        self._take_place()
         training = self.model.training
         self.model.eval()
         try:
@@ -119,18 +161,19 @@ class Learner:
             "packed_layout": layout,
             "response_index": batch.response_index.to(device),
         }
-        if hasattr(self.model, "lm_head"):
+        if self.reads_values:
+            arguments |= {"reads_values": True}
+            outputs = {"value": self.model(**arguments)}
+        else:
             arguments |= {"targets": batch.response_ids.to(device), "temperature": temperature or self.temperature}
             outputs = self.model(**arguments)._asdict()
-        else:
-            outputs = {"value": self.model(**arguments)}
         self.work.slots += layout.num_slots
         return outputs
 
     def _microbatches(self, batch: PackedBatch, flops_factor: int) -> Iterator[tuple[list[int], PackedBatch]]:
         """This process's micro-batches: the sequences' places in `batch`, and a batch of them. Where others have one
         more, the places are empty and the batch is some sequence: sharded models have to be run together."""
-        costs = forward_flops(self.model, batch)
+        costs = forward_flops(self.model, batch, self.reads_values)
         mine = batch.microbatches(self.tokens_per_microbatch, self.world.size, costs)[self.world.rank]
         for sequences in mine:
             if sequences:
@@ -141,6 +184,7 @@ class Learner:
     @torch.no_grad()
     def score(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
         """Outputs for every response token [R], on the CPU, without gradients; at another temperature on request."""
+        self._take_place()
         collected: Outputs = {}
         for sequences, micro in self._microbatches(batch, flops_factor=1):
             positions = batch.response_positions(sequences)
@@ -158,7 +202,8 @@ class Learner:
         out to processes changes nothing. An update whose loss or gradient is not finite is skipped and counted;
         TrainingError after `max_skipped_updates` of them in a row.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        assert self.optimizer is not None, "this model is only asked"
+        self._take_place()
         total = torch.zeros(1, dtype=torch.float64)
         for sequences, micro in self._microbatches(batch, flops_factor=3):
             outputs = self._outputs(micro)
@@ -170,9 +215,9 @@ class Learner:
             # FSDP averages gradients over the processes, here they are to be added.
             (loss * self.world.size).backward()
         reshard(self.model)
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)))
         loss_value = float(self.world.sum(total))
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         if math.isfinite(norm) and math.isfinite(loss_value):
             self.optimizer.step()
             self.num_skipped_in_a_row = 0
@@ -180,6 +225,8 @@ class Learner:
             self.num_skipped_updates += 1
             self.num_skipped_in_a_row += 1
         self.scheduler.step()
+        # Now and not before the next update: until then other models want the memory.
+        self.optimizer.zero_grad(set_to_none=True)
         if self.num_skipped_in_a_row >= self.max_skipped_updates:
             raise TrainingError(
                 f"{self.num_skipped_in_a_row} updates in a row had a loss or gradient that is not finite (loss "
@@ -189,8 +236,28 @@ class Learner:
         return {"loss": loss_value, "grad_norm": norm, "lr": rate, "skipped_updates": self.num_skipped_updates}
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in backward."""
+def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the parameters; weight decay for matrices only. ConfigError where 8-bit state has no torchao."""
+    decayed = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    factory: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if config.state_bits == 8:
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError(f"optimizer.state_bits 8 needs the package torchao: {error}") from error
+        factory = AdamW8bit
+    betas = (config.betas[0], config.betas[1])
+    return factory([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps)
+
+
+def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:
+    """Recompute each layer's activations in backward; offload: what is kept of a layer waits in host memory."""
+    options: dict[str, Any] = {"offload": True} if offload else {}
     # transformers renamed it; the older name warns, the newer one is missing in older releases.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False}, **options)
+    except TypeError as error:
+        raise ConfigError("activation_offload needs a newer transformers than the one installed here") from error

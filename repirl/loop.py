@@ -5,14 +5,12 @@ Plain RLOO is the same loop without the PRM, supervised fine-tuning the same wit
 
 from __future__ import annotations
 
-import torch
-
 from repirl.batch import PackedBatch
 from repirl.config import Config
 from repirl.evaluate import evaluate
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
-from repirl.sampling import sample_experts, sample_rollouts, write_reference
+from repirl.sampling import sample_experts, sample_rollouts, write_expert_streams, write_reference
 from repirl.setup import Run, build, check_output_dir
 
 
@@ -47,7 +45,7 @@ def train(config: Config, *, resume: bool = False) -> int:
                 if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                     run.save(done, metrics.get("eval/accuracy"))
                 run.checkpointer.poll()
-        run.checkpointer.finish()
+        run.close()
     return config.steps
 
 
@@ -89,9 +87,7 @@ def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, 
     config, prm = run.config, run.prm
     with timer("prm"):
         experts = sample_experts(run)
-        write_reference(run, experts)
-        # mu of an expert is unknown and not needed: experts estimate no Z.
-        experts.write("old_logprob", torch.zeros(experts.num_response_tokens))
+        write_expert_streams(run, experts)
         batch = irl.training_batch(experts, rollouts, config.irl.use_outcome)
         if batch is None:
             return {"prm/skipped_no_failures": 1}

@@ -57,14 +57,20 @@ class PackedCausalLM:
         response_index: Tensor | None = None,
         targets: Tensor | None = None,
         temperature: float = 1.0,
+        reads_values: bool = False,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Packed: input_ids [T], response_index [R], targets [R] -> TokenStats of [R], for the token at
-        response_index given everything before it in its sequence. Only those R rows reach the head."""
+        response_index given everything before it in its sequence. Only those R rows reach the head.
+
+        reads_values: the outputs [R] float32 of `value_head`, which a PRM on a shared base has, instead."""
         if packed_layout is None:
             return super().forward(input_ids, *args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
         hidden = _hidden(self, input_ids, position_ids, packed_layout)  # type: ignore[arg-type]
+        if reads_values:
+            head = self.value_head  # type: ignore[attr-defined]
+            return head(hidden[response_index].to(head.weight.dtype))[:, 0].float()
         softcap = getattr(self.config, "final_logit_softcapping", None)  # type: ignore[attr-defined]
         # The state of action t is the hidden state one token earlier.
         return self.lm_head(hidden[response_index - 1], targets, temperature=temperature, softcap=softcap)  # type: ignore
@@ -79,6 +85,7 @@ class PackedTokenClassifier:
         *args: Any,
         packed_layout: PackedLayout | None = None,
         response_index: Tensor | None = None,
+        reads_values: bool = True,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -110,19 +117,19 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def forward_flops(model: PreTrainedModel, batch: PackedBatch) -> list[float]:
+def forward_flops(model: PreTrainedModel, batch: PackedBatch, reads_values: bool) -> list[float]:
     """Floating-point operations of one forward pass over each sequence, causal attention counted by half and the head
     for response tokens only: model FLOPs, which recomputation does not add to."""
     backbone = getattr(model, model.base_model_prefix)
-    head = model.lm_head if hasattr(model, "lm_head") else model.score
     config = model.config
+    head_size = config.hidden_size if reads_values else model.lm_head.weight.numel()
     embeddings = model.get_input_embeddings().weight.numel()
     per_token = 2 * (sum(p.numel() for p in backbone.parameters()) - embeddings)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Two products (scores, and values weighted by them), two operations each, half of it masked.
     per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim
     lengths, responses = batch.lengths.double(), batch.response_cu_seqlens.diff()
-    return (per_token * lengths + per_pair * lengths**2 + 2 * head.weight.numel() * responses).tolist()
+    return (per_token * lengths + per_pair * lengths**2 + 2 * head_size * responses).tolist()
 
 
 @contextmanager
@@ -238,25 +245,3 @@ def build_model(folder: Path) -> PreTrainedModel:
     is_value = any(name.endswith("ForTokenClassification") for name in config.architectures or [])
     factory = AutoModelForTokenClassification if is_value else AutoModelForCausalLM
     return fuse(factory.from_config(config, dtype=config.dtype, attn_implementation="sdpa"))
-
-
-def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
-    """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm; returns the folders written.
-
-    Plain `AutoModelForCausalLM` and `AutoModelForTokenClassification` load them back.
-    ConfigError where the checkpoint is missing or not one.
-    """
-    from repirl.dist.checkpoint import load_weights, resolve_checkpoint
-
-    quiet_transformers()
-    folder = resolve_checkpoint(checkpoint)
-    written = []
-    for name in ("policy", "prm"):
-        if not (folder / name).is_dir():
-            continue
-        model = build_model(folder / name)
-        load_weights(folder, name, model)
-        model.save_pretrained(Path(output) / name)
-        load_tokenizer(str(folder / name)).save_pretrained(Path(output) / name)
-        written.append(Path(output) / name)
-    return written

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.data.prompts import Prompt
 from repirl.rewards.math import math_reward
@@ -9,12 +12,35 @@ from repirl.rollout.engine import Response, Sampling, sequence_seed
 from repirl.setup import Run
 
 
-def write_reference(run: Run, batch: PackedBatch) -> None:
+def write_reference(run: Run, rollouts: PackedBatch) -> None:
     """The frozen reference's streams: `ref_logprob` at the policy's temperature, `prm_ref_logprob` at the PRM's."""
     if run.reference:
-        batch.write("ref_logprob", run.reference.score(batch)["logprob"])
-        if run.prm and run.config.prm.reward == "implicit":
-            batch.write("prm_ref_logprob", run.reference.score(batch, run.prm.temperature)["logprob"])
+        rollouts.write("ref_logprob", run.reference.score(rollouts)["logprob"])
+        if run.prm_reads_reference:
+            rollouts.write("prm_ref_logprob", _prm_reference(run, rollouts))
+
+
+def _prm_reference(run: Run, batch: PackedBatch) -> Tensor:
+    assert run.reference
+    assert run.prm
+    return run.reference.score(batch, run.prm.temperature)["logprob"]
+
+
+def write_expert_streams(run: Run, experts: PackedBatch) -> None:
+    """What the PRM's loss reads of experts. They estimate no Z, so neither mu nor the base measure of theirs is ever
+    needed; the reference's log-probabilities, which implicit rewards need, are computed once for each expert."""
+    experts.write("old_logprob", torch.zeros(experts.num_response_tokens))
+    if run.reference:
+        experts.write("ref_logprob", torch.zeros(experts.num_response_tokens))
+    if not run.prm_reads_reference:
+        return
+    indices = (-1 - experts.group_ids).tolist()
+    first = {index: place for place, index in enumerate(indices) if index not in run.expert_reference}
+    if first:
+        new = experts.select(list(first.values()))
+        parts = _prm_reference(run, new).split(new.response_cu_seqlens.diff().tolist())
+        run.expert_reference |= {index: part.clone() for index, part in zip(first, parts, strict=True)}
+    experts.write("prm_ref_logprob", torch.cat([run.expert_reference[index] for index in indices]))
 
 
 def respond(
@@ -72,6 +98,6 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
 def sample_experts(run: Run) -> PackedBatch:
     indices = run.expert_cursor.next(run.config.irl.experts_per_step or run.config.rollout.prompts_per_step)
     chosen = [run.experts[i] for i in indices]
-    # Groups of their own: experts estimate no Z.
-    groups = [-1 - i for i in range(len(chosen))]
+    # Experts estimate no Z, so their groups are free to say which expert it is; prompts' groups begin at 0.
+    groups = [-1 - i for i in indices]
     return pack([(e.prompt_ids, e.response_ids) for e in chosen], source=EXPERT, group_ids=groups)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repirl.config import Config, ConfigError, describe
+from repirl.adapters import add_adapters, init_adapters
+from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig, describe
 from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
 from repirl.dist.checkpoint import Checkpointer, list_checkpoints, load_checkpoint, newest_sound
 from repirl.dist.load import load_sharded_model
+from repirl.dist.offload import Residency
 from repirl.dist.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import load_model, load_tokenizer, quiet_transformers
@@ -40,15 +44,30 @@ class Run:
     world: World
     work: Work
     checkpointer: Checkpointer
+    # Row of the expert -> the frozen reference's log-probability of each of its response tokens, where it is needed.
+    expert_reference: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def learners(self) -> dict[str, Learner]:
         return {"policy": self.policy} | ({"prm": self.prm} if self.prm else {})
 
+    @property
+    def prm_reads_reference(self) -> bool:
+        """Whether rewards are relative to the frozen reference."""
+        return self.prm is not None and self.config.prm.reward == "implicit"
+
+    def close(self) -> None:
+        """Complete what is still being written, end the engine, and remove what idle models left on disk."""
+        self.checkpointer.finish()
+        self.engine.close()
+        if self.policy.residency is not None:
+            self.policy.residency.close()
+
     def save(self, step: int, accuracy: float | None = None) -> None:
         """Checkpoint after `step` finished steps; accuracy: on the held-out prompts, if it was measured after it."""
         cursors = {"prompts": self.prompt_cursor, "experts": self.expert_cursor}
-        state = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
+        state: dict[str, Any] = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
+        state["expert_reference"] = self.expert_reference
         self.checkpointer.save(
             step, self.learners, state, self.tokenizer, description=describe(self.config), score=accuracy
         )
@@ -61,6 +80,7 @@ class Run:
                 raise ConfigError(f"checkpoint {str(path)!r} is of a run without {name}; it had another objective")
             if cursor:
                 cursor.load_state_dict(state[name])
+        self.expert_reference = state["expert_reference"]
         self.engine.update_weights(self.policy)
         return step
 
@@ -75,6 +95,69 @@ def needs_reference(config: Config) -> bool:
     )
 
 
+def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, Learner | None, Learner | None]:
+    """Policy, PRM and frozen reference, the last two where the configuration needs them."""
+    dtype, compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
+    trains_prm = config.objective == "repirl"
+    prm_reads_values = trains_prm and config.prm.reward == "value"
+    # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
+    temperature = 1.0 if config.objective == "sft" else config.rollout.temperature
+
+    def load(
+        section: PolicyConfig | PRMConfig,
+        kind: str,
+        dtype: torch.dtype,
+        prepare: Callable[[PreTrainedModel], None] | None = None,
+    ) -> PreTrainedModel:
+        source = config.policy if section.model is None else section
+        name, files = str(source.model), {"gguf_file": source.gguf_file}
+        if world.mesh is None:
+            model = load_model(name, kind=kind, dtype=dtype, device=world.device, **files)
+            if prepare is not None:
+                prepare(model)
+            return model
+        offload = config.parallel.cpu_offload
+        options = {"compute_dtype": compute_dtype, "world": world, "cpu_offload": offload, "prepare": prepare}
+        return load_sharded_model(name, kind=kind, dtype=dtype, **options, **files)
+
+    def learner(model: PreTrainedModel, section: PolicyConfig | PRMConfig | None, **options: Any) -> Learner:
+        if section is not None:
+            options |= {
+                "num_updates": config.steps * section.updates_per_step,
+                "gradient_checkpointing": section.gradient_checkpointing,
+                "activation_offload": section.activation_offload,
+            }
+        optimizer = section.optimizer if section is not None else None
+        budget = config.batch.tokens_per_microbatch
+        return Learner(model, optimizer, tokens_per_microbatch=budget, world=world, work=work, **options)
+
+    prm = reference = None
+    if config.adapters is not None:
+        names = ["policy", "prm"] if trains_prm else ["policy"]
+        options = {"value_head": prm_reads_values, "dtype": dtype}
+        adapters = config.adapters
+        # The frozen base needs no more precision than it is computed with.
+        model = load(config.policy, "causal", compute_dtype, lambda m: add_adapters(m, adapters, names, **options))
+        init_adapters(model, config.seed)
+        policy = learner(model, config.policy, temperature=temperature, adapter="policy")
+        if trains_prm:
+            prm = learner(model, config.prm, reads_values=prm_reads_values, adapter="prm")
+        if needs_reference(config):
+            reference = learner(model, None, temperature=temperature)
+    else:
+        policy = learner(load(config.policy, "causal", dtype), config.policy, temperature=temperature)
+        if trains_prm:
+            prm = learner(load(config.prm, "value" if prm_reads_values else "causal", dtype), config.prm)
+        if needs_reference(config):
+            reference = learner(load(config.policy, "causal", dtype), None, temperature=temperature)
+    if config.offload_idle:
+        residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
+        for one in (policy, prm, reference):
+            if one is not None:
+                residency.add(one)
+    return policy, prm, reference
+
+
 def build(config: Config) -> Run:
     """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
     quiet_transformers()
@@ -82,7 +165,6 @@ def build(config: Config) -> Run:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     world, work = join_world(config), Work()
-    dtype = getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
 
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
@@ -91,43 +173,7 @@ def build(config: Config) -> Run:
     held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
     experts = [] if config.objective == "rloo" else load_experts(config.data, tokenizer)
 
-    def learner(section: Any, kind: str, num_updates: int, temperature: float) -> Learner:
-        name, gguf_file = section.model, section.gguf_file
-        if name is None:
-            name, gguf_file = config.policy.model, config.policy.gguf_file
-        if world.mesh is None:
-            model = load_model(name, kind=kind, dtype=dtype, device=world.device, gguf_file=gguf_file)
-        else:
-            model = load_sharded_model(
-                name,
-                kind=kind,
-                dtype=dtype,
-                compute_dtype=getattr(torch, config.computes_in),
-                world=world,
-                cpu_offload=config.parallel.cpu_offload,
-                gguf_file=gguf_file,
-            )
-        return Learner(
-            model,
-            section.optimizer,
-            num_updates=num_updates,
-            tokens_per_microbatch=config.batch.tokens_per_microbatch,
-            temperature=temperature,
-            gradient_checkpointing=section.gradient_checkpointing,
-            world=world,
-            work=work,
-        )
-
-    # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
-    temperature = 1.0 if is_sft else config.rollout.temperature
-    policy = learner(config.policy, "causal", config.steps * config.policy.updates_per_step, temperature)
-    prm = reference = None
-    if config.objective == "repirl":
-        kind = "value" if config.prm.reward == "value" else "causal"
-        prm = learner(config.prm, kind, config.steps * config.prm.updates_per_step, 1.0)
-    if needs_reference(config):
-        reference = learner(config.policy, "causal", 1, temperature)
-        reference.model.requires_grad_(False)
+    policy, prm, reference = build_learners(config, world, work)
     engine = TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
     return Run(
         config,

@@ -35,9 +35,10 @@ from repirl.data.tasks.arithmetic import (
     problems,
     sloppy_solution,
 )
+from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
-from repirl.models import export_checkpoint, load_model, quiet_transformers
+from repirl.models import load_model, quiet_transformers
 from repirl.objectives import irl
 from repirl.report.html import write_report
 from repirl.report.metrics import print_table, read_metrics, reset_peak_memory
@@ -79,7 +80,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     results, prms = {}, {"start policy's log-probs": _frozen(folder / "start", run_config(folder, seed, "rePIRL"))}
     for name in RUNS:
         config = run_config(folder, seed, name)
-        reset_peak_memory()
+        reset_peak_memory(torch.device("cpu"))
         train(config)
         results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
         if config.objective == "repirl":

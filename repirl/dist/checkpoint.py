@@ -27,12 +27,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repirl.config import CheckpointConfig, ConfigError, RunError
 from repirl.dist.world import World
@@ -106,14 +104,9 @@ def _checksum(file: Path) -> int:
     return value
 
 
-def _tensors(learners: dict[str, Learner]) -> dict[str, Any]:
-    return {
-        name: {
-            "model": get_model_state_dict(learner.model),
-            "optimizer": get_optimizer_state_dict(learner.model, learner.optimizer),
-        }
-        for name, learner in learners.items()
-    }
+def _tensors(learner: Learner) -> dict[str, Any]:
+    model = learner.model_state()
+    return {"model": model, "optimizer": get_optimizer_state_dict(learner.model, learner.optimizer)}
 
 
 def _rng_state() -> dict[str, Any]:
@@ -189,7 +182,7 @@ class Checkpointer:
                 save_description(learner.model, tokenizer, temporary / name)
             counts = {
                 name: {
-                    "scheduler": learner.scheduler.state_dict(),
+                    "num_updates": learner.scheduler.last_epoch,
                     "num_skipped_updates": learner.num_skipped_updates,
                     "num_skipped_in_a_row": learner.num_skipped_in_a_row,
                 }
@@ -201,13 +194,14 @@ class Checkpointer:
             torch.save({"rng": rng, "run": run_state}, temporary / "run.pt")
 
         self._together(step, prepare if self.world.is_main else _nothing)
-        state, target = _tensors(learners), temporary / "tensors"
+        # One after the other: idle ones may be away from the device, and there need not be room for all.
         if self._thread is None:
-            self._together(step, lambda: _write(state, target, None))
+            for name, learner in learners.items():
+                self._together(step, lambda x=learner, n=name: _write({n: _tensors(x)}, temporary, None))
             self._complete(step)
         else:
-            state = _copied(state)
-            self._pending = (step, self._thread.submit(_write, state, target, self._group))
+            copies = {name: _copied(_tensors(learner)) for name, learner in learners.items()}
+            self._pending = (step, self._thread.submit(_write, copies, temporary, self._group))
 
     def poll(self) -> None:
         """Complete a checkpoint that is being written, if all processes are done with it. Every process has to call."""
@@ -281,8 +275,10 @@ def _nothing() -> None:
     """What the other processes do while the main one writes."""
 
 
-def _write(state: dict[str, Any], target: Path, group: dist.ProcessGroup | None) -> None:
-    dcp.save(state, checkpoint_id=target, process_group=group, no_dist=not dist.is_initialized())
+def _write(states: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+    for name, state in states.items():
+        target = folder / name / "tensors"
+        dcp.save(state, checkpoint_id=target, process_group=group, no_dist=not dist.is_initialized())
 
 
 def _copied(state: Any) -> Any:
@@ -290,7 +286,7 @@ def _copied(state: Any) -> Any:
         return {key: _copied(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(_copied(value) for value in state)
-    return state.detach().clone() if isinstance(state, torch.Tensor) else state
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
 def _reason(error: BaseException) -> str:
@@ -310,21 +306,16 @@ def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> t
     missing = sorted(set(learners) - set(content["learners"]))
     if missing:
         raise ConfigError(f"checkpoint {str(path)!r} has no {missing[0]!r}; it holds {sorted(content['learners'])}")
-    options = {name: [_options(group) for group in x.optimizer.param_groups] for name, x in learners.items()}
-    state = _tensors(learners)
-    try:
-        dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
-    except CheckpointException as error:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} does not fit the configured models: {_reason(error).splitlines()[-1]}"
-        ) from error
     for name, learner in learners.items():
-        set_model_state_dict(learner.model, state[name]["model"])
-        set_optimizer_state_dict(learner.model, learner.optimizer, state[name]["optimizer"])
-        for group, mine in zip(learner.optimizer.param_groups, options[name], strict=True):
+        options = [_options(group) for group in learner.optimizer.param_groups]
+        state = _tensors(learner)
+        _read(state, path / name / "tensors")
+        learner.load_model_state(state["model"])
+        set_optimizer_state_dict(learner.model, learner.optimizer, state["optimizer"])
+        for group, mine in zip(learner.optimizer.param_groups, options, strict=True):
             group |= mine
         saved = content["learners"][name]
-        learner.set_num_updates(saved["scheduler"]["last_epoch"])
+        learner.set_num_updates(saved["num_updates"])
         learner.num_skipped_updates = saved["num_skipped_updates"]
         learner.num_skipped_in_a_row = saved["num_skipped_in_a_row"]
     rest = torch.load(path / "run.pt", weights_only=True)
@@ -336,8 +327,17 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def load_weights(path: Path, name: str, model: PreTrainedModel) -> None:
+def _read(state: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise ConfigError(
+            f"checkpoint {str(folder)!r} does not fit the configured models: {_reason(error).splitlines()[-1]}"
+        ) from error
+
+
+def load_weights(path: Path, name: str, learner: Learner) -> None:
     """Fill a model with the weights that a checkpoint holds under `name` ("policy" or "prm")."""
-    state = {name: {"model": get_model_state_dict(model)}}
-    dcp.load(state, checkpoint_id=path / "tensors", no_dist=not dist.is_initialized())
-    set_model_state_dict(model, state[name]["model"])
+    state = {"model": learner.model_state()}
+    _read(state, path / name / "tensors")
+    learner.load_model_state(state["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from repirl.adapters import base_name
 from repirl.config import ConfigError
 from repirl.dist.shard import reshard, shard
 from repirl.dist.world import World
@@ -34,9 +36,11 @@ def load_sharded_model(
     world: World,
     cpu_offload: bool = False,
     gguf_file: str | None = None,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """As models.load_model, sharded over `world`: every process reads its own slices of the safetensors files.
 
+    prepare: what is done to the model before it is sharded (adapters are added).
     What is not in safetensors under the model's own parameter names (GGUF, old formats) is loaded whole by every
     process first, and said so.
     """
@@ -45,6 +49,8 @@ def load_sharded_model(
     files = None if gguf_file else _files_by_name(name)
     model = None if files is None else _empty_model(name, kind, dtype)
     if model is not None and files is not None and _all_there(model, files, kind):
+        if prepare is not None:
+            prepare(model)
         shard(model, world.mesh, compute_dtype, cpu_offload=cpu_offload)
         _materialise(model, home)
         _read(model, files)
@@ -52,6 +58,8 @@ def load_sharded_model(
         if world.is_main and not gguf_file:
             logger.warning("%s: not in safetensors under the model's own names; every process loads it whole", name)
         model = load_model(name, kind=kind, dtype=dtype, device=torch.device("cpu"), gguf_file=gguf_file)
+        if prepare is not None:
+            prepare(model)
         shard(model, world.mesh, compute_dtype, cpu_offload=cpu_offload)
         # Buffers, which FSDP leaves where they are.
         for module in model.modules():
@@ -111,10 +119,11 @@ def _read(model: nn.Module, files: dict[str, str]) -> None:
     by_file: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        if name in files:
-            by_file[files[name]].append((name, parameter))
+        plain = base_name(name)
+        if plain in files:
+            by_file[files[plain]].append((plain, parameter))
         else:
-            # A new value head: every reward is 0 at first.
+            # A new value head: every reward is 0 at first. Adapters get their values elsewhere.
             parameter.to_local().zero_()
     for path, parameters in by_file.items():
         with safe_open(path, "pt") as file:

@@ -94,8 +94,10 @@ def join_world(config: Config) -> World:
         torch.cuda.set_device(device)
     # One process shards its weights too where only a sharded model can do what is asked for: computing in another
     # type than that of the parameters, or keeping these in host memory.
+    # (Adapters keep a type of their own without that.)
     alone = size == 1
-    if alone and config.computes_in == config.dtype and not config.parallel.cpu_offload:
+    same_type = config.computes_in == config.dtype or config.adapters is not None
+    if alone and same_type and not config.parallel.cpu_offload:
         return World(device)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.batch import EXPERT, pack
 from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
 from repirl.dist.checkpoint import list_checkpoints, resolve_checkpoint
+from repirl.export import export_checkpoint
+from repirl.learner import Learner
 from repirl.loop import train
-from repirl.models import export_checkpoint
 from repirl.objectives import irl, rloo
 from repirl.report.metrics import read_metrics
 from repirl.setup import build, needs_reference
@@ -252,6 +253,29 @@ def test_implicit_rewards_start_at_zero_at_any_temperature(tmp_path):
     assert first["prm/reward_mean"] == pytest.approx(0.0, abs=1e-5)
     assert first["prm/reward_std"] == pytest.approx(0.0, abs=1e-5)
     assert first["rollout/sampler_mismatch_max"] < 1e-4
+
+
+def test_the_reference_reads_each_expert_once(tmp_path, monkeypatch):
+    """Two passes over the experts, and a resumed third: as many experts scored as there are."""
+    changes = {"prm": {"reward": "implicit"}, "irl": {"use_outcome": False, "experts_per_step": 12}}
+    scored, score = [], Learner.score
+
+    def count(self, batch, temperature=None):
+        if self.optimizer is None and (batch.group_ids < 0).all():
+            scored.extend(batch.group_ids.tolist())
+        return score(self, batch, temperature)
+
+    monkeypatch.setattr(Learner, "score", count)
+    whole = tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), steps=6, **changes)
+    train(whole)
+    assert sorted(scored) == list(range(-24, 0))
+    parts = tiny_config(tmp_path, output_dir=str(tmp_path / "parts"), steps=4, **changes)
+    train(parts)
+    scored.clear()
+    parts = tiny_config(tmp_path, output_dir=str(tmp_path / "parts"), steps=6, **changes)
+    train(parts, resume=True)
+    assert not scored
+    assert metrics_of(parts) == metrics_of(whole)
 
 
 def test_only_what_needs_the_reference_loads_it(tmp_path):

@@ -6,6 +6,7 @@ import re
 import time
 
 import pytest
+import torch
 from rich.console import Console
 
 from repirl.report.metrics import (
@@ -18,6 +19,8 @@ from repirl.report.metrics import (
     read_metrics,
     reset_peak_memory,
 )
+
+CPU = torch.device("cpu")
 
 
 def steps(folder):
@@ -64,11 +67,11 @@ def test_timer_adds_up_by_phase():
 
 def test_peak_memory_starts_anew_after_a_reset():
     block = bytearray(200 * 2**20)
-    high = peak_memory_bytes()
+    high = peak_memory_bytes(CPU)
     assert high >= len(block)
     del block
-    reset_peak_memory()
-    assert peak_memory_bytes() < high - 100 * 2**20
+    reset_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) < high - 100 * 2**20
 
 
 def test_display_prints_plain_lines_where_there_is_no_terminal():

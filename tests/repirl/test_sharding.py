@@ -10,7 +10,7 @@ import torch
 import yaml
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
-from tiny import make_model, tiny_config, tiny_values
+from tiny import gradients, make_model, tiny_config, tiny_values
 
 from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig, build_config
@@ -45,12 +45,8 @@ def updates(learner, count, num_steps):
     batch = pack(PAIRS[:count])
     batch.write("weight", torch.linspace(-1, 1, batch.num_response_tokens))
     before = learner.score(batch)
-    metrics = []
-    for step in range(num_steps):
-        metrics.append(learner.step(batch, loss))
-        if step == 0:
-            # They stay until the next update clears them.
-            grads = {n: whole(p.grad).clone() for n, p in learner.model.named_parameters()}
+    grads = gradients(learner, batch, loss)
+    metrics = [learner.step(batch, loss) for _ in range(num_steps)]
     after = {name: weight.clone() for name, weight in learner.weights()}
     return before, grads, after, [(m["loss"], m["grad_norm"]) for m in metrics], learner.score(batch)
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from repirl.batch import PackedBatch
 from repirl.config import Config, build_config, merge
 from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
+from repirl.dist.shard import whole
+from repirl.learner import Learner, LossFunction
 
 
 def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3") -> Path:
@@ -58,6 +61,19 @@ def make_data(folder: Path, count: int = 24) -> dict[str, str]:
         "eval": str(folder / "eval.jsonl"),
         "solution_column": "solution",
     }
+
+
+def gradients(learner: Learner, batch: PackedBatch, loss: LossFunction) -> dict[str, torch.Tensor]:
+    """The whole gradients, by parameter, of the update that `step` is about to make; it is not made."""
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        found.update({name: whole(p.grad).clone() for name, p in learner.trained.items() if p.grad is not None})
+
+    step, learner.optimizer.step = learner.optimizer.step, keep
+    learner.step(batch, loss)
+    learner.optimizer.step = step
+    return found
 
 
 def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""Policy and PRM as two LoRA adapters (peft) on one frozen base; with both off, the base is the reference.
+
+Adapters of one model all stay trainable: peft's own switch freezes those that are off, and a gradient that is still
+to come, or a sharded copy that was made before, would be lost without a word. The optimisers tell whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from repirl.config import AdapterConfig, ConfigError
+
+_LORA = ("lora_A", "lora_B")
+
+
+def add_adapters(
+    model: PreTrainedModel, config: AdapterConfig, names: list[str], dtype: torch.dtype, *, value_head: bool
+) -> None:
+    """Freeze a fused causal LM and add adapters of the given names to it, in place; value_head: also a one-output head
+    `value_head`, for a PRM that reads its reward there. `init_adapters` has to follow, once they have memory.
+
+    ConfigError where `target_modules` are not in the model.
+    """
+    model.requires_grad_(False)
+    targets = config.target_modules
+    for name in names:
+        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
+        try:
+            model.add_adapter(lora, adapter_name=name)
+        except ValueError as error:
+            first_line = str(error).splitlines()[0]
+            raise ConfigError(f"adapters.target_modules {targets!r} do not fit the model: {first_line}") from error
+    device = next(model.parameters()).device
+    if value_head:
+        model.value_head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=dtype)
+    for layer in _layers(model):
+        for part in _LORA:
+            getattr(layer, part).to(dtype)
+    select_adapter(model, None)
+
+
+def select_adapter(model: nn.Module, name: str | None) -> None:
+    """Compute with this adapter from now on, or with the base alone. Not between a forward pass and its backward."""
+    for layer in _layers(model):
+        if name is not None:
+            layer.set_adapter(name)
+        layer.enable_adapters(name is not None)
+        for part in _LORA:
+            getattr(layer, part).requires_grad_(True)
+
+
+def _layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether adapters were added to a model."""
+    return any(True for _ in _layers(model))
+
+
+def belongs(parameter_name: str, adapter: str) -> bool:
+    """Whether a parameter is trained with an adapter: its own ones, and the value head with the PRM's."""
+    is_value_head = parameter_name.startswith("value_head.")
+    return f".{adapter}." in parameter_name or (is_value_head and adapter == "prm")
+
+
+def base_name(parameter_name: str) -> str | None:
+    """The name that a parameter has in the model without adapters; None for what adapters brought."""
+    if "lora_" in parameter_name or parameter_name.startswith("value_head."):
+        return None
+    return parameter_name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Start values as in Hu et al. 2021: A uniform, B zero, so that every adapter is the base at first; a value head
+    is zero, so every reward is 0. They depend on the seed and the parameter's name only, not on how it is sharded."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            bound = 1.0 / math.sqrt(parameter.shape[1])
+            values = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+            _local(parameter).copy_(_part(values, parameter))
+        elif base_name(name) is None:
+            _local(parameter).zero_()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _part(values: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of a sharded parameter with these values."""
+    if not isinstance(parameter, DTensor):
+        return values
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if 0 in shape:
+        return values.new_empty(shape)
+    return values[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
+@torch.no_grad()
+def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the model without adapters, whole, with `adapter` worked into them. Where the model is
+    sharded, every process has to go through all of them."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        plain = base_name(name)
+        if plain is None:
+            continue
+        value = _whole(parameter)
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if adapter is not None and layer is not None and adapter in layer.lora_A:
+            a, b = _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
+            value = (value.float() + layer.scaling[adapter] * (b.float() @ a.float())).to(value.dtype)
+        yield plain, value
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,71 @@
+"""Policy and PRM of a checkpoint as plain Hugging Face models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+
+from repirl.config import Config, build_config
+from repirl.dist.checkpoint import load_weights, resolve_checkpoint
+from repirl.dist.world import World
+from repirl.learner import Learner
+from repirl.models import build_model, load_tokenizer, quiet_transformers
+from repirl.report.metrics import Work
+from repirl.setup import build_learners
+
+
+def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
+    """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm; returns the folders written.
+
+    Plain `AutoModelForCausalLM` and `AutoModelForTokenClassification` load them back. Adapters are worked into the
+    weights of their base, which has to be where the run found it.
+    ConfigError where the checkpoint is missing, damaged, or not one.
+    """
+    quiet_transformers()
+    folder = resolve_checkpoint(checkpoint)
+    config = build_config(yaml.safe_load((folder / "config.yaml").read_text()))
+    models = _merged(folder, config) if config.adapters is not None else _whole(folder)
+    written = []
+    for name, model in models.items():
+        model.save_pretrained(Path(output) / name)
+        load_tokenizer(str(folder / name)).save_pretrained(Path(output) / name)
+        written.append(Path(output) / name)
+    return written
+
+
+def _whole(folder: Path) -> dict[str, PreTrainedModel]:
+    models = {}
+    for name in ("policy", "prm"):
+        if (folder / name).is_dir():
+            models[name] = build_model(folder / name)
+            load_weights(folder, name, Learner(models[name], None, tokens_per_microbatch=1))
+    return models
+
+
+def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
+    policy, prm, _ = build_learners(config, World(torch.device("cpu")), Work())
+    models = {}
+    for name, learner in {"policy": policy, "prm": prm}.items():
+        if learner is None:
+            continue
+        load_weights(folder, name, learner)
+        weights = dict(learner.weights())
+        plain_config = AutoConfig.from_pretrained(folder / name)
+        factory = AutoModelForCausalLM
+        if learner.reads_values:
+            plain_config.num_labels, plain_config.classifier_dropout = 1, 0.0
+            factory = AutoModelForTokenClassification
+            weights.pop("lm_head.weight", None)
+            head = learner.model.value_head
+            weights |= {"score.weight": head.weight.detach(), "score.bias": head.bias.detach()}
+        model = factory.from_config(plain_config, dtype=learner.model.dtype)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        # Tied heads have no weights of their own.
+        assert not unexpected, unexpected
+        assert set(missing) <= {"lm_head.weight"}, missing
+        models[name] = model
+    return models
