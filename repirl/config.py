@@ -105,6 +105,14 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     max_sequences: Positive = Field(256, description="responses decoded side by side")
+    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
+        "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
+    )
+    overlap: Literal["none", "prm", "step"] = Field(
+        "none",
+        description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "
+        "order: policy_first) or during the whole step, from weights one step old (loss.sampler_ratio_cap corrects)",
+    )
 
 
 class IRLConfig(Section):
@@ -269,10 +277,29 @@ class Config(Section):
             raise ValueError(
                 "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
             )
+        self._rollout_options_fit()
         self._memory_options_fit()
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
         return self
+
+    def _rollout_options_fit(self) -> None:
+        overlap = self.rollout.overlap
+        if overlap != "none" and self.rollout.engine != "vllm_server":
+            raise ValueError(
+                f"rollout.overlap is {overlap!r}, but engine {self.rollout.engine!r} computes where the training does: "
+                "only rollout.engine: vllm_server can sample meanwhile"
+            )
+        if overlap == "prm" and self.order != "policy_first":
+            raise ValueError(
+                "rollout.overlap is 'prm': the policy has to be updated before the next rollouts begin; set order: "
+                "policy_first"
+            )
+        if overlap == "step" and self.loss.sampler_ratio_cap is None:
+            raise ValueError(
+                "rollout.overlap is 'step': rollouts come from older weights, which loss.sampler_ratio_cap corrects; "
+                "it is null"
+            )
 
     def _memory_options_fit(self) -> None:
         if self.adapters is not None:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from repirl.config import Config, ConfigError
 from repirl.dist.checkpoint import load_weights, resolve_checkpoint
 from repirl.rollout.engine import Sampling, sequence_seed
-from repirl.sampling import respond
+from repirl.sampling import begin_responses, judge
 from repirl.setup import Run, build
 
 
 def evaluate(run: Run) -> float:
     """Share of held-out prompts that the policy answers right; greedy at eval.temperature 0."""
     config = run.config
+    run.engine.wake()
+    if config.rollout.overlap == "step":
+        # Rollouts in flight are sampled from older weights: the engine gets the present ones when it is done with them.
+        if run.in_flight is not None:
+            run.in_flight.future.exception()
+        run.engine.update_weights(run.policy)
     prompts = run.held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
     sampling = Sampling(config.rollout.max_response_tokens, config.eval.temperature, (run.tokenizer.eos_token_id,))
-    return sum(outcome or 0.0 for _, outcome in respond(run, prompts, seeds, sampling)) / len(prompts)
+    mine, future = begin_responses(run, prompts, seeds, sampling)
+    return sum(outcome or 0.0 for _, outcome in judge(run, prompts, mine, future.result())) / len(prompts)
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, int]:

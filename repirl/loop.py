@@ -10,7 +10,13 @@ from repirl.config import Config
 from repirl.evaluate import evaluate
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
-from repirl.sampling import sample_experts, sample_rollouts, write_expert_streams, write_reference
+from repirl.sampling import (
+    begin_rollouts,
+    finish_rollouts,
+    sample_experts,
+    write_expert_streams,
+    write_reference,
+)
 from repirl.setup import Run, build, check_output_dir
 
 
@@ -59,9 +65,16 @@ def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
 def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dict[str, float]:
     """One turn of the dual loop."""
     config = run.config
+    more_to_come = step + 1 < config.steps
     reporter.phase("rollout")
     with timer("rollout"):
-        rollouts, metrics = sample_rollouts(run, step)
+        rollouts, metrics = finish_rollouts(run, step)
+        if config.rollout.overlap == "step" and more_to_come:
+            # The next step's are sampled from weights that this step is about to improve.
+            run.engine.update_weights(run.policy)
+            begin_rollouts(run, step + 1)
+        if run.in_flight is None:
+            run.engine.sleep()
     with timer("old_logprob"):
         outputs = run.policy.score(rollouts)
         rollouts.write("old_logprob", outputs["logprob"])
@@ -71,20 +84,26 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dic
         "policy/entropy": float(outputs["entropy"].mean()),
         "rollout/sampler_mismatch_max": float(mismatch.max()),
     }
-    phases = ("policy", "prm") if config.order == "policy_first" else ("prm", "policy")
-    for phase in phases:
-        reporter.phase(phase)
-        if phase == "policy":
+    for side in ("policy", "prm") if config.order == "policy_first" else ("prm", "policy"):
+        reporter.phase(side)
+        if side == "policy":
             metrics |= update_policy(run, rollouts, timer)
+            if config.rollout.overlap != "step":
+                with timer("push_weights"):
+                    run.engine.wake()
+                    run.engine.update_weights(run.policy)
+            if config.rollout.overlap == "prm" and more_to_come:
+                begin_rollouts(run, step + 1)
         elif run.prm:
             metrics |= update_prm(run, rollouts, timer)
-    run.engine.update_weights(run.policy)
     return metrics
 
 
 def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
     """n_prm updates on experts against rollouts; two passes each."""
     config, prm = run.config, run.prm
+    # log mu: what the trainer says of the weights that sampled, or of older ones only the sampler itself.
+    behaviour = "sampler_logprob" if config.rollout.overlap == "step" else "old_logprob"
     with timer("prm"):
         experts = sample_experts(run)
         write_expert_streams(run, experts)
@@ -93,7 +112,7 @@ def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, 
             return {"prm/skipped_no_failures": 1}
         for _ in range(config.prm.updates_per_step):
             batch.write("reward", irl.rewards(prm.score(batch), batch, config.prm))
-            metrics = irl.write_coefficients(batch, config.irl)
+            metrics = irl.write_coefficients(batch, config.irl, behaviour)
             metrics |= prm.step(batch, irl.loss(batch, config.prm, config.irl))
     return _named("prm", metrics)
 

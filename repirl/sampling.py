@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +13,9 @@ from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.data.prompts import Prompt
 from repirl.rewards.math import math_reward
 from repirl.rollout.engine import Response, Sampling, sequence_seed
-from repirl.setup import Run
+
+if TYPE_CHECKING:
+    from repirl.setup import Run
 
 
 def write_reference(run: Run, rollouts: PackedBatch) -> None:
@@ -29,9 +35,9 @@ def _prm_reference(run: Run, batch: PackedBatch) -> Tensor:
 def write_expert_streams(run: Run, experts: PackedBatch) -> None:
     """What the PRM's loss reads of experts. They estimate no Z, so neither mu nor the base measure of theirs is ever
     needed; the reference's log-probabilities, which implicit rewards need, are computed once for each expert."""
-    experts.write("old_logprob", torch.zeros(experts.num_response_tokens))
-    if run.reference:
-        experts.write("ref_logprob", torch.zeros(experts.num_response_tokens))
+    unknown = ("old_logprob", "sampler_logprob", *(["ref_logprob"] if run.reference else []))
+    for name in unknown:
+        experts.write(name, torch.zeros(experts.num_response_tokens))
     if not run.prm_reads_reference:
         return
     indices = (-1 - experts.group_ids).tolist()
@@ -43,17 +49,41 @@ def write_expert_streams(run: Run, experts: PackedBatch) -> None:
     experts.write("prm_ref_logprob", torch.cat([run.expert_reference[index] for index in indices]))
 
 
-def respond(
-    run: Run, prompts: list[Prompt], seeds: list[int], sampling: Sampling
-) -> list[tuple[Response, float | None]]:
-    """A response to each prompt and the verifier's verdict on it (None for a prompt without an answer). Each process
-    samples and judges its share; all of them get everything."""
+@dataclass
+class InFlight:
+    """Responses that are being sampled for a step, or were sampled and wait for it.
+
+    rows: of the step's prompts in the data · mine: places, in the list of prompts, of those that this process
+    samples · future: their responses.
+    """
+
+    step: int
+    rows: list[int]
+    mine: list[int]
+    future: Future[list[Response]]
+
+
+def begin_responses(run: Run, prompts: list[Prompt], seeds: list[int], sampling: Sampling) -> tuple[list[int], Future]:
+    """Start sampling a response to each prompt; each process samples its share. Returns the places of this process's
+    prompts, and their responses to be."""
     rank, size = run.world.rank, run.world.size
     # Sequences of one prompt stay on one process: their prompt is prefilled once.
     place: dict[tuple[int, ...], int] = {}
     shares = [place.setdefault(prompt.token_ids, len(place)) % size for prompt in prompts]
     mine = [i for i, share in enumerate(shares) if share == rank]
-    responses = run.engine.generate([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
+    arguments = ([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
+    if run.background is not None:
+        return mine, run.background.submit(run.engine.generate, *arguments)
+    future: Future[list[Response]] = Future()
+    future.set_result(run.engine.generate(*arguments))
+    return mine, future
+
+
+def judge(
+    run: Run, prompts: list[Prompt], mine: list[int], responses: list[Response]
+) -> list[tuple[Response, float | None]]:
+    """Everybody's responses, in the order of the prompts, and the verifier's verdicts (None without an answer); each
+    process judges its own."""
     run.work.tokens += sum(len(r.token_ids) for r in responses)
     judged = [
         (i, response, None if prompts[i].answer is None else verify(run, response, prompts[i].answer))
@@ -68,20 +98,33 @@ def verify(run: Run, response: Response, answer: str) -> float:
     return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
 
 
-def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]:
-    """K responses for each prompt of the step, verified where prompts have answers."""
-    config, num_samples = run.config, run.config.rollout.samples_per_prompt
-    indices = run.prompt_cursor.next(config.rollout.prompts_per_step)
-    prompts = [run.prompts[i] for i in indices for _ in range(num_samples)]
-    groups = [g for g in range(len(indices)) for _ in range(num_samples)]
-    seeds = [sequence_seed(config.seed, step, groups[i], i % num_samples) for i in range(len(prompts))]
-    end_ids = (run.tokenizer.eos_token_id,)
-    sampling = Sampling(config.rollout.max_response_tokens, config.rollout.temperature, end_ids)
-    judged = respond(run, prompts, seeds, sampling)
+def _step_prompts(run: Run, rows: list[int]) -> list[Prompt]:
+    return [run.prompts[row] for row in rows for _ in range(run.config.rollout.samples_per_prompt)]
+
+
+def begin_rollouts(run: Run, step: int) -> None:
+    """Start sampling K responses for each prompt of a step, with the weights that the engine has now."""
+    config, num_samples = run.config.rollout, run.config.rollout.samples_per_prompt
+    rows = run.prompt_cursor.next(config.prompts_per_step)
+    seeds = [sequence_seed(run.config.seed, step, g, i) for g in range(len(rows)) for i in range(num_samples)]
+    sampling = Sampling(config.max_response_tokens, config.temperature, (run.tokenizer.eos_token_id,))
+    mine, future = begin_responses(run, _step_prompts(run, rows), seeds, sampling)
+    run.in_flight = InFlight(step, rows, mine, future)
+
+
+def finish_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]:
+    """The rollouts of a step, verified where prompts have answers; begun now if they are not in flight."""
+    if run.in_flight is None:
+        begin_rollouts(run, step)
+    in_flight, run.in_flight = run.in_flight, None
+    assert in_flight is not None
+    assert in_flight.step == step
+    prompts = _step_prompts(run, in_flight.rows)
+    judged = judge(run, prompts, in_flight.mine, in_flight.future.result())
     responses = [response for response, _ in judged]
     batch = pack(
         [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses, strict=True)],
-        group_ids=groups,
+        group_ids=[i // run.config.rollout.samples_per_prompt for i in range(len(prompts))],
         outcome=[float("nan") if outcome is None else outcome for _, outcome in judged],
         streams={"sampler_logprob": [r.logprobs for r in responses]},
     )
@@ -91,8 +134,29 @@ def sample_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
         "tokens": batch.num_tokens,
         "tokens/response": batch.num_response_tokens,
     }
-    has_answers = config.data.answer_column is not None
+    has_answers = run.config.data.answer_column is not None
     return batch, metrics | ({"rollout/outcome": float(batch.outcome.mean())} if has_answers else {})
+
+
+def in_flight_state(run: Run) -> dict[str, Any] | None:
+    """What a checkpoint holds of rollouts in flight, equal on all processes; waits for them. They were sampled from
+    weights that may be gone by the time the run goes on, so they could not be sampled again."""
+    if run.in_flight is None:
+        return None
+    mine = zip(run.in_flight.mine, run.in_flight.future.result(), strict=True)
+    everybody = sorted(run.world.gather([(i, astuple(r)) for i, r in mine]))
+    return {"step": run.in_flight.step, "rows": run.in_flight.rows, "responses": [r for _, r in everybody]}
+
+
+def restore_in_flight(run: Run, state: dict[str, Any] | None) -> None:
+    """Take back what `in_flight_state` gave, on any number of processes."""
+    if state is None:
+        return
+    responses = [Response(*fields) for fields in state["responses"]]
+    mine = list(range(len(responses)))[run.world.rank :: run.world.size]
+    future: Future[list[Response]] = Future()
+    future.set_result([responses[i] for i in mine])
+    run.in_flight = InFlight(state["step"], state["rows"], mine, future)
 
 
 def sample_experts(run: Run) -> PackedBatch:

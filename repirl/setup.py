@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from repirl.models import load_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
+from repirl.sampling import InFlight, in_flight_state, restore_in_flight
 
 
 @dataclass
@@ -46,6 +48,9 @@ class Run:
     checkpointer: Checkpointer
     # Row of the expert -> the frozen reference's log-probability of each of its response tokens, where it is needed.
     expert_reference: dict[int, Tensor] = field(default_factory=dict)
+    in_flight: InFlight | None = None
+    # Where the engine samples beside the training; None: in its turn.
+    background: ThreadPoolExecutor | None = None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -59,6 +64,8 @@ class Run:
     def close(self) -> None:
         """Complete what is still being written, end the engine, and remove what idle models left on disk."""
         self.checkpointer.finish()
+        if self.background is not None:
+            self.background.shutdown()
         self.engine.close()
         if self.policy.residency is not None:
             self.policy.residency.close()
@@ -68,6 +75,7 @@ class Run:
         cursors = {"prompts": self.prompt_cursor, "experts": self.expert_cursor}
         state: dict[str, Any] = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
         state["expert_reference"] = self.expert_reference
+        state["in_flight"] = in_flight_state(self)
         self.checkpointer.save(
             step, self.learners, state, self.tokenizer, description=describe(self.config), score=accuracy
         )
@@ -81,6 +89,7 @@ class Run:
             if cursor:
                 cursor.load_state_dict(state[name])
         self.expert_reference = state["expert_reference"]
+        restore_in_flight(self, state["in_flight"])
         self.engine.update_weights(self.policy)
         return step
 
@@ -158,6 +167,11 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     return policy, prm, reference
 
 
+def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase, world: World) -> Engine:
+    """What samples, as `rollout.engine` says."""
+    return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
+
+
 def build(config: Config) -> Run:
     """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
     quiet_transformers()
@@ -174,7 +188,7 @@ def build(config: Config) -> Run:
     experts = [] if config.objective == "rloo" else load_experts(config.data, tokenizer)
 
     policy, prm, reference = build_learners(config, world, work)
-    engine = TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
+    engine = make_engine(config, policy, tokenizer, world)
     return Run(
         config,
         tokenizer,
@@ -190,6 +204,7 @@ def build(config: Config) -> Run:
         world,
         work,
         Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world),
+        background=ThreadPoolExecutor(1, "rollout") if config.rollout.overlap != "none" else None,
     )
 
 

@@ -56,14 +56,14 @@ def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: boo
     return concatenate([experts, correct, failed])
 
 
-def write_coefficients(batch: PackedBatch, config: IRLConfig) -> dict[str, float]:
-    """Reads `reward`, `old_logprob` (log mu) and, for base_measure `reference`, `ref_logprob`; writes
+def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob") -> dict[str, float]:
+    """Reads `reward`, the stream `behaviour` (log mu) and, for base_measure `reference`, `ref_logprob`; writes
     `coefficient`. Returns the importance weights' diagnostics."""
     is_expert = batch.source == EXPERT
     experts, rollouts = batch.select(is_expert), batch.select(~is_expert)
     log_weights = log_importance_weights(
         rollouts.read("reward"),
-        rollouts.read("old_logprob"),
+        rollouts.read(behaviour),
         rollouts.response_cu_seqlens,
         group_ids=rollouts.group_ids,
         kind=config.weights,

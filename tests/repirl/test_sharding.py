@@ -1,6 +1,8 @@
 """Two and three processes give what one gives: losses, gradients, weights, rollouts, checkpoints."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
 from tiny import gradients, make_model, tiny_config, tiny_values
 
+from repirl.apps.demo import make_base, make_data
 from repirl.batch import pack
-from repirl.config import ConfigError, OptimizerConfig, build_config
+from repirl.config import ConfigError, OptimizerConfig, build_config, load_preset, merge
 from repirl.dist.load import load_sharded_model
 from repirl.dist.shard import units, whole
 from repirl.dist.world import World, join_world
@@ -235,28 +238,36 @@ def test_a_missing_model_or_a_wrong_layout_is_one_clear_message(tmp_path, monkey
         join_world(tiny_config(tmp_path, device="cuda"))
 
 
-def torchrun(num_ranks, *arguments, **options):
+def torchrun(num_ranks, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command += ["-m", "repirl.cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     # The loopback device, whatever the host's name resolves to.
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    return subprocess.run(
-        [*command, "-m", "repirl.cli", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    try:
+        out, errors = process.communicate(timeout=240)
+    finally:
+        # Whatever happened, no rank is left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, errors
 
 
-def test_torchrun_starts_the_command_line(tmp_path):
-    train(tiny_config(tmp_path, output_dir=str(tmp_path / "one"), steps=2))
+def test_torchrun_runs_the_demo_preset_as_one_process_does(tmp_path):
+    make_data(tmp_path, seed=0)
+    make_base(tmp_path / "base", seed=0)
+    data = {"train": str(tmp_path / "data" / "train.jsonl"), "eval": str(tmp_path / "data" / "eval.jsonl")}
+    changes = {"steps": 3, "policy": {"model": str(tmp_path / "base")}, "data": data, "eval": {"num_prompts": 20}}
+    values = merge(load_preset("demo"), changes)
+    train(build_config(values | {"output_dir": str(tmp_path / "one")}))
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(tiny_values(tmp_path, output_dir=str(tmp_path / "two"), steps=2)))
-    result = torchrun(2, "train", "--config", str(file), timeout=240)
-    assert result.returncode == 0, result.stderr
+    file.write_text(yaml.safe_dump(values | {"output_dir": str(tmp_path / "two")}))
+    code, out, errors = torchrun(2, "train", "--config", str(file))
+    assert code == 0, errors
     assert_same_run(lines(tmp_path / "two"), lines(tmp_path / "one"), 1e-3)
     # One process speaks.
-    assert result.stdout.count("repirl 2/2") == 1
-    assert result.stdout.count("metrics, TensorBoard and checkpoints") == 1
+    assert out.count("repirl 3/3") == 1
+    assert out.count("metrics, TensorBoard and checkpoints") == 1
