@@ -1,13 +1,15 @@
 """Causal attention over packed sequences, registered with transformers as `repirl_packed`.
 
-On CUDA in half precision PyTorch's variable-length flash attention runs. Elsewhere sequences of similar
-length are laid side by side (at most twice the work of the packed tokens, only inside attention) and PyTorch's
+On CUDA in half precision variable-length flash attention runs, flash-attn's or PyTorch's own. Elsewhere sequences of
+similar length are laid side by side (at most twice the work of the packed tokens, only inside attention) and PyTorch's
 causal scaled-dot-product attention runs on each such group: exact, and its cost is linear in the number of
 sequences where a T x T mask would be quadratic.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +47,29 @@ class PackedLayout:
         self.inverse = inverse.to(device)
 
 
+@functools.cache
+def packed_kernel() -> Callable[[Tensor, Tensor, Tensor, PackedLayout, float | None], Tensor]:
+    """The kernel for packed sequences on a GPU in half precision: flash-attn's where it is installed, or PyTorch's."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return _torch_kernel
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> Tensor:
+        cu, longest = layout.cu_seqlens, layout.max_length
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True)
+
+    return flash
+
+
+def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = layout.cu_seqlens, layout.max_length
+    grouped_heads = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
+    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), **grouped_heads)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -71,13 +96,8 @@ def packed_attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        cu, longest = packed_layout.cu_seqlens, packed_layout.max_length
         packed_layout.num_slots = q.shape[0]
-        grouped_heads = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-        out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), **grouped_heads)
-        return out[None], None
+        return packed_kernel()(q, k, v, packed_layout, scaling)[None], None
     parts = []
     for index in packed_layout.groups:
         grouped = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))

@@ -1,11 +1,14 @@
 """The packed forward equals the plain model, for values and gradients, and export gives plain models back."""
 
+import sys
+import types
+
 import pytest
 import torch
 from tiny import gradients, make_model
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GraniteConfig, GraniteForCausalLM
 
-from repirl.attention import PackedLayout
+from repirl.attention import PackedLayout, packed_attention, packed_kernel
 from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig
 from repirl.learner import Learner
@@ -134,3 +137,35 @@ def test_missing_model_is_one_clear_message(tmp_path):
         load_model(str(tmp_path / "nowhere"), kind="causal", dtype=torch.float32, device=CPU)
     with pytest.raises(ConfigError, match=r"cannot load the tokenizer .*nowhere"):
         load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def test_flash_attn_is_called_where_it_is_installed(monkeypatch):
+    """Its kernel needs a GPU; here a stand-in with its signature shows that what reaches it is what it expects."""
+    lengths = torch.tensor([3, 1, 5])
+    cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    layout = PackedLayout(cu, CPU)
+    q, k, v = (torch.randn(9, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == 5
+        assert options == {"softmax_scale": 0.3, "causal": True}
+        parts = [x.split(cu_seqlens_q.diff().tolist()) for x in (q, k, v)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outs = [
+            attend(*(x.transpose(0, 1) for x in qkv), is_causal=True, scale=0.3, enable_gqa=True).transpose(0, 1)
+            for qkv in zip(*parts, strict=True)
+        ]
+        return torch.cat(outs)
+
+    module = types.ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    packed_kernel.cache_clear()
+    try:
+        found = packed_kernel()(q, k, v, layout, 0.3)
+    finally:
+        packed_kernel.cache_clear()
+    batched = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected, _ = packed_attention(torch.nn.Module(), *batched, None, scaling=0.3, packed_layout=layout)
+    torch.testing.assert_close(found, expected[0], atol=1e-6, rtol=1e-5)
