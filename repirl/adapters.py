@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -20,6 +19,10 @@ from transformers import PreTrainedModel
 
 from repirl.config import AdapterConfig, ConfigError
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+# peft is imported where adapters are added: it costs seconds, which runs without any need not wait for.
 _LORA = ("lora_A", "lora_B")
 
 
@@ -31,6 +34,8 @@ def add_adapters(
 
     ConfigError where `target_modules` are not in the model.
     """
+    from peft import LoraConfig
+
     model.requires_grad_(False)
     targets = config.target_modules
     for name in names:
@@ -60,7 +65,7 @@ def select_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[LoraLayer]:
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+    return (module for module in model.modules() if hasattr(module, "lora_A"))
 
 
 def is_shared(model: nn.Module) -> bool:
@@ -114,7 +119,7 @@ def _part(values: Tensor, parameter: Tensor) -> Tensor:
 def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
     """The parameters of the model without adapters, whole, with `adapter` worked into them. Where the model is
     sharded, every process has to go through all of them."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         plain = base_name(name)
         if plain is None:

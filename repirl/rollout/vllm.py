@@ -129,12 +129,28 @@ class VLLMEngine:
         self._require_awake("take new weights")
         self._has_weights = False
         pushed: dict[str, Fingerprint] = {}
-        weights = recorded(policy.weights(), self.dtype, pushed)
-        with self._undisturbed(), _failing_as("taking new weights"):
-            held = self.llm.collective_rpc(vllm_worker.load_weights, args=(weights,))
-            if not self.llm.reset_prefix_cache():
-                raise EngineError("vLLM in this process did not drop its prefix cache, which is of the former weights")
-        require_held(pushed, self._gathered(held), "vLLM in this process")
+        weights = policy.weights()
+        held: dict[str, Any] = {}
+        problem: EngineError | None = None
+        try:
+            with self._undisturbed(), _failing_as("taking new weights"):
+                taken = recorded(weights, self.dtype, pushed)
+                [held] = self.llm.collective_rpc(vllm_worker.load_weights, args=(taken,))
+                if not self.llm.reset_prefix_cache():
+                    raise EngineError(
+                        "vLLM in this process did not drop its prefix cache, which is of the former weights"
+                    )
+        except EngineError as error:
+            problem = error
+            # The other processes are on their way through the weights, too, and learn of it afterwards.
+            for _ in weights:
+                pass
+        everybodys = policy.world.gather([(str(problem or ""), held)])
+        if problems := [text for text, _ in everybodys if text]:
+            raise EngineError(problems[0]) from problem
+        for first in range(0, policy.world.size, self.tensor_parallel):
+            parts = [held for _, held in everybodys[first : first + self.tensor_parallel]]
+            require_held(pushed, parts, "vLLM in this process")
         prompts, seeds = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
         # Each process brings the same prompts, and an engine of its own.
         found = policy.world.gather(self._generate(prompts, seeds, PROBE, alike=True))
@@ -224,9 +240,6 @@ class VLLMEngine:
     def _require_awake(self, what: str) -> None:
         if self._asleep:
             raise EngineError(f"vLLM in this process is asleep and cannot {what}: wake() it first")
-
-    def _gathered(self, held: list[dict]) -> list[dict]:
-        return self._exchange(held[0]) if self.tensor_parallel > 1 else held
 
     def _exchange(self, item: Any) -> list[Any]:
         """Everybody's item in the tensor-parallel group."""

@@ -1,0 +1,287 @@
+"""Sampling with a vLLM server, a process of its own, on other devices or another machine.
+
+Prompts and responses travel as token ids (/inference/v1/generate), weights over a TCP connection from the trainer to
+each of the server's workers; nothing is written to a file. `serve_command` tells how to start such a server. Nothing
+here is authenticated: a server belongs on 127.0.0.1 or into a network of one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import secrets
+import socket
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repirl.config import ConfigError
+from repirl.learner import Learner
+from repirl.rollout.engine import EngineError, Response, Sampling
+from repirl.rollout.vllm import PROBE, check_request, probe, recorded, require_held, require_parity
+from repirl.rollout.vllm_worker import Fingerprint, send_end, send_tensor
+
+# Opens the routes by which weights are pushed.
+SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
+
+
+def serve_command(
+    model: str,
+    *,
+    dtype: str,
+    max_model_len: int,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    options: Sequence[str] = (),
+) -> list[str]:
+    """The command that starts a server for VLLMServerEngine, in SERVER_ENVIRONMENT and where repirl is installed.
+
+    model: folder or hub id; of its files only the configuration is used · options: further ones of `vllm serve`.
+    """
+    return [
+        *("vllm", "serve", model, "--host", host, "--port", str(port)),
+        *("--dtype", dtype, "--max-model-len", str(max_model_len)),
+        *("--load-format", "dummy", "--tokens-only", "--enable-prompt-tokens-details"),
+        *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+        *("--worker-extension-cls", "repirl.rollout.vllm_worker.WeightReceiver"),
+        *options,
+    ]
+
+
+class VLLMServerEngine:
+    """A running vLLM server. It is used with this policy's weights only after the first `update_weights`.
+
+    url: of the server, such as http://127.0.0.1:8000 · max_sequences: requests under way at a time, of this process ·
+    timeout_seconds: how long one answer may take (a response; all weights; the server's start, which is waited for) ·
+    push_host: this machine's address as the server's workers reach it.
+
+    With several processes (torchrun) each asks for its own responses, and the first one pushes the weights.
+    EngineError where no server answers in time; ConfigError for one that was started in another way than by
+    `serve_command`.
+    """
+
+    def __init__(
+        self, url: str, *, max_sequences: int, timeout_seconds: float = 600.0, push_host: str = "127.0.0.1"
+    ) -> None:
+        parsed = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+        if parsed.scheme not in ("", "http") or parsed.hostname is None:
+            raise ConfigError(f"the vLLM server's url is {url!r}, expected one like http://127.0.0.1:8000")
+        self.host, self.port = parsed.hostname, parsed.port or 8000
+        self.max_sequences, self.timeout_seconds, self.push_host = max_sequences, timeout_seconds, push_host
+        self._asleep, self._version = False, ""
+        self._wait_until_ready()
+        workers = self._call("repirl_describe", "telling what it serves")
+        self.num_workers, described = len(workers), workers[0]
+        self.dtype = getattr(torch, described["dtype"])
+        self.max_model_len, self.block_size = described["max_model_len"], described["block_size"]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"the vLLM server at {self.host}:{self.port}"
+
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
+        """See Engine.generate. EngineError while asleep, before the first weights, where the server does not answer in
+        time, and where it answers with other weights than the last ones that were pushed."""
+        check_request(prompts, seeds, sampling, self.max_model_len)
+        self._require_awake("sample")
+        if not self._version:
+            raise EngineError(f"{self.name} has no sound weights of this run: update_weights() comes first")
+        return [response for response, _ in self._generate(prompts, seeds, sampling)]
+
+    def update_weights(self, policy: Learner) -> None:
+        """Push the policy's weights, tensor by tensor, and check them; all processes call it. EngineError where the
+        server holds anything else than what was pushed, samples with other log-probabilities than the policy, or does
+        not answer in time."""
+        self._require_awake("take new weights")
+        self._version = ""
+        found: list[tuple[str, str, list[Response]]] = []
+        if policy.world.is_main:
+            weights = policy.weights()
+            prompts, seeds = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
+            try:
+                self._version = self._push(weights)
+                sampled = self._generate(prompts, seeds, PROBE)
+                if stale := max(num_cached for _, num_cached in sampled):
+                    raise EngineError(f"{self.name} kept {stale} cached tokens of a prompt over a change of weights")
+                found = [("", self._version, [response for response, _ in sampled])]
+            except EngineError as error:
+                # The others are on their way through the weights, too, and learn of it afterwards.
+                for _ in weights:
+                    pass
+                found = [(str(error), "", [])]
+        else:
+            for _ in policy.weights():
+                pass
+            prompts, _ = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
+        self._version = ""
+        [(problem, version, responses)] = policy.world.gather(found)
+        if problem:
+            raise EngineError(problem)
+        require_parity(policy, prompts, responses, self.dtype, self.name)
+        self._version = version
+
+    def sleep(self) -> None:
+        """The server's memory is on other devices and stays there; until `wake` nothing is sampled."""
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self._asleep = False
+
+    def close(self) -> None:
+        """Nothing to end: the server was started by somebody else."""
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[tuple[Response, int]]:
+        """Responses, and how many tokens of each prompt came from the server's prefix cache."""
+        bodies = [
+            {
+                "token_ids": list(prompt),
+                "sampling_params": {
+                    "seed": seed,
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_response_tokens,
+                    "stop_token_ids": list(sampling.end_ids),
+                    # Only sampling.end_ids end a response.
+                    "ignore_eos": True,
+                    "logprobs": 0,
+                },
+            }
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        responses = []
+        for answer in self._ask_all("/inference/v1/generate", bodies, "sampling"):
+            [choice] = answer["choices"]
+            versions = {span["version"] for span in choice["weight_versions"] or [{"version": "unknown"}]}
+            if versions != {self._version}:
+                raise EngineError(
+                    f"{self.name} sampled with other weights than those that were pushed (version "
+                    f"{', '.join(sorted(versions))} instead of {self._version}): was it started anew?"
+                )
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            details = answer["usage"]["prompt_tokens_details"] or {}
+            response = Response(choice["token_ids"], logprobs, choice["finish_reason"] == "stop")
+            responses.append((response, details.get("cached_tokens") or 0))
+        return responses
+
+    def _push(self, weights: Iterator[tuple[str, Tensor]]) -> str:
+        """Send all weights, check what the workers hold then, and give them a version, which is returned."""
+        pushed: dict[str, Fingerprint] = {}
+        with socket.create_server((self.push_host, 0)) as listener, ThreadPoolExecutor(1) as pool:
+            place = [self.push_host, str(listener.getsockname()[1]), str(self.timeout_seconds)]
+            answer = pool.submit(self._call, "repirl_receive", "taking new weights", *place)
+            with contextlib.ExitStack() as stack:
+                try:
+                    connections = self._accept(listener, answer, stack)
+                    for name, weight in recorded(weights, self.dtype, pushed):
+                        send_tensor(connections, name, weight)
+                    send_end(connections)
+                except OSError as error:
+                    # The server's own answer, if it gives one, says more.
+                    stack.close()
+                    answer.result()
+                    raise EngineError(f"{self.name} broke off while taking new weights: {error}") from error
+                held = answer.result()
+        require_held(pushed, held, self.name)
+        if not self._ask("POST", "/reset_prefix_cache", None, "dropping its prefix cache")["success"]:
+            raise EngineError(f"{self.name} did not drop its prefix cache, which is of the former weights")
+        version = secrets.token_hex(8)
+        self._ask("POST", "/update_weight_version", {"new_version": version}, "naming its weights")
+        return version
+
+    def _accept(self, listener: socket.socket, answer: Future, stack: contextlib.ExitStack) -> list[socket.socket]:
+        """A connection from each worker; EngineError where the server has answered instead, or none comes in time."""
+        connections: list[socket.socket] = []
+        listener.settimeout(0.1)
+        deadline = time.monotonic() + self.timeout_seconds
+        while len(connections) < self.num_workers:
+            if answer.done():
+                answer.result()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no connection from it within {self.timeout_seconds:g} s")
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listener.accept()
+                connection.settimeout(self.timeout_seconds)
+                connections.append(stack.enter_context(connection))
+        return connections
+
+    def _require_awake(self, what: str) -> None:
+        if self._asleep:
+            raise EngineError(f"{self.name} is asleep and cannot {what}: wake() it first")
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.timeout_seconds
+        while True:
+            try:
+                self._ask("GET", "/health", None, "starting")
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _call(self, method: str, what: str, *arguments: str) -> list[Any]:
+        """Call a method of the server's workers; returns what each of them returned."""
+        body = {"method": method, "args": list(arguments)}
+        return self._ask("POST", "/collective_rpc", body, what)["results"]
+
+    def _ask_all(self, path: str, bodies: list[dict], what: str) -> list[dict]:
+        """The answers to many requests, several under way at a time; the first failure ends them all."""
+        if not bodies:
+            return []
+        connections: list[http.client.HTTPConnection] = []
+        with ThreadPoolExecutor(min(self.max_sequences, len(bodies))) as pool:
+            futures = [pool.submit(self._ask, "POST", path, body, what, connections.append) for body in bodies]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except EngineError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for connection in connections:
+                    with contextlib.suppress(OSError, AttributeError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+                raise
+        return [future.result() for future in futures]
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict | None,
+        what: str,
+        announce: Callable[[http.client.HTTPConnection], object] = lambda connection: None,
+    ) -> dict:
+        """One request. announce: told of the connection before it is used."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_seconds)
+        announce(connection)
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            response = connection.getresponse()
+            status, content = response.status, response.read()
+        except TimeoutError as error:
+            seconds = f"{self.timeout_seconds:g} s"
+            raise EngineError(f"{self.name} did not answer within {seconds} while {what}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(f"{self.name} is not there (any more), while {what}: {error!r}") from error
+        finally:
+            connection.close()
+        if status in (403, 404) or b"is not implemented" in content:
+            raise ConfigError(
+                f"{self.name} has no {path} for {what}: it has to be started like this: "
+                f"{' '.join(f'{k}={v}' for k, v in SERVER_ENVIRONMENT.items())} "
+                f"{' '.join(serve_command('MODEL', dtype='bfloat16', max_model_len=4096))}"
+            )
+        if status != 200:
+            raise EngineError(
+                f"{self.name} failed with status {status} while {what}: {content[:500].decode(errors='replace')}"
+            )
+        return json.loads(content) if content else {}
