@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.data.prompts import Prompt
+from repirl.models import forward_flops
 from repirl.rewards.math import math_reward
 from repirl.rollout.engine import Response, Sampling, sequence_seed
 
@@ -84,7 +85,10 @@ def judge(
 ) -> list[tuple[Response, float | None]]:
     """Everybody's responses, in the order of the prompts, and the verifier's verdicts (None without an answer); each
     process judges its own."""
-    run.work.tokens += sum(len(r.token_ids) for r in responses)
+    if responses:
+        pairs = [(prompts[i].token_ids, r.token_ids) for i, r in zip(mine, responses, strict=True)]
+        run.work.tokens += sum(len(response) for _, response in pairs)
+        run.work.flops += sum(forward_flops(run.policy.model, pack(pairs), reads_values=False))
     judged = [
         (i, response, None if prompts[i].answer is None else verify(run, response, prompts[i].answer))
         for i, response in zip(mine, responses, strict=True)

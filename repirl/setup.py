@@ -108,6 +108,11 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     """Policy, PRM and frozen reference, the last two where the configuration needs them."""
     dtype, compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
     trains_prm = config.objective == "repirl"
+    for name, section in {"policy": config.policy, "prm": config.prm}.items():
+        if section.activation_offload and world.device.type == "cpu":
+            raise ConfigError(
+                f"{name}.activation_offload moves activations from a GPU to host memory; this runs on a CPU"
+            )
     prm_reads_values = trains_prm and config.prm.reward == "value"
     # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
     temperature = 1.0 if config.objective == "sft" else config.rollout.temperature

@@ -64,7 +64,7 @@ class VLLMEngine:
         self.dtype, self.max_model_len = dtype, max_model_len
         self.tensor_parallel = tensor_parallel
         self._environment: dict[str, str] = {}
-        self._has_weights = self._asleep = self._owns_process_group = False
+        self._has_weights = self._asleep = False
         self._emptied: list[tuple[torch.UntypedStorage, int]] = []
         several = dist.is_initialized() and dist.get_world_size() > 1
         if tensor_parallel > 1 and (not several or dist.get_world_size() % tensor_parallel):
@@ -111,7 +111,12 @@ class VLLMEngine:
                 self.llm = LLM(model=folder, **options)
             except Exception as error:
                 raise ConfigError(f"vLLM cannot run this model: {_first_line(error)}") from error
-            self._owns_process_group = not had_process_group
+            if had_process_group:
+                from vllm.distributed import parallel_state
+                from vllm.v1.engine import core
+
+                # When it shuts down, vLLM would end all process groups; this one is the trainer's.
+                core.cleanup_dist_env_and_memory = parallel_state.destroy_model_parallel
         self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
@@ -183,16 +188,10 @@ class VLLMEngine:
         self._asleep = False
 
     def close(self) -> None:
-        """Shut vLLM down and free its memory, as far as it lets go of it."""
+        """Shut vLLM down and free its memory."""
         with self._undisturbed():
             self.llm.llm_engine.engine_core.shutdown()
             del self.llm
-            if self._owns_process_group:
-                # vLLM made it for itself; one that was there before is the trainer's, and stays.
-                from vllm.distributed import parallel_state
-
-                parallel_state.destroy_model_parallel()
-                parallel_state.destroy_distributed_environment()
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, *, alike: bool = False

@@ -174,6 +174,48 @@ def test_old_checkpoints_are_pruned(tmp_path):
     assert names == ["step_3", "step_4"]
 
 
+def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3, 0.9, 0.2, 0.1])
+    monkeypatch.setattr("repirl.loop.evaluate", lambda run: next(scores))
+    checkpoint = {"every": 1, "keep_last": 1, "keep_best": 2}
+    config = tiny_config(tmp_path, steps=5, eval={"every": 1}, checkpoint=checkpoint)
+    train(config)
+    names = [p.name for p in list_checkpoints(Path(config.output_dir) / "checkpoints")]
+    # The first score is of step 0, which has no checkpoint; of equals the earlier one is better.
+    assert names == ["step_1", "step_3", "step_5"]
+
+
+def test_metrics_tell_speed_padding_and_utilisation(tmp_path):
+    config = tiny_config(tmp_path, steps=1, log={"peak_tflops": 1.0}, eval={"every": 0})
+    train(config)
+    line = read_metrics(Path(config.output_dir) / "metrics.jsonl")[-1]
+    for phase in ("rollout", "old_logprob", "policy"):
+        assert line[f"tokens_per_second/{phase}"] > 0
+        assert 0 <= line[f"padding/{phase}"] < 0.5
+        assert 0 < line[f"mfu/{phase}"] < 1
+    # Every token of the rollouts once through the policy.
+    scored = line["tokens_per_second/old_logprob"] * line["seconds/old_logprob"]
+    assert round(scored) == line["tokens"]
+    # Three times a forward pass's operations for forward and backward, the same tokens.
+    operations = {p: line[f"mfu/{p}"] * line[f"seconds/{p}"] for p in ("old_logprob", "policy")}
+    assert operations["policy"] == pytest.approx(3 * operations["old_logprob"])
+
+
+def test_a_resumed_run_takes_new_options_of_the_optimiser(tmp_path):
+    """What the configuration says now is what counts, the moments and the schedule's place go on."""
+    train(tiny_config(tmp_path, steps=2))
+    optimizer = {"lr": 5e-4, "weight_decay": 0.1, "schedule": "linear"}
+    config = tiny_config(tmp_path, steps=4, policy={"optimizer": optimizer})
+    run = build(config)
+    run.restore(resolve_checkpoint(config.output_dir))
+    assert run.policy.optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert [g["lr"] for g in run.policy.optimizer.param_groups] == [2.5e-4] * 2
+    assert all(float(state["step"]) == 2 for state in run.policy.optimizer.state.values())
+    train(config, resume=True)
+    rates = [line["policy/lr"] for line in metrics_of(config) if "policy/lr" in line]
+    assert rates == pytest.approx([1e-3, 1e-3, 2.5e-4, 1.25e-4])
+
+
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
     config = tiny_config(tmp_path, steps=1)
     train(config)

@@ -299,6 +299,12 @@ def test_adapters_for_layers_that_are_not_there_say_so(tmp_path):
         build(config)
 
 
+def test_moving_activations_needs_a_gpu(tmp_path):
+    config = tiny_config(tmp_path, policy={"gradient_checkpointing": True, "activation_offload": True})
+    with pytest.raises(ConfigError, match=r"policy.activation_offload .* runs on a CPU"):
+        build(config)
+
+
 def test_names_tell_whose_a_parameter_is():
     assert belongs("model.layers.0.mlp.up_proj.lora_A.policy.weight", "policy")
     assert not belongs("model.layers.0.mlp.up_proj.lora_A.policy.weight", "prm")
