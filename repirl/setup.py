@@ -117,6 +117,10 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
     temperature = 1.0 if config.objective == "sft" else config.rollout.temperature
 
+    residency = None
+    if config.offload_idle:
+        residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
+
     def load(
         section: PolicyConfig | PRMConfig,
         kind: str,
@@ -143,7 +147,11 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
             }
         optimizer = section.optimizer if section is not None else None
         budget = config.batch.tokens_per_microbatch
-        return Learner(model, optimizer, tokens_per_microbatch=budget, world=world, work=work, **options)
+        made = Learner(model, optimizer, tokens_per_microbatch=budget, world=world, work=work, **options)
+        if residency is not None:
+            # At once, so that there is room for the next one.
+            residency.add(made)
+        return made
 
     prm = reference = None
     if config.adapters is not None:
@@ -164,11 +172,6 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
             prm = learner(load(config.prm, "value" if prm_reads_values else "causal", dtype), config.prm)
         if needs_reference(config):
             reference = learner(load(config.policy, "causal", dtype), None, temperature=temperature)
-    if config.offload_idle:
-        residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
-        for one in (policy, prm, reference):
-            if one is not None:
-                residency.add(one)
     return policy, prm, reference
 
 
