@@ -100,6 +100,11 @@ class VLLMEngine:
                 os.environ.setdefault("RANK", str(dist.get_rank()))
                 os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
             self._on_cpu = current_platform.is_cpu()
+            if self._on_cpu and tensor_parallel > 1:
+                from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+                # Its shared memory would have one name for all such runs on a machine, and outlive one that is killed.
+                CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
             options["enforce_eager"] = enforce_eager or self._on_cpu
             options["enable_sleep_mode"] = not self._on_cpu
             config = copy.deepcopy(config)
@@ -333,11 +338,10 @@ def require_held(pushed: dict[str, Fingerprint], held: list[dict[str, tuple[str,
     wrong = {}
     for label, fingerprints in parts.items():
         (digest, total), (wanted, wanted_total) = vllm_worker.add(fingerprints), pushed[names[label]]
-        # A difference or a sum that is not a number is a difference, too.
-        if digest != wanted or total != total:
+        if digest != wanted:
             wrong[label] = (abs(total - wanted_total) / max(abs(wanted_total), 1e-30), total, wanted_total)
     if wrong:
-        label = max(wrong, key=lambda label: (wrong[label][0] != wrong[label][0], wrong[label][0]))
+        label = max(wrong, key=lambda label: wrong[label][0])
         _, total, wanted_total = wrong[label]
         raise EngineError(
             f"{engine} does not hold the weights that it was given: {len(wrong)} of {len(parts)} tensors differ, worst "

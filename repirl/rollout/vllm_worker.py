@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A fingerprint is (a sum over all bits and places modulo 2^64, the sum of absolute values).
+# A fingerprint is (a sum over all bits and places modulo 2^64, the sum of absolute values, where NaN counts nothing).
 Fingerprint = tuple[int, float]
 
 _MODULUS = 1 << 64
@@ -40,7 +40,7 @@ def fingerprint(tensor: Tensor, first_row: int = 0, first_column: int = 0) -> Fi
         bits = part.masked_fill(size < torch.finfo(torch.float32).tiny, 0.0).contiguous().view(torch.int32)
         rows = torch.arange(first_row + start + 1, first_row + start + 1 + len(part), device=matrix.device) * _ROW
         digest += int((bits.sum(1) * rows).sum() + (bits.sum(0) * columns).sum())
-        total += float(size.sum(dtype=torch.float64))
+        total += float(size.nan_to_num().sum(dtype=torch.float64))
     return digest % _MODULUS, total
 
 
