@@ -103,10 +103,10 @@ def test_a_step_out_of_time_keeps_what_it_recorded(tmp_path, monkeypatch):
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(gpu, "__file__", str(script))
-    step = gpu.run_step("machine", options(tmp_path, tmp_path), dict(os.environ), tmp_path, limit=2.0)
+    step = gpu.run_step("machine", options(tmp_path, tmp_path), dict(os.environ), tmp_path, limit=6.0)
     assert step["status"] == "out of time"
     assert step["half"] == 1
-    assert step["seconds"] < 10
+    assert step["seconds"] < 20
     # Its own children are gone too: nothing runs on into the next step.
     child = int(step["end_of_log"].split()[1])
     state = Path(f"/proc/{child}/stat")
