@@ -99,6 +99,15 @@ class DataConfig(Section):
     overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
 
 
+class VLLMConfig(Section):
+    kv_cache_gib: PositiveFloat = Field(4.0, description="memory of the KV cache, for each process")
+    tensor_parallel: Positive = Field(1, description="neighbouring processes that share one engine")
+    enforce_eager: bool = Field(False, description="no CUDA graphs: less memory, slower decoding")
+    url: str = Field("http://127.0.0.1:8000", description="of a running server (engine: vllm_server)")
+    push_host: str = Field("127.0.0.1", description="this machine's address as the server reaches it, for new weights")
+    timeout_seconds: PositiveFloat = Field(600.0, description="how long the server may take for one answer")
+
+
 class RolloutConfig(Section):
     prompts_per_step: Positive = Field(128, description="prompts a step (paper: 128)")
     samples_per_prompt: Positive = Field(4, description="K responses a prompt (paper: 4)")
@@ -108,6 +117,7 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
     )
+    vllm: VLLMConfig = Field(VLLMConfig(), description="options of both vLLM engines")
     overlap: Literal["none", "prm", "step"] = Field(
         "none",
         description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "

@@ -72,6 +72,9 @@ def begin_responses(run: Run, prompts: list[Prompt], seeds: list[int], sampling:
     place: dict[tuple[int, ...], int] = {}
     shares = [place.setdefault(prompt.token_ids, len(place)) % size for prompt in prompts]
     mine = [i for i, share in enumerate(shares) if share == rank]
+    if run.policy.residency is not None and run.config.rollout.engine != "transformers":
+        # The engine has weights of its own: no model of the trainer's is needed meanwhile.
+        run.policy.residency.use(None)
     arguments = ([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
     if run.background is not None:
         return mine, run.background.submit(run.engine.generate, *arguments)

@@ -175,9 +175,35 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     return policy, prm, reference
 
 
-def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase, world: World) -> Engine:
-    """What samples, as `rollout.engine` says."""
-    return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=config.rollout.max_sequences)
+def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """What samples, as `rollout.engine` says; it has the policy's weights. ConfigError where it cannot be had."""
+    rollout, options = config.rollout, config.rollout.vllm
+    if rollout.engine == "transformers":
+        return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=rollout.max_sequences)
+    engine: Engine
+    if rollout.engine == "vllm":
+        from repirl.rollout.vllm import VLLMEngine
+
+        engine = VLLMEngine(
+            policy.model.config,
+            dtype=getattr(torch, config.computes_in),
+            max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
+            max_sequences=rollout.max_sequences,
+            kv_cache_bytes=int(options.kv_cache_gib * 2**30),
+            tensor_parallel=options.tensor_parallel,
+            enforce_eager=options.enforce_eager,
+        )
+    else:
+        from repirl.rollout.vllm_server import VLLMServerEngine
+
+        engine = VLLMServerEngine(
+            options.url,
+            max_sequences=rollout.max_sequences,
+            timeout_seconds=options.timeout_seconds,
+            push_host=options.push_host,
+        )
+    engine.update_weights(policy)
+    return engine
 
 
 def build(config: Config) -> Run:
@@ -196,7 +222,7 @@ def build(config: Config) -> Run:
     experts = [] if config.objective == "rloo" else load_experts(config.data, tokenizer)
 
     policy, prm, reference = build_learners(config, world, work)
-    engine = make_engine(config, policy, tokenizer, world)
+    engine = make_engine(config, policy, tokenizer)
     return Run(
         config,
         tokenizer,

@@ -60,7 +60,7 @@ def with_own_weights(config):
     """Make setup.build use the copying engine; returns what undoes it."""
     import repirl.setup
 
-    def make_engine(config, policy, tokenizer, world):
+    def make_engine(config, policy, tokenizer):
         engines.append(CopyingEngine(policy, config.policy.model, pad_id=tokenizer.pad_token_id, max_sequences=99))
         return engines[-1]
 

@@ -17,7 +17,7 @@ from repirl.dist.shard import whole
 from repirl.learner import Learner, LossFunction
 
 
-def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3") -> Path:
+def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", head_dim: int = 8) -> Path:
     """Save a random two-layer model with the arithmetic tokenizer."""
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3") 
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": head_dim,
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,
         "bos_token_id": None,

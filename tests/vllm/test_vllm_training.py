@@ -1,0 +1,87 @@
+"""The dual loop with vLLM as its sampler: in this process, asleep while models train, and as a server beside it."""
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import make_model, tiny_config
+
+from repirl.loop import train
+from repirl.report.metrics import read_metrics
+from repirl.rollout.vllm_server import SERVER_ENVIRONMENT, serve_command
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
+
+SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
+OPTIONS = {"prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "order": "policy_first", "steps": 3}
+
+
+def lines(config):
+    found = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(SPEED)} for line in found]
+
+
+def config_of(tmp_path, name, engine, **changes):
+    # vLLM has no heads of 8 channels.
+    if not (tmp_path / "model").exists():
+        make_model(tmp_path / "model", head_dim=32)
+    rollout = {"engine": engine, "vllm": {"kv_cache_gib": 0.02}, **changes.pop("rollout", {})}
+    return tiny_config(tmp_path, output_dir=str(tmp_path / name), rollout=rollout, **OPTIONS | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapters": {"rank": 4}}, {"offload_idle": True}])
+def test_the_loop_runs_with_vllm_in_this_process(tmp_path, changes):
+    config = config_of(tmp_path, "whole", "vllm", **changes)
+    train(config)
+    whole = lines(config)
+    for line in whole[1:]:
+        # The engine samples with the policy's own weights of each step.
+        assert line["rollout/sampler_mismatch_max"] < 1e-4
+        assert line["policy/grad_norm"] > 0
+    # Other random numbers than those of the trainer's own engine, but the same greedy responses.
+    plain = config_of(tmp_path, "plain", "transformers", **changes)
+    train(plain)
+    assert lines(plain)[0] == whole[0]
+    parts = config_of(tmp_path, "parts", "vllm", **changes | {"steps": 1})
+    train(parts)
+    train(config_of(tmp_path, "parts", "vllm", **changes), resume=True)
+    assert lines(parts)[2:] == whole[2:]
+
+
+def test_a_server_samples_beside_the_training(tmp_path):
+    config_of(tmp_path, "unused", "vllm")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    options = ["--enforce-eager", "--kv-cache-memory-bytes", str(16 << 20)]
+    model = str(tmp_path / "model")
+    command = serve_command(model, dtype="float32", max_model_len=2000, port=port, options=options)
+    # The vllm script itself refuses to start for a CPU build, whose package has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", *command[2:]]
+    environment = os.environ | SERVER_ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        results = {}
+        for overlap in ("none", "prm", "step"):
+            vllm = {"url": f"http://127.0.0.1:{port}", "timeout_seconds": 120}
+            config = config_of(tmp_path, overlap, "vllm_server", rollout={"overlap": overlap, "vllm": vllm})
+            train(config)
+            results[overlap] = lines(config)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+    for line in results["none"][1:]:
+        assert line["rollout/sampler_mismatch_max"] < 1e-4
+    for ours, theirs in zip(results["prm"], results["none"], strict=True):
+        for key in ("policy/loss", "prm/loss", "tokens", "eval/accuracy"):
+            assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-3, abs=1e-6), key
+    # One step old from the second step on.
+    assert results["step"][1]["rollout/sampler_mismatch_max"] < 1e-4
+    assert results["step"][2]["rollout/sampler_mismatch_max"] > 1e-3
