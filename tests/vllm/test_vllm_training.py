@@ -1,12 +1,6 @@
 """The dual loop with vLLM as its sampler: in this process, asleep while models train, and as a server beside it."""
 
-import contextlib
 import importlib.util
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +8,6 @@ from tiny import make_model, tiny_config
 
 from repirl.loop import train
 from repirl.report.metrics import read_metrics
-from repirl.rollout.vllm_server import SERVER_ENVIRONMENT, serve_command
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
@@ -55,28 +48,15 @@ def test_the_loop_runs_with_vllm_in_this_process(tmp_path, changes):
     assert lines(parts)[2:] == whole[2:]
 
 
-def test_a_server_samples_beside_the_training(tmp_path):
+def test_a_server_samples_beside_the_training(tmp_path, running_server):
     config_of(tmp_path, "unused", "vllm")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    options = ["--enforce-eager", "--kv-cache-memory-bytes", str(16 << 20)]
-    model = str(tmp_path / "model")
-    command = serve_command(model, dtype="float32", max_model_len=2000, port=port, options=options)
-    # The vllm script itself refuses to start for a CPU build, whose package has another name.
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", *command[2:]]
-    environment = os.environ | SERVER_ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
+    with running_server(tmp_path / "model", max_model_len=2000) as (_, port):
         results = {}
         for overlap in ("none", "prm", "step"):
             vllm = {"url": f"http://127.0.0.1:{port}", "timeout_seconds": 120}
             config = config_of(tmp_path, overlap, "vllm_server", rollout={"overlap": overlap, "vllm": vllm})
             train(config)
             results[overlap] = lines(config)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
     for line in results["none"][1:]:
         assert line["rollout/sampler_mismatch_max"] < 1e-4
     for ours, theirs in zip(results["prm"], results["none"], strict=True):
