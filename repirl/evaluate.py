@@ -42,4 +42,6 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     run = build(config.model_copy(update=policy_only))
     if path is not None:
         load_weights(path, "policy", run.policy)
-    return evaluate(run), len(run.held_out.prompts[: config.eval.num_prompts])
+    accuracy = evaluate(run)
+    run.close()
+    return accuracy, len(run.held_out.prompts[: config.eval.num_prompts])

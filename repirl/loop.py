@@ -25,9 +25,9 @@ def train(config: Config, *, resume: bool = False) -> int:
 
     Under torchrun every process calls it.
     """
-    checkpoint = check_output_dir(config, resume)
+    goes_on = check_output_dir(config, resume)
     run = build(config)
-    start = run.restore(checkpoint) if checkpoint else 0
+    start = run.resume() if goes_on else 0
     timer, peak_flops = PhaseTimer(run.work), peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
         for step in range(start, config.steps):

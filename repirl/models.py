@@ -10,7 +10,6 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +143,9 @@ def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """No bars and advice of transformers, and of what it imports, between the lines of a run's own display."""
+    """No bars and advice of transformers between the lines of a run's own display."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # torchao warns of GPU kernels that it cannot load, and torch of how torchao registers its types.
-    for name in ("torchao", "torch.utils._pytree"):
-        getLogger(name).setLevel(ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

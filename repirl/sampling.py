@@ -12,7 +12,6 @@ from torch import Tensor
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.data.prompts import Prompt
 from repirl.models import forward_flops
-from repirl.rewards.math import math_reward
 from repirl.rollout.engine import Response, Sampling, sequence_seed
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def judge(
 def verify(run: Run, response: Response, answer: str) -> float:
     """1.0 where the response's final answer is right. One that ran into the length limit is judged like any
     other: what it wrote may hold an answer; the share of such responses is the metric `rollout/truncated`."""
-    return math_reward(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
+    return run.verifier.judge(run.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
 
 
 def _step_prompts(run: Run, rows: list[int]) -> list[Prompt]:
@@ -142,6 +141,8 @@ def finish_rollouts(run: Run, step: int) -> tuple[PackedBatch, dict[str, float]]
         "tokens/response": batch.num_response_tokens,
     }
     has_answers = run.config.data.answer_column is not None
+    if has_answers:
+        metrics["rollout/verifier_timeouts"] = sum(run.world.gather([run.verifier.num_timeouts]))
     return batch, metrics | ({"rollout/outcome": float(batch.outcome.mean())} if has_answers else {})
 
 

@@ -16,13 +16,14 @@ from repirl.adapters import add_adapters, init_adapters
 from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig, describe
 from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
-from repirl.dist.checkpoint import Checkpointer, list_checkpoints, load_checkpoint, newest_sound
+from repirl.dist.checkpoint import Checkpointer, list_checkpoints, load_checkpoint
 from repirl.dist.load import load_sharded_model
 from repirl.dist.offload import Residency
 from repirl.dist.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import load_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work
+from repirl.rewards.verifier import Verifier
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 from repirl.sampling import InFlight, in_flight_state, restore_in_flight
@@ -46,6 +47,7 @@ class Run:
     world: World
     work: Work
     checkpointer: Checkpointer
+    verifier: Verifier
     # Row of the expert -> the frozen reference's log-probability of each of its response tokens, where it is needed.
     expert_reference: dict[int, Tensor] = field(default_factory=dict)
     in_flight: InFlight | None = None
@@ -67,6 +69,7 @@ class Run:
         if self.background is not None:
             self.background.shutdown()
         self.engine.close()
+        self.verifier.close()
         if self.policy.residency is not None:
             self.policy.residency.close()
 
@@ -79,6 +82,10 @@ class Run:
         self.checkpointer.save(
             step, self.learners, state, self.tokenizer, description=describe(self.config), score=accuracy
         )
+
+    def resume(self) -> int:
+        """Go on from the newest sound checkpoint; damaged ones are set aside. Returns the number of finished steps."""
+        return self.restore(self.checkpointer.choose())
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; returns the number of finished steps."""
@@ -238,13 +245,13 @@ def build(config: Config) -> Run:
         world,
         work,
         Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world),
+        Verifier(config.data.verifier_timeout_seconds),
         background=ThreadPoolExecutor(1, "rollout") if config.rollout.overlap != "none" else None,
     )
 
 
-def check_output_dir(config: Config, resume: bool) -> Path | None:
-    """The checkpoint to resume from, None for a fresh start; ConfigError where a run would be overwritten,
-    or the folder cannot be made."""
+def check_output_dir(config: Config, resume: bool) -> bool:
+    """Whether there is a run to resume; ConfigError where one would be overwritten, or the folder cannot be made."""
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -255,4 +262,4 @@ def check_output_dir(config: Config, resume: bool) -> Path | None:
             f"output_dir {config.output_dir!r} already holds a run (newest checkpoint {found[-1].name}); "
             "go on with it by --resume, or choose another output_dir"
         )
-    return newest_sound(Path(config.output_dir) / "checkpoints") if found else None
+    return bool(found)

@@ -65,16 +65,22 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     raise ConfigError(f"no checkpoint at {str(path)!r}: expected a step_N folder, or a run's folder that holds some")
 
 
-def newest_sound(folder: str | os.PathLike) -> Path:
-    """The newest checkpoint whose files are all as they were written; says which newer ones are not.
+def newest_sound(folder: str | os.PathLike, *, set_aside: bool = False) -> Path:
+    """The newest checkpoint whose files are all as they were written; says which newer ones are not. set_aside:
+    rename those, to step_N.damaged, so that they do not stand in the way of a run that goes on.
 
     ConfigError where there is none: starting anew by itself would hide that a run was lost.
     """
     found = list_checkpoints(folder)
+    damaged = []
     for path in reversed(found):
         problem = find_damage(path)
         if problem is None:
+            for other in damaged if set_aside else ():
+                shutil.rmtree(target := other.with_name(f"{other.name}.damaged"), ignore_errors=True)
+                other.rename(target)
             return path
+        damaged.append(path)
         logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
     raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound: {[p.name for p in found]}")
 
@@ -153,6 +159,19 @@ class Checkpointer:
         # Writing beside training needs a group of its own: its messages would mix with the training's.
         self._group = dist.new_group(backend="gloo") if config.asynchronous and world.mesh is not None else None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
+
+    def choose(self) -> Path:
+        """The checkpoint to go on from, the same for all processes: one of them looks. ConfigError as newest_sound."""
+        answer: list[Path | ConfigError] = []
+        if self.world.is_main:
+            try:
+                answer = [newest_sound(self.folder, set_aside=True)]
+            except ConfigError as error:
+                answer = [error]
+        [found] = self.world.gather(answer)
+        if isinstance(found, ConfigError):
+            raise found
+        return found
 
     def save(
         self,

@@ -88,8 +88,8 @@ def join_world(config: Config) -> World:
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
             raise ConfigError(
-                f"process {rank} would use GPU {device.index}, but there are {torch.cuda.device_count()}: start at most "
-                "one process a GPU (torchrun --nproc-per-node), or set device: cpu"
+                f"process {rank} would use GPU {device.index}, but there are {torch.cuda.device_count()}: start at "
+                "most one process a GPU (torchrun --nproc-per-node), or set device: cpu"
             )
         torch.cuda.set_device(device)
     # One process shards its weights too where only a sharded model can do what is asked for: computing in another

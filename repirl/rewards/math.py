@@ -36,6 +36,17 @@ def _number(text: str) -> Decimal | None:
     return Decimal(found[1] + found[2].replace(",", "").removesuffix(".")) if found else None
 
 
+def plain_reward(response: str, answer: str) -> float | None:
+    """The reward where both final answers are plain numbers; None where it takes more to tell. Quick, whatever the
+    texts are."""
+    gold = extract_answer(answer)
+    found = extract_answer(response)
+    if found is None:
+        return None
+    left, right = _number(found), _number(answer.strip() if gold is None else gold)
+    return None if left is None or right is None else float(left == right)
+
+
 def math_reward(response: str, answer: str) -> float:
     r"""1.0 where the response's final answer equals `answer`, else 0.0; never raises for what a model wrote.
 
@@ -43,15 +54,16 @@ def math_reward(response: str, answer: str) -> float:
     gets math-verify's extraction, which takes the last expression. `answer` may itself be a worked solution
     in GSM8K's form. Plain numbers are compared exactly, everything else by math-verify.
 
-    math-verify bounds its own time with signals, which work in the main thread only, so call this there.
+    It may take any time for some answers (math-verify bounds its own with signals, in the main thread only and not
+    everywhere): see verifier.Verifier.
     """
+    decided = plain_reward(response, answer)
+    if decided is not None:
+        return decided
     gold = extract_answer(answer)
     gold = answer.strip() if gold is None else gold
     found = extract_answer(response)
     if found is not None:
-        left, right = _number(found), _number(gold)
-        if left is not None and right is not None:
-            return float(left == right)
         response = rf"$\boxed{{{found}}}$"
     try:
         return float(verify(parse(rf"$\boxed{{{gold}}}$"), parse(response)))
