@@ -7,6 +7,7 @@ prove that it holds them (fingerprints of every tensor) and that it computes wit
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import random
 import tempfile
@@ -196,6 +197,7 @@ class VLLMEngine:
         with self._undisturbed():
             self.llm.llm_engine.engine_core.shutdown()
             del self.llm
+            gc.collect()
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, *, alike: bool = False
@@ -270,7 +272,7 @@ def undisturbed(environment: dict[str, str]) -> Iterator[None]:
     environment: the variables that the code inside has set so far; they are there inside, and only there.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     # vLLM replaces the function itself on a CPU.
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     before = dict(os.environ)
@@ -288,8 +290,8 @@ def undisturbed(environment: dict[str, str]) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 def check_request(

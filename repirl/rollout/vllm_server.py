@@ -167,7 +167,7 @@ class VLLMServerEngine:
                     f"{', '.join(sorted(versions))} instead of {self._version}): was it started anew?"
                 )
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-            details = answer["usage"]["prompt_tokens_details"] or {}
+            details = (answer["usage"] or {}).get("prompt_tokens_details") or {}
             response = Response(choice["token_ids"], logprobs, choice["finish_reason"] == "stop")
             responses.append((response, details.get("cached_tokens") or 0))
         return responses
