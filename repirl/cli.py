@@ -1,4 +1,4 @@
-"""The command line: repirl train | demo | eval | export | bench."""
+"""The command line: repirl train | plan | demo | eval | export | bench."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check configuration and data, print both and the batch arithmetic"
     )
     command.set_defaults(run=_train)
+
+    command = commands.add_parser(
+        "plan", help="memory by phase, before anything is loaded", epilog=OVERRIDES, allow_abbrev=False
+    )
+    command.add_argument("--config", metavar="FILE", help="the run's configuration")
+    command.add_argument(
+        "--memory", default="24,48,80", metavar="GIB,...", help="of a device (or, on a CPU, of a process): does it fit?"
+    )
+    command.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that share the run")
+    command.set_defaults(run=_plan)
 
     command = commands.add_parser("demo", help="the whole loop in minutes, without any download", allow_abbrev=False)
     command.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: runs/demo")
@@ -105,6 +115,20 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         print_summary(config)
     leave_world()
+    return 0
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    try:
+        memories = [float(part) for part in options.memory.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--memory is {options.memory!r}, expected GiB such as 24,48,80") from error
+    config = _load(options, overrides)
+    from repirl.memory import print_plan
+    from repirl.models import quiet_transformers
+
+    quiet_transformers()
+    print_plan(config, memories, options.ranks)
     return 0
 
 

@@ -152,6 +152,22 @@ def test_resuming_with_other_models_is_refused(file, capsys):
     assert "does not fit the configured models" in error
 
 
+def test_plan_needs_nothing_but_the_models_configuration(file, tmp_path, capsys):
+    path = file()
+    for name in ("train.jsonl", "eval.jsonl", "model/model.safetensors", "model/tokenizer.json"):
+        (tmp_path / name).unlink()
+    assert main(["plan", "--config", path, "--memory", "0.25,24", "--ranks", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "policy" in out
+    assert "0.25 GiB" in out
+    assert "does not fit" in out
+    assert "24 GiB" in out
+    assert "fits, " in out
+    assert "--memory is 'much'" in fails(capsys, "plan", "--config", path, "--memory", "much")
+    assert "ranks is 0" in fails(capsys, "plan", "--config", path, "--ranks", "0")
+    assert "cannot load" in fails(capsys, "plan", "--config", path, "--policy.model", str(tmp_path / "nowhere"))
+
+
 def test_eval_needs_no_training_data(file, tmp_path, capsys):
     experts = {"path": str(tmp_path / "train.jsonl")}
     path = file(objective="sft", data={"train": None, "experts": experts})
