@@ -1,0 +1,896 @@
+"""What a run will need, phase by phase, before anything is loaded.
+
+Everything is derived from the configuration and the model's `config.json`: numbers of parameters from the model on the
+meta device, activations from what autograd saves of each operation of a decoder layer, the rest from what the trainer
+allocates and when it lets go. Lengths are taken at their limits: every prompt, expert and response is as long as the
+configuration allows. Of each phase the moment counts in which most is held.
+
+On a CPU the sum is the resident memory of one process, on a GPU what PyTorch's allocator hands out; `usable` says what
+it may be of a device.
+
+Axes: T tokens of a micro-batch, R of them response tokens; B positions of the padded groups that attention runs on
+where it has no packed kernel; D features, F of the MLP, H heads of d features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from repirl.attention import PackedLayout
+from repirl.batch import PackedBatch
+from repirl.config import Config, ConfigError, OptimizerConfig, build_config, merge
+from repirl.models import load_message
+from repirl.report.metrics import print_table
+from repirl.setup import needs_reference
+
+GIB = 2**30
+# Resident memory of a process that trains without a model: Python, PyTorch, transformers and what they load on first
+# use; torchao compiles its optimiser, which loads the compiler. Measured (bench/plan_check.py measures it again).
+PROCESS_BYTES, COMPILER_BYTES = 512 << 20, 72 << 20
+# Slabs of the fused head: the native backend's on a CPU, Triton's on a GPU.
+_HEAD_BYTES_CPU, _HEAD_BYTES_GPU = 24 << 20, 128 << 20
+# Prompt tokens that vLLM computes at once, by its own default; what else it holds for itself is not known here.
+_ENGINE_TOKENS = 8192
+# torchao quantises moments in blocks, each with a float32 scale, and leaves small tensors alone.
+_STATE_BLOCK, _STATE_SMALLEST = 256, 4096
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
+_GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+_LINEAR = (*_QKV, _OUT, *_GATE_UP, _DOWN)
+_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
+Sizes = tuple[int, ...]
+Rows = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decoder's memory depends on. layer: the weights of one layer by name; embeddings [V, D]; head: the output
+    embedding's shape, None if tied; num_layers layers."""
+
+    layer: dict[str, Sizes]
+    embeddings: Sizes
+    head: Sizes | None
+    num_layers: int
+    num_heads: int
+
+    @property
+    def hidden(self) -> int:
+        return self.embeddings[1]
+
+    @property
+    def vocab(self) -> int:
+        return self.embeddings[0]
+
+    @property
+    def intermediate(self) -> int:
+        return self.layer[f"{_DOWN}.weight"][1]
+
+    @property
+    def query(self) -> int:
+        """Features of all query heads, H d."""
+        return self.layer[f"{_QKV[0]}.weight"][0]
+
+    @property
+    def key(self) -> int:
+        """Features of all key heads, and of all value heads."""
+        return self.layer[f"{_QKV[1]}.weight"][0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query // self.num_heads
+
+    @property
+    def has_head_norms(self) -> bool:
+        return _HEAD_NORMS[0] in self.layer
+
+    def weights(self, reads_values: bool = False) -> list[Sizes]:
+        """Every weight's shape; reads_values: of the model with a one-output head instead of the vocabulary's."""
+        heads: list[Sizes] = [(1, self.hidden), (1,)] if reads_values else [self.head] if self.head else []
+        return [*list(self.layer.values()) * self.num_layers, self.embeddings, (self.hidden,), *heads]
+
+
+def read_shape(config: PreTrainedConfig) -> Shape:
+    """The shape of a configuration's causal language model. ConfigError for anything but Llama's structure, naming
+    what is missing, or what is there and not understood."""
+    name = config.model_type
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model type {name!r} is not understood: {first_line}") from error
+    weights = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    prefix, count = f"{model.base_model_prefix}.layers.", getattr(config, "num_hidden_layers", 0)
+    layers = [_below(weights, f"{prefix}{i}.") for i in range(count)]
+    others = {key: shape for key, shape in weights.items() if not key.startswith(prefix)}
+    known = {*_NORMS, *_HEAD_NORMS, *(f"{x}.{part}" for x in _LINEAR for part in ("weight", "bias"))}
+    needed = {*_NORMS, *(f"{x}.weight" for x in _LINEAR)}
+    embeddings, norm = (f"{model.base_model_prefix}.{x}.weight" for x in ("embed_tokens", "norm"))
+    found = set().union(*layers)
+    missing = sorted((needed - found) | ({embeddings, norm} - set(others)))
+    unknown = sorted((found - known) | (set(others) - {embeddings, norm, "lm_head.weight"}))
+    if missing or unknown:
+        parts = [f"it has no {missing}"] * bool(missing) + [f"it has {unknown}, which is not known here"] * bool(
+            unknown
+        )
+        raise ConfigError(
+            f"the memory of model type {name!r} cannot be planned: {' and '.join(parts)}; supported are decoder models "
+            "with Llama's structure (Llama, Qwen2, Qwen3, SmolLM2, Mistral, ...)"
+        )
+    if any(layer != layers[0] for layer in layers):
+        raise ConfigError(f"the memory of model type {name!r} cannot be planned: its layers differ from each other")
+    return Shape(layers[0], weights[embeddings], others.get("lm_head.weight"), count, config.num_attention_heads)
+
+
+def load_shape(name: str, gguf_file: str | None = None) -> Shape:
+    """The shape of a model, of which only `config.json` is read. ConfigError where that fails, or as `read_shape`."""
+    try:
+        config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(load_message("configuration", name, gguf_file, error)) from error
+    return read_shape(config)
+
+
+def _below(weights: dict[str, Sizes], prefix: str) -> dict[str, Sizes]:
+    return {key.removeprefix(prefix): shape for key, shape in weights.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: its tokens T and response tokens R, and the groups [sequences, longest] of padded attention."""
+
+    tokens: int
+    responses: int
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def slots(self) -> int:
+        return sum(rows * longest for rows, longest in self.groups)
+
+    def pairs(self, *, largest: bool = False) -> int:
+        """Scores that attention would write if it wrote them: of all groups, or of the largest one."""
+        found = [rows * longest**2 for rows, longest in self.groups]
+        return max(found) if largest else sum(found)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a value. kept: of parameters and their gradients · computed: of activations and gathered weights ·
+    adapted: of adapters in products, None where all weights are trained · adapters: which linear layers have one,
+    and its rank · kernel: whether attention runs on packed sequences · math: whether it writes its scores."""
+
+    kept: int
+    computed: int
+    adapted: int | None = None
+    adapters: tuple[str, ...] = ()
+    rank: int = 0
+    kernel: bool = False
+    math: bool = False
+
+
+def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What autograd saves of one decoder layer as transformers computes it, in bytes."""
+    width, wide, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
+    size, trains_all = precision.computed, precision.adapted is None
+
+    def inputs(features: int, layers: Sequence[str]) -> int:
+        """Of linear layers that share their input: a product saves it for the gradient of its weight."""
+        if trains_all:
+            return size * features
+        adapted = [x for x in layers if x in precision.adapters]
+        if not adapted:
+            return 0
+        # An adapter of another type has a copy of its input for itself.
+        copies = 1 if precision.adapted == size else len(adapted)
+        return precision.adapted * (features * copies + precision.rank * len(adapted))
+
+    def norm(features: int, count: int = 1) -> int:
+        # The float32 input (in float32 the input itself) and one factor a row; for the gradient of the weight, what
+        # it was multiplied with.
+        return 4 * (features + count) + (size * features if trains_all else 0)
+
+    each = 2 * norm(width) + inputs(width, _QKV) + inputs(query, [_OUT]) + inputs(width, _GATE_UP)
+    # The gate before and behind its activation, and what it is multiplied with; then the product.
+    each += 3 * size * wide + inputs(wide, [_DOWN])
+    if shape.has_head_norms:
+        each += norm(query, shape.num_heads) + norm(key, key // shape.head_dim)
+    if precision.math:
+        # Keys and values repeated for every head, and the probabilities; the output is not saved.
+        return micro.tokens * each + size * (3 * query * micro.slots + shape.num_heads * micro.pairs())
+    attention = (2 * query + 2 * key) * size + 4 * shape.num_heads
+    if precision.kernel:
+        # The output is what the next linear layer saves as its input, unless that takes a copy.
+        shared = size * query if trains_all or (precision.adapted == size and _OUT in precision.adapters) else 0
+        return micro.tokens * (each + attention - shared)
+    return micro.tokens * each + micro.slots * attention
+
+
+def saved_bytes(shape: Shape, micro: Micro, precision: Precision, *, checkpointing: bool, reads_values: bool) -> int:
+    """What autograd has saved after a forward pass over a micro-batch, in bytes."""
+    width, size = shape.hidden, precision.computed
+    layer = layer_saved_bytes(shape, micro, precision)
+    trains_all = precision.adapted is None
+    # The last norm, rotary factors, indices of tokens and positions.
+    each = 4 * (width + 1) + size * (width if trains_all else 0) + 2 * size * shape.head_dim + 16
+    total = micro.tokens * each
+    if not precision.kernel:
+        total += 8 * (micro.slots + micro.tokens)
+    if checkpointing:
+        total += shape.num_layers * size * width * micro.tokens
+    else:
+        total += shape.num_layers * layer
+        if not trains_all:
+            # Nothing below the first layer is trained, so its first norm saves nothing.
+            total -= micro.tokens * 4 * (width + 1)
+    rows = size * width + 8 if reads_values else size * width + 28
+    return total + micro.responses * rows
+
+
+def _recomputed_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What backward holds of the one layer that it computes again; in float32 its input is already there."""
+    shared = 4 * shape.hidden * micro.tokens if precision.computed == 4 else 0
+    return layer_saved_bytes(shape, micro, precision) - shared
+
+
+def _forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """The most that lives for a moment of a forward pass without gradients."""
+    width, wide, size = shape.hidden, shape.intermediate, precision.computed
+    # Embeddings, the layer's input, the residual and the normed input; in the MLP gate, other and product.
+    held = 4 * size * width
+    mlp = 3 * size * wide
+    if precision.adapted is not None:
+        # What the adapter adds, before and behind the sum.
+        mlp = 4 * max(size, precision.adapted) * wide
+        held += precision.adapted * width if precision.adapted != size else 0
+    # Queries, keys, values; the same in groups, and the output.
+    attention = size * (shape.query + 2 * shape.key) * micro.tokens
+    if precision.kernel:
+        attention += size * shape.query * micro.tokens
+    else:
+        attention += size * (2 * shape.query + 2 * shape.key) * micro.slots
+    if precision.math:
+        attention += 2 * size * shape.num_heads * micro.pairs(largest=True)
+    return held * micro.tokens + max(mlp * micro.tokens, attention)
+
+
+def _backward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What backward holds in the MLP beyond what is still saved: gradients of its three products, less one freed."""
+    if precision.adapted is not None and precision.adapted != precision.computed:
+        return 3 * precision.adapted * shape.intermediate * micro.tokens
+    return 2 * precision.computed * shape.intermediate * micro.tokens
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the learners, in bytes of one process. weights, gradients, moments: what it has of its own · gathered:
+    the unit of a sharded model that holds embeddings and head, and one layer's, whole · largest: one weight with its
+    gradient's type · embeddings: a gradient of the embeddings, 0 if they are frozen · head: one of the output
+    embedding."""
+
+    name: str
+    shape: Shape
+    precision: Precision
+    reads_values: bool
+    weights: int
+    gradients: int = 0
+    moments: int = 0
+    largest: int = 0
+    embeddings: int = 0
+    head: int = 0
+    root: int = 0
+    layer: int = 0
+    checkpointing: bool = False
+    activation_offload: bool = False
+    state_bits: int = 32
+
+    @property
+    def tied(self) -> bool:
+        return self.shape.head is None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step (or `load`): bytes by what they are for, at the moment that needs most."""
+
+    name: str
+    rows: Rows
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process needs. host: pinned or kept in host memory beside it, where the device is a GPU."""
+
+    device: str
+    ranks: int
+    phases: list[Phase]
+    host: Rows = field(default_factory=dict)
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def plan(config: Config, ranks: int = 1, device: str | None = None) -> Plan:
+    """Predict the memory of a run with this configuration. ranks: processes that share it · device: "cuda" or "cpu",
+    by default the configuration's, and a GPU where that is left open.
+
+    ConfigError where the model's configuration cannot be read or is not understood, or `ranks` does not fit.
+    """
+    device = device or ("cuda" if config.device == "auto" else config.device)
+    if ranks < 1 or ranks % config.parallel.replicate:
+        raise ConfigError(f"ranks is {ranks}: expected a multiple of parallel.replicate, {config.parallel.replicate}")
+    shapes = [_load_shape(config.policy.model, config.policy.gguf_file)]
+    if config.objective == "repirl" and config.prm.model is not None:
+        shapes.append(_load_shape(config.prm.model, config.prm.gguf_file))
+    return _Planner(config, ranks, device, shapes[0], shapes[-1]).plan()
+
+
+_load_shape = functools.cache(load_shape)
+
+
+class _Planner:
+    """The plan of one configuration; a class because all parts of it want the same few numbers."""
+
+    def __init__(self, config: Config, ranks: int, device: str, policy: Shape, prm: Shape) -> None:
+        self.config, self.ranks, self.device, self.shape = config, ranks, device, policy
+        self.kept, self.computed = _itemsize(config.dtype), _itemsize(config.computes_in)
+        self.on_gpu = device == "cuda"
+        self.shards = ranks // config.parallel.replicate
+        # As in dist/world.py: one process shards, too, where that is how it computes in another type.
+        other_type = config.computes_in != config.dtype and config.adapters is None
+        self.sharded = ranks > 1 or other_type or config.parallel.cpu_offload
+        self.away = config.parallel.cpu_offload and self.on_gpu
+        trains_prm = config.objective == "repirl"
+        self.base, self.base_name = 0, ""
+        if config.adapters is None:
+            make = self._full_side
+        else:
+            make = self._adapted_side
+            self.base = self.computed * sum(map(self._local, policy.weights()))
+        sections = config.policy, config.prm
+        self.policy = make("policy", policy, False, sections[0])
+        self.prm = make("PRM", prm, config.prm.reward == "value", sections[1]) if trains_prm else None
+        self.reference = make("reference", policy, False, None) if needs_reference(config) else None
+        self.sides = [side for side in (self.policy, self.prm, self.reference) if side is not None]
+        self.has_engine = config.objective != "sft" and config.rollout.engine == "vllm"
+        # Sequences of a step: how many, their prompt tokens, their response tokens.
+        prompt, count = config.data.max_prompt_tokens, config.rollout.prompts_per_step
+        rollouts = (count * config.rollout.samples_per_prompt, prompt, config.rollout.max_response_tokens)
+        experts = (config.irl.experts_per_step or count, prompt, config.data.max_expert_tokens)
+        self.scored = [rollouts]
+        self.trained = {"policy": [experts if config.objective == "sft" else rollouts], "PRM": [experts, rollouts]}
+
+    def _local(self, shape: Sizes) -> int:
+        """Values that this process holds of a weight."""
+        return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
+
+    def _precision(self, **adapters: Any) -> Precision:
+        half = self.computed == 2
+        kernel = self.on_gpu and half
+        # Without half precision PyTorch has no fused attention on a GPU for heads that share keys and values.
+        writes_scores = self.on_gpu and not half and self.shape.query != self.shape.key
+        return Precision(self.kept, self.computed, kernel=kernel, math=writes_scores, **adapters)
+
+    def _moments(self, weights: Iterable[Sizes], bits: int) -> int:
+        total = 0
+        for shape in weights:
+            count = self._local(shape)
+            small = count < _STATE_SMALLEST or count % _STATE_BLOCK
+            total += 2 * self.kept * count if bits == 32 or small else 2 * (count + 4 * count // _STATE_BLOCK)
+        return total
+
+    def _units(self, shape: Shape, reads_values: bool, layer: int) -> dict[str, int]:
+        """Bytes of gathered units: the one with the embeddings, and a layer."""
+        if not self.sharded:
+            return {}
+        return {"root": self.computed * math.prod(shape.embeddings), "layer": layer}
+
+    def _full_side(self, name: str, shape: Shape, reads_values: bool, section: Any) -> Side:
+        weights = shape.weights(reads_values)
+        local = sum(map(self._local, weights))
+        layer = self.computed * sum(map(math.prod, shape.layer.values()))
+        units = self._units(shape, reads_values, layer)
+        precision = self._precision()
+        if section is None:
+            return Side(name, shape, precision, reads_values, self.kept * local, **units)
+        embeddings = math.prod(shape.embeddings) * (self.computed if self.sharded else self.kept)
+        return Side(
+            name,
+            shape,
+            precision,
+            reads_values,
+            self.kept * local,
+            gradients=self.kept * local,
+            moments=self._moments(weights, section.optimizer.state_bits),
+            largest=self.kept * max(map(self._local, weights)),
+            embeddings=embeddings,
+            head=0 if reads_values else embeddings,
+            **units,
+            **_switches(section),
+        )
+
+    def _adapted_side(self, name: str, shape: Shape, reads_values: bool, section: Any) -> Side:
+        adapters = self.config.adapters
+        assert adapters is not None
+        targets = _targets(shape, adapters.target_modules)
+        lora: list[Sizes] = []
+        for target in targets:
+            out, features = shape.layer[f"{target}.weight"]
+            lora += [(adapters.rank, features), (out, adapters.rank)]
+        count = sum(map(math.prod, lora)) * (2 if self.config.objective == "repirl" else 1)
+        layer = self.computed * (sum(map(math.prod, shape.layer.values())) + count)
+        units = self._units(shape, reads_values, layer)
+        # A sharded model is computed in one type throughout.
+        adapted = self.computed if self.sharded else self.kept
+        precision = self._precision(adapted=adapted, adapters=targets, rank=adapters.rank)
+        if section is None:
+            # The reference is the base, whatever the adapters are.
+            return Side(name, shape, self._precision(adapted=self.computed), reads_values, 0, **units)
+        weights = [*lora * shape.num_layers, *([(1, shape.hidden), (1,)] if reads_values else [])]
+        local = self.kept * sum(map(self._local, weights))
+        moments = self._moments(weights, section.optimizer.state_bits)
+        largest = self.kept * max(map(self._local, weights))
+        fixed = {"weights": local, "gradients": local, "moments": moments, "largest": largest}
+        return Side(name, shape, precision, reads_values, **fixed, **units, **_switches(section))
+
+    # What is there in every phase.
+
+    def _resident(self, active: Side | None) -> Rows:
+        rows: Rows = {}
+        if not self.on_gpu:
+            compiles = any(side.state_bits == 8 for side in self.sides)
+            rows["process"] = PROCESS_BYTES + COMPILER_BYTES * compiles
+        if self.away:
+            return rows
+        if self.base:
+            rows["base weights"] = self.base
+        for side in self.sides:
+            if self.config.offload_idle and side is not active:
+                continue
+            rows[f"{side.name} weights"] = side.weights
+            rows[f"{side.name} moments"] = side.moments
+        if self.config.checkpoint.every and self.config.checkpoint.asynchronous and not self.on_gpu:
+            rows["checkpoint copy"] = self._checkpoint_copy()
+        if self.has_engine and not self.on_gpu:
+            # Asleep it keeps its weights there; on a GPU these wait in host memory.
+            rows["engine weights"] = self._engine_weights()
+        return rows
+
+    def _engine_weights(self) -> int:
+        count = sum(map(math.prod, self.shape.weights()))
+        return self.computed * count // self.config.rollout.vllm.tensor_parallel
+
+    def _checkpoint_copy(self) -> int:
+        return sum(side.weights + side.moments for side in self.sides if side.gradients)
+
+    def _phase(self, name: str, active: Side | None, moments: Iterable[Rows]) -> Phase:
+        """The resident rows and the largest of the moments."""
+        rows = self._resident(active)
+        worst = max(moments, key=lambda moment: sum(moment.values()), default={})
+        return Phase(name, {key: value for key, value in (rows | worst).items() if value})
+
+    # The phases.
+
+    def plan(self) -> Plan:
+        config = self.config
+        phases = [self._load()]
+        if config.objective != "sft":
+            rows = min(config.rollout.max_sequences, -(-self.scored[0][0] // self.ranks))
+            phases.append(self._decode("rollout", rows, -(-rows // config.rollout.samples_per_prompt)))
+            phases.append(self._score("old_logprob", self.policy))
+        if config.objective != "sft" and self.reference is not None:
+            phases.append(self._score("reference", self.reference))
+        if self.prm is not None:
+            phases.append(self._update("prm", self.prm))
+            if config.loss.process_coefficient:
+                phases.append(self._score("reward", self.prm))
+        phases.append(self._update("policy", self.policy))
+        if self.has_engine:
+            # Weight after weight, whole; adapters are worked in, in float32.
+            largest = max(map(math.prod, self.shape.weights()))
+            moved = 12 * largest if self.base else self.kept * largest * self.sharded + self.computed * largest
+            phases.append(self._phase("push_weights", self.policy, [self._engine() | {"temporary": moved}]))
+        if config.data.eval is not None and config.eval.every:
+            shown = config.eval.num_prompts or config.rollout.max_sequences * self.ranks
+            rows = min(config.rollout.max_sequences, -(-shown // self.ranks))
+            phases.append(self._decode("eval", rows, rows))
+        if config.checkpoint.every:
+            # One learner after the other, straight from its tensors; the reference is not saved.
+            largest = max((s for s in self.sides if s.gradients), key=lambda side: side.weights + side.moments)
+            phases.append(self._phase("checkpoint", largest, []))
+        return Plan(self.device, self.ranks, phases, self._host())
+
+    def _load(self) -> Phase:
+        """Weights, before there are moments. A model that is sharded is checked by a short pass."""
+        sides = self.sides
+        check = self._gathering(self.policy)
+        if self.config.offload_idle:
+            # Each leaves before the next one comes. On a CPU weights lie in the file, and have to be copied to leave.
+            copies = 1 if self.on_gpu or self.sharded else 2
+            rows = {f"{sides[0].name} weights": max(side.weights for side in sides) * copies}
+        else:
+            rows = {f"{side.name} weights": side.weights for side in sides}
+        resident = {key: value for key, value in self._resident(None).items() if key in ("process", "base weights")}
+        if self.away:
+            rows = {}
+        return Phase("load", {key: value for key, value in (resident | rows | check).items() if value})
+
+    def _gathering(self, side: Side) -> Rows:
+        """Weights of a sharded model in a forward pass: the unit with the embeddings stays; what was gathered last
+        waits in its buffer while the next is."""
+        return {"gathered weights": 2 * side.root + 2 * side.layer}
+
+    def _score(self, name: str, side: Side) -> Phase:
+        moments = []
+        for micro in self._micro_batches(side, self.scored):
+            head = 0 if side.reads_values else self._head_bytes() + 40 * micro.responses
+            temporary = _forward_bytes(side.shape, micro, side.precision)
+            moments.append({"head and embeddings": head, "temporary": temporary} | self._gathering(side))
+        return self._phase(name, side, moments)
+
+    def _head_bytes(self) -> int:
+        return _HEAD_BYTES_GPU if self.on_gpu else _HEAD_BYTES_CPU
+
+    def _update(self, name: str, side: Side) -> Phase:
+        """Backward passes over the micro-batches, then the optimiser."""
+        micros = self._micro_batches(side, self.trained[side.name])
+        gradients = 0 if self.away else side.gradients
+        root = side.root
+        # A layer's gradients as backward leaves them, and in float32, of it and the one before.
+        reduced = side.layer + 8 * side.layer // self.computed if side.embeddings else 0
+        moments: list[Rows] = []
+        for i, micro in enumerate(micros):
+            saved = saved_bytes(
+                side.shape, micro, side.precision, checkpointing=side.checkpointing, reads_values=side.reads_values
+            )
+            if side.checkpointing:
+                if side.activation_offload and self.on_gpu:
+                    # The inputs of all layers wait in host memory, but for two on their way.
+                    saved -= (side.shape.num_layers - 2) * self._layer_input(side, micro)
+                saved += _recomputed_bytes(side.shape, micro, side.precision)
+            head = 0
+            if not side.reads_values:
+                # The gradient of hidden states in float32, then in their own type.
+                rows = micro.responses * side.shape.hidden * (4 + self.computed)
+                head = side.head + self._head_bytes() + rows
+            moments.append(
+                {
+                    # Filled layer by layer as the first micro-batch's activations go.
+                    "gradients": gradients if i else 0,
+                    "activations": saved,
+                    "head and embeddings": head,
+                    "temporary": _backward_bytes(side.shape, micro, side.precision),
+                    # Of layers, the next is fetched while one is computed.
+                    "gathered weights": root + 4 * side.layer,
+                    "reduced gradients": reduced,
+                }
+            )
+        several = len(micros) > 1
+        if side.embeddings:
+            # At the end the gradient of the embeddings, and with tied ones that of the head, to be added to it.
+            done = gradients - (0 if several else self.kept * self._local(side.shape.embeddings))
+            both = side.embeddings + (side.head if side.tied else 0)
+            moments.append({"gradients": done, "head and embeddings": both, "gathered weights": root})
+        if side.embeddings and self.sharded:
+            # The same, whole and in float32, and its sum over the processes, while there is one to add it to.
+            whole = 4 * math.prod(side.shape.embeddings)
+            reduced = {"gradients": gradients, "head and embeddings": side.embeddings}
+            moments.append(reduced | {"reduced gradients": whole + (whole // self.shards if several else 0)})
+        moments.append({"gradients": gradients, "temporary": self._optimizer_bytes(side)})
+        return self._phase(name, side, moments)
+
+    def _layer_input(self, side: Side, micro: Micro) -> int:
+        return self.computed * side.shape.hidden * micro.tokens
+
+    def _optimizer_bytes(self, side: Side) -> int:
+        """What AdamW holds beside its state while it steps."""
+        if side.state_bits == 8 or self.away:
+            return 0
+        # One weight after the other on a CPU; all at once, the roots of the second moments, on a GPU.
+        return side.gradients if self.on_gpu else 2 * side.largest
+
+    def _decode(self, name: str, sequences: int, prompts: int) -> Phase:
+        """Sampling `sequences` responses side by side to `prompts` different prompts."""
+        side, config = self.policy, self.config
+        shape, size = side.shape, self.computed
+        if config.rollout.engine == "vllm_server":
+            return self._phase(name, side, [])
+        if self.has_engine:
+            precision = Precision(self.kept, size, kernel=True)
+            prefill = _forward_bytes(shape, Micro(_ENGINE_TOKENS, 0, ()), precision)
+            sampling = 8 * config.rollout.max_sequences * shape.vocab
+            return self._phase(name, side, [self._engine() | {"temporary": max(prefill, sampling)}])
+        _, prompt, response = self.scored[0]
+        gathered = 0
+        if self.sharded:
+            whole = sum(map(math.prod, shape.weights()))
+            gathered = size * whole + shape.num_layers * (side.layer - size * sum(map(math.prod, shape.layer.values())))
+        cache = 2 * shape.key * size * shape.num_layers
+        one_layer = 2 * shape.key * size
+        tokens = prompts * prompt
+        precision = Precision(self.kept, size, kernel=True)
+        prefill = _forward_bytes(shape, Micro(tokens, 0, ()), precision)
+        if shape.query != shape.key:
+            # With a mask, keys and values are repeated for every head.
+            attention = size * (5 * shape.query + 4 * shape.hidden) * tokens
+            prefill = max(prefill, attention + prompts * prompt**2 * (1 + size))
+        # The logits, in float32 (where they are not), their log-probabilities, and in float64 what is summed up.
+        sampling = sequences * shape.vocab * (size + (4 if size < 4 else 0) + 4 + 16)
+        length = sequences * (prompt + response)
+        moments = [
+            {"KV cache": cache * tokens, "temporary": prefill},
+            # Each sequence gets its prompt's cache, layer by layer.
+            {"KV cache": cache * sequences * prompt, "temporary": one_layer * tokens + sampling},
+            {
+                "KV cache": cache * length,
+                "temporary": max(sampling, one_layer * length + sequences * shape.vocab * size),
+            },
+        ]
+        return self._phase(name, side, [moment | {"gathered weights": gathered} for moment in moments])
+
+    def _engine(self) -> Rows:
+        """vLLM in this process, awake."""
+        cache = int(self.config.rollout.vllm.kv_cache_gib * GIB)
+        return {"engine weights": self._engine_weights(), "KV cache": cache}
+
+    def _micro_batches(self, side: Side, sequences: list[tuple[int, int, int]]) -> list[Micro]:
+        shape = side.shape
+        # Operations as models.forward_flops counts them, by which sequences are dealt out.
+        costs = (
+            2 * shape.num_layers * sum(map(math.prod, shape.layer.values())),
+            2 * shape.num_layers * shape.query,
+            2 * shape.hidden * (1 if side.reads_values else shape.vocab),
+        )
+        return _micro_batches(tuple(sequences), self.config.batch.tokens_per_microbatch, self.ranks, costs)
+
+    def _host(self) -> Rows:
+        """What lies in host memory, where the device is a GPU."""
+        if not self.on_gpu:
+            return {}
+        rows: Rows = {}
+        if self.away:
+            rows["weights, gradients, moments"] = self.base + sum(
+                s.weights + s.gradients + s.moments for s in self.sides
+            )
+        elif self.config.offload_idle:
+            held = [side.weights + side.moments for side in self.sides]
+            rows["idle models"] = sum(held) - min(held)
+        if self.config.checkpoint.every and self.config.checkpoint.asynchronous:
+            rows["checkpoint copy"] = self._checkpoint_copy()
+        if self.has_engine:
+            rows["sleeping engine"] = self._engine_weights()
+        offloading = [side for side in self.sides if side.activation_offload]
+        if offloading:
+            rows["layers' inputs"] = max(
+                side.shape.num_layers * self._layer_input(side, micro)
+                for side in offloading
+                for micro in self._micro_batches(side, self.trained[side.name])
+            )
+        return rows
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+def _switches(section: Any) -> dict[str, Any]:
+    optimizer: OptimizerConfig = section.optimizer
+    return {
+        "checkpointing": section.gradient_checkpointing,
+        "activation_offload": section.activation_offload,
+        "state_bits": optimizer.state_bits,
+    }
+
+
+def _targets(shape: Shape, modules: str | list[str]) -> tuple[str, ...]:
+    """Which linear layers get adapters, as peft understands the names."""
+    if modules == "all-linear":
+        return _LINEAR
+    found = tuple(x for x in _LINEAR if any(x == name or x.endswith(f".{name}") for name in modules))
+    if not found:
+        raise ConfigError(f"adapters.target_modules {modules} name no linear layer; there are {[*_LINEAR]}")
+    return found
+
+
+@functools.cache
+def _micro_batches(
+    sequences: tuple[tuple[int, int, int], ...], budget: int, ranks: int, costs: tuple[int, int, int]
+) -> list[Micro]:
+    """The first process's micro-batches, the costliest first, of (count, prompt tokens, response tokens)."""
+    prompts = torch.tensor([prompt for count, prompt, _ in sequences for _ in range(count)])
+    responses = torch.tensor([response for count, _, response in sequences for _ in range(count)])
+    lengths = prompts + responses
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    nothing = torch.zeros(len(lengths), dtype=torch.int64)
+    ids = torch.zeros(1, dtype=torch.int64).expand(int(cu_seqlens[-1]))
+    batch = PackedBatch(ids, cu_seqlens, prompts, nothing, nothing, nothing.float())
+    per_token, per_pair, per_response = costs
+    estimates = per_token * lengths.double() + per_pair * lengths.double() ** 2 + per_response * responses.double()
+    micros = []
+    for places in batch.microbatches(budget, ranks, estimates.tolist())[0]:
+        chosen = lengths[places]
+        layout = PackedLayout(torch.cat([cu_seqlens[:1], chosen.cumsum(0)]), torch.device("cpu"))
+        groups = tuple((group.shape[0], group.shape[1]) for group in layout.groups)
+        micros.append(Micro(int(chosen.sum()), int(responses[places].sum()), groups))
+    return micros
+
+
+# What fits, and what makes it fit.
+
+
+def usable(memory: float, device: str) -> float:
+    """How much of a device's memory a plan may fill, both in bytes. A GPU's also holds the CUDA context, libraries'
+    workspaces and the gaps between blocks: 1 GiB and 5% are kept for them. Resident memory on a CPU holds what the C
+    library keeps of freed blocks (bench/results/cpu/plan.md has the share measured), and there is a system: 15%."""
+    return 0.95 * memory - GIB if device == "cuda" else 0.85 * memory
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a memory suffices. switches: what has to be changed for it, nothing if it fits as it is; None where all
+    of them together do not suffice. plan: with these changes, or the smallest that was found."""
+
+    memory: int
+    switches: list[str] | None
+    plan: Plan
+
+
+def find_fit(config: Config, memory: int, ranks: int = 1, device: str | None = None) -> Fit:
+    """The fewest switches, cheap ones first, that make the run fit into `memory` bytes a process."""
+    first = plan(config, ranks, device)
+    available = usable(memory, first.device)
+    if first.peak.total <= available:
+        return Fit(memory, [], first)
+    ladder = _ladder(config, ranks, first.device)
+    levels = [0] * len(ladder)
+
+    def attempt(levels: list[int]) -> Plan | None:
+        changes: dict[str, Any] = {}
+        count = ranks
+        for level, steps in zip(levels, ladder, strict=True):
+            if level:
+                _, change, times = steps[level - 1]
+                changes, count = merge(changes, change), count * times
+        try:
+            return plan(build_config(merge(config.model_dump(mode="json"), changes)), count, first.device)
+        except ConfigError:
+            # Switches that do not go together.
+            return None
+
+    best, found = first, None
+    for place, steps in enumerate(ladder):
+        for level in range(1, len(steps) + 1):
+            trial = [*levels[:place], level, *levels[place + 1 :]]
+            made = attempt(trial)
+            if made is None:
+                continue
+            levels = trial
+            if made.peak.total < best.peak.total:
+                best = made
+            if made.peak.total <= available:
+                found = made
+                break
+        if found:
+            break
+    if found is None:
+        return Fit(memory, None, best)
+    # What was tried on the way and is not needed is taken back, the costliest first.
+    for place in reversed(range(len(ladder))):
+        while levels[place]:
+            trial = [*levels[:place], levels[place] - 1, *levels[place + 1 :]]
+            made = attempt(trial)
+            if made is None or made.peak.total > available:
+                break
+            levels, found = trial, made
+    names = [steps[level - 1][0] for level, steps in zip(levels, ladder, strict=True) if level]
+    return Fit(memory, names, found)
+
+
+# A setting of a switch: what it is called, what it changes, by how much it multiplies the processes.
+Step = tuple[str, dict[str, Any], int]
+
+
+def _ladder(config: Config, ranks: int, device: str) -> list[list[Step]]:
+    """Switches that could still be changed, the cheapest first, each with its settings, the mildest first."""
+
+    def both(name: str, values: dict[str, Any]) -> Step:
+        return name, {"policy": values} | ({"prm": values} if config.objective == "repirl" else {}), 1
+
+    prompt = config.data.max_prompt_tokens
+    longest = [prompt + config.data.max_expert_tokens] * (config.objective != "rloo")
+    longest += [prompt + config.rollout.max_response_tokens] * (config.objective != "sft")
+    budgets = _halved(config.batch.tokens_per_microbatch, max(longest))
+    counts = _halved(config.rollout.max_sequences, config.rollout.samples_per_prompt)
+    checkpointing = {"gradient_checkpointing": True}
+    on_gpu, shared = device == "cuda", config.adapters is not None
+    ladder: list[list[Step]] = [
+        [both("gradient_checkpointing", checkpointing)],
+        [(f"batch.tokens_per_microbatch {n}", {"batch": {"tokens_per_microbatch": n}}, 1) for n in budgets],
+    ]
+    if config.rollout.engine == "transformers":
+        ladder.append([(f"rollout.max_sequences {n}", {"rollout": {"max_sequences": n}}, 1) for n in counts])
+    if config.rollout.engine == "vllm":
+        sizes = [config.rollout.vllm.kv_cache_gib / n for n in (2, 4, 8)]
+        ladder.append(
+            [(f"rollout.vllm.kv_cache_gib {n:g}", {"rollout": {"vllm": {"kv_cache_gib": n}}}, 1) for n in sizes]
+        )
+    if on_gpu and config.computes_in == "float32":
+        ladder.append([("compute_dtype bfloat16", {"compute_dtype": "bfloat16"}, 1)])
+    if on_gpu:
+        ladder.append([both("activation_offload", checkpointing | {"activation_offload": True})])
+    if not shared and not config.parallel.cpu_offload:
+        ladder.append([("offload_idle", {"offload_idle": True}, 1)])
+    ladder.append([both("optimizer.state_bits 8", {"optimizer": {"state_bits": 8}})])
+    if not shared:
+        # On one base there is nothing idle that could leave.
+        ladder.append([("adapters", {"adapters": {}, "offload_idle": False}, 1)])
+    return [*ladder, [(f"{ranks * n} ranks", {}, n) for n in (2, 4, 8)]]
+
+
+def _halved(value: int, least: int) -> list[int]:
+    """value / 2, value / 4, ... down to `least`."""
+    found = []
+    while value // 2 >= least:
+        value //= 2
+        found.append(value)
+    if value > least:
+        found.append(least)
+    return found
+
+
+# What is shown.
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB with two digits behind the point."""
+    return f"{count / GIB:.2f}"
+
+
+def table(found: Plan) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a plan: a phase a column, in GiB; empty cells are zero."""
+    names = list(dict.fromkeys(name for phase in found.phases for name in phase.rows))
+    rows = [[name, *(gib(p.rows[name]) if name in p.rows else "" for p in found.phases)] for name in names]
+    return ["GiB", *(p.name for p in found.phases)], [*rows, ["together", *(gib(p.total) for p in found.phases)]]
+
+
+def describe_fit(fit: Fit) -> str:
+    """One line on a memory."""
+    size, room = f"{fit.memory / GIB:g} GiB", gib(usable(fit.memory, fit.plan.device))
+    peak = f"{gib(fit.plan.peak.total)} GiB in {fit.plan.peak.name}"
+    if fit.switches is None:
+        return f"{size} ({room} usable): does not fit with all switches; the least that was found is {peak}"
+    if not fit.switches:
+        return f"{size} ({room} usable): fits, {peak}"
+    return f"{size} ({room} usable): does not fit as it is; fits with {', '.join(fit.switches)}: {peak}"
+
+
+def print_plan(
+    config: Config, memories: Sequence[float], ranks: int = 1, device: str | None = None, console: Console | None = None
+) -> None:
+    """Print the plan of a run and what it takes to fit into each memory (GiB a process)."""
+    console = console or Console()
+    show: Callable[[str], None] = functools.partial(console.print, soft_wrap=True, highlight=False)
+    found = plan(config, ranks, device)
+    where = "GPUs" if found.device == "cuda" else "CPU processes"
+    title = f"{config.policy.model}, {config.objective}, {ranks} {where}: GiB of each"
+    print_table(title, *table(found), console=console)
+    show(f"peak: {gib(found.peak.total)} GiB in {found.peak.name}; every prompt and response at its longest")
+    if found.host:
+        parts = ", ".join(f"{name} {gib(count)}" for name, count in found.host.items())
+        show(f"in host memory for each GPU: {gib(sum(found.host.values()))} GiB ({parts})")
+    for memory in memories:
+        show(describe_fit(find_fit(config, int(memory * GIB), ranks, device)))
