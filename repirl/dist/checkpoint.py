@@ -8,6 +8,7 @@ and renamed, and only then are older ones pruned: whatever happens, the last com
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,10 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+# A file's name in the checkpoint -> its size and checksum.
+Manifest = dict[str, tuple[int, int]]
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
@@ -65,33 +70,31 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     raise ConfigError(f"no checkpoint at {str(path)!r}: expected a step_N folder, or a run's folder that holds some")
 
 
-def newest_sound(folder: str | os.PathLike, *, set_aside: bool = False) -> Path:
-    """The newest checkpoint whose files are all as they were written; says which newer ones are not. set_aside:
-    rename those, to step_N.damaged, so that they do not stand in the way of a run that goes on.
+def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
+    """The newest checkpoint whose files are all as they were written; says which newer ones are not. Where a world is
+    given, its processes look at a share of the files each, and all get the same answer.
 
     ConfigError where there is none: starting anew by itself would hide that a run was lost.
     """
-    found = list_checkpoints(folder)
-    damaged = []
+    world = world or World(torch.device("cpu"))
+    [found] = world.gather([list_checkpoints(folder)] if world.is_main else [])
     for path in reversed(found):
-        problem = find_damage(path)
-        if problem is None:
-            for other in damaged if set_aside else ():
-                shutil.rmtree(target := other.with_name(f"{other.name}.damaged"), ignore_errors=True)
-                other.rename(target)
+        problems = [p for p in world.gather([find_damage(path, world.rank, world.size)]) if p is not None]
+        if not problems:
             return path
-        damaged.append(path)
-        logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problem)
+        if world.is_main:
+            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problems[0])
     raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound: {[p.name for p in found]}")
 
 
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if they are as they were written."""
+def find_damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, None if they are as they were written; of every `num_shares`-th file
+    only, from number `share` on, where several processes look."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
         return f"manifest.json cannot be read: {error}"
-    for name, (size, checksum) in manifest.items():
+    for name, (size, checksum) in list(manifest.items())[share::num_shares]:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
@@ -161,17 +164,15 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
 
     def choose(self) -> Path:
-        """The checkpoint to go on from, the same for all processes: one of them looks. ConfigError as newest_sound."""
-        answer: list[Path | ConfigError] = []
+        """The checkpoint to go on from. Damaged newer ones are renamed to step_N.damaged, so that they do not stand in
+        the way of a run that goes on. ConfigError as newest_sound."""
+        chosen = newest_sound(self.folder, self.world)
         if self.world.is_main:
-            try:
-                answer = [newest_sound(self.folder, set_aside=True)]
-            except ConfigError as error:
-                answer = [error]
-        [found] = self.world.gather(answer)
-        if isinstance(found, ConfigError):
-            raise found
-        return found
+            found = list_checkpoints(self.folder)
+            for path in found[found.index(chosen) + 1 :]:
+                shutil.rmtree(target := path.with_name(f"{path.name}.damaged"), ignore_errors=True)
+                path.rename(target)
+        return chosen
 
     def save(
         self,
@@ -214,13 +215,16 @@ class Checkpointer:
 
         self._together(step, prepare if self.world.is_main else _nothing)
         # One after the other: idle ones may be away from the device, and there need not be room for all.
+        rank = self.world.rank
         if self._thread is None:
+            written: Manifest = {}
             for name, learner in learners.items():
-                self._together(step, lambda x=learner, n=name: _write({n: _tensors(x)}, temporary, None))
-            self._complete(step)
+                write = functools.partial(_write, {name: _tensors(learner)}, temporary, rank, None)
+                written |= self._together(step, write)
+            self._complete(step, written)
         else:
             copies = {name: _copied(_tensors(learner)) for name, learner in learners.items()}
-            self._pending = (step, self._thread.submit(_write, copies, temporary, self._group))
+            self._pending = (step, self._thread.submit(_write, copies, temporary, rank, self._group))
 
     def poll(self) -> None:
         """Complete a checkpoint that is being written, if all processes are done with it. Every process has to call."""
@@ -229,8 +233,7 @@ class Checkpointer:
         step, future = self._pending
         if self.world.sum(torch.tensor(float(future.done()))) == self.world.size:
             self._pending = None
-            self._together(step, future.result)
-            self._complete(step)
+            self._complete(step, self._together(step, future.result))
 
     def finish(self) -> None:
         """Wait for a checkpoint that is being written, and complete it."""
@@ -239,12 +242,13 @@ class Checkpointer:
             self.world.barrier()
             self.poll()
 
-    def _complete(self, step: int) -> None:
+    def _complete(self, step: int, written: Manifest) -> None:
+        written = dict(self.world.gather(list(written.items())))
         temporary, final = self.folder / f"step_{step}.tmp", self.folder / f"step_{step}"
 
         def complete() -> None:
-            files = sorted(p for p in temporary.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(temporary)): (p.stat().st_size, _checksum(p)) for p in files}
+            rest = (p for p in temporary.rglob("*") if p.is_file() and str(p.relative_to(temporary)) not in written)
+            manifest = written | _manifest(temporary, rest)
             (temporary / "manifest.json").write_text(json.dumps(manifest))
             _flush([*temporary.rglob("*"), temporary])
             if final.exists():
@@ -271,11 +275,11 @@ class Checkpointer:
         for leftover in self.folder.glob("step_*.tmp"):
             shutil.rmtree(leftover)
 
-    def _together(self, step: int, action: Callable[[], Any]) -> None:
-        """Run an action that may fail on some processes only, and fail on all of them then."""
-        problem = None
+    def _together(self, step: int, action: Callable[[], Any]) -> Any:
+        """Run an action that may fail on some processes only, and fail on all of them then; returns its result."""
+        problem = result = None
         try:
-            action()
+            result = action()
         except (OSError, CheckpointException, RuntimeError) as error:
             problem = _reason(error)
         problems = [p for p in self.world.gather([problem]) if p is not None]
@@ -288,16 +292,26 @@ class Checkpointer:
                 f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}. "
                 f"The newest complete one is {newest}"
             )
+        return result
 
 
 def _nothing() -> None:
     """What the other processes do while the main one writes."""
 
 
-def _write(states: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+def _write(states: dict[str, Any], folder: Path, rank: int, group: dist.ProcessGroup | None) -> Manifest:
+    """Write tensors; returns what the manifest is to say of the files that this process wrote, which are the large
+    ones: each process reads its own again, beside the training where the writing is."""
+    written: Manifest = {}
     for name, state in states.items():
         target = folder / name / "tensors"
         dcp.save(state, checkpoint_id=target, process_group=group, no_dist=not dist.is_initialized())
+        written |= _manifest(folder, target.glob(f"__{rank}_*.distcp"))
+    return written
+
+
+def _manifest(folder: Path, files: Iterable[Path]) -> Manifest:
+    return {str(p.relative_to(folder)): (p.stat().st_size, _checksum(p)) for p in sorted(files)}
 
 
 def _copied(state: Any) -> Any:
