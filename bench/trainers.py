@@ -1,0 +1,422 @@
+"""``python -m bench.trainers``: a policy update here and in TRL's RLOOTrainer, on the same recorded rollouts.
+
+Both sides get the same weights, token ids, outcomes and AdamW, one after the other in processes of their own, round
+by round; what is compared are medians of the rounds. Before anything is timed, both have to make the same update: the
+table gives the relative difference of the parameters' changes. Phases:
+
+* rollout: sampling with the model itself, ours and TRL's default `generate`; in tokens a second, as responses end by
+  themselves
+* old_logprob: log-probabilities of the recorded responses under the sampling weights, without gradients
+* policy: forward, backward, clipping and AdamW
+* PRM (ours only): scoring and updating a PRM of the policy's size on the same sequences, and its rewards
+
+TRL pads a batch to its longest sequence; a case with equal lengths shows what is left without that. Memory is the
+high-water mark of the process (of the GPU's allocator there) above what the loaded model takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from bench.demo_seeds import machine
+from repirl.batch import PackedBatch, pack
+from repirl.config import LossConfig, OptimizerConfig
+from repirl.data.tasks.arithmetic import build_tokenizer
+from repirl.learner import Learner
+from repirl.models import load_model
+from repirl.objectives import rloo
+from repirl.report.metrics import peak_memory_bytes, reset_peak_memory
+from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.rollout.transformers import TransformersEngine
+
+NUM_PROMPTS, NUM_SAMPLES = 4, 4
+# Name -> (lengths equal, gradient checkpointing, sequences in a micro-batch).
+CASES = {
+    "spread lengths": (False, False, 16),
+    "equal lengths": (True, False, 16),
+    "spread lengths, micro-batches of 4": (False, False, 4),
+    "spread lengths, gradient checkpointing": (False, True, 16),
+}
+SHAPES = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "tiny": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+CONTENDERS = ("ours", "trl")
+OPTIMIZER = OptimizerConfig(lr=1e-5)
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """Save a model of a known shape with random weights: what is measured does not depend on them."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, initializer_range=0.05, **special)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def record(path: Path, vocabulary: int, prompt: int, response: int, equal: bool) -> None:
+    """Write rollouts: token ids of prompts, K responses each with lengths between a tenth and the whole of
+    `response`, and outcomes."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    def length(longest: int) -> int:
+        share = 0.1 + 0.9 * float(torch.rand(1, generator=generator))
+        return longest if equal else max(1, round(share * longest))
+
+    rollouts = []
+    for _ in range(NUM_PROMPTS):
+        prompt_ids = ids(length(prompt))
+        responses = [ids(length(response)) for _ in range(NUM_SAMPLES)]
+        # Neither all right nor all wrong: every prompt has a gradient.
+        rollouts.append({"prompt": prompt_ids, "responses": responses, "outcomes": [1.0, 0.0, 1.0, 0.0]})
+    path.write_text(json.dumps(rollouts))
+
+
+def packed(rollouts: list[dict[str, Any]]) -> PackedBatch:
+    return pack(
+        [(r["prompt"], response) for r in rollouts for response in r["responses"]],
+        group_ids=[g for g, r in enumerate(rollouts) for _ in r["responses"]],
+        outcome=[o for r in rollouts for o in r["outcomes"]],
+    )
+
+
+class Clock:
+    """Seconds by phase and step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, {}
+        self._start = 0.0
+
+    def start(self) -> None:
+        self._synchronise()
+        self._start = time.perf_counter()
+
+    def stop(self, phase: str) -> None:
+        self._synchronise()
+        self.seconds.setdefault(phase, []).append(time.perf_counter() - self._start)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def changes(model: torch.nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (p.detach().cpu() - before[name]) for name, p in model.named_parameters()}
+
+
+def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Updates of the policy, then the PRM's part."""
+    device = torch.device(options.device)
+    model = load_model(options.model, kind="causal", dtype=torch.float32, device=device)
+    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    longest = max(len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"])
+    budget = options.microbatch * longest
+    common = {"tokens_per_microbatch": budget, "gradient_checkpointing": options.checkpointing}
+    policy = Learner(model, OPTIMIZER, num_updates=options.steps + 1, **common)
+    # The sequence's sum of log-probabilities, averaged over sequences, as RLOOTrainer has it; no entropy bonus there.
+    config = LossConfig(aggregation="constant_length", entropy_coefficient=0.0, sampler_ratio_cap=None)
+    clock, update = Clock(device), {}
+    reset_peak_memory(device)
+    base = peak_memory_bytes(device)
+    for step in range(options.steps + 1):
+        batch = packed(rollouts)
+        clock.start()
+        old = policy.score(batch)["logprob"]
+        clock.stop("old_logprob")
+        clock.start()
+        batch.write("old_logprob", old)
+        batch.write("sampler_logprob", old)
+        rloo.write_advantages(batch, config)
+        policy.step(batch, rloo.loss(batch, config, 1))
+        clock.stop("policy")
+        if step == 0:
+            update = changes(model, before)
+    memory = peak_memory_bytes(device) - base
+    if options.rollout:
+        engine = TransformersEngine(policy, pad_id=0, max_sequences=99)
+        prompts = [r["prompt"] for r in rollouts for _ in r["responses"]]
+        seeds = [sequence_seed(0, i) for i in range(len(prompts))]
+        sampling = Sampling(options.response, 1.0, (model.config.eos_token_id,))
+        for _ in range(2):
+            clock.start()
+            found = engine.generate(prompts, seeds, sampling)
+            clock.stop("rollout")
+        clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(len(r.token_ids) for r in found)]
+    if options.prm:
+        value = load_model(options.model, kind="value", dtype=torch.float32, device=device)
+        prm = Learner(value, OPTIMIZER, num_updates=options.steps + 1, **common)
+        for _ in range(options.steps + 1):
+            clock.start()
+            prm.score(batch)
+            prm.step(batch, lambda outputs, micro: outputs["value"].mean())
+            prm.score(batch)
+            clock.stop("prm")
+    return {"seconds": clock.seconds, "memory": memory, "update": update}
+
+
+def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
+    """RLOOTrainer with its sampling replaced by the recorded responses; everything else is its own."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    device = torch.device(options.device)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    clock, update = Clock(device), {}
+    total = len(rollouts) * NUM_SAMPLES
+
+    class Replay(RLOOTrainer):
+        """`_generate`, whose results are token ids and texts, gives the recorded ones."""
+
+        def _generate(self, prompts: list[str]) -> tuple[list[list[int]], list[list[int]], list[str]]:
+            chosen = [rollouts[int(p)] for p in prompts[::NUM_SAMPLES]]
+            responses = [x for r in chosen for x in r["responses"]]
+            return [r["prompt"] for r in chosen for _ in r["responses"]], responses, [""] * len(responses)
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            clock.start()
+            found = super()._generate_and_score_completions(inputs)
+            clock.stop("old_logprob")
+            return found
+
+    class Steps(TrainerCallback):
+        """Seconds of a whole step."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            whole = time.perf_counter() - self.start
+            # The batch is prepared, and scored, inside the step.
+            clock.seconds.setdefault("policy", []).append(whole - clock.seconds["old_logprob"][-1])
+            if state.global_step == 1:
+                update.update(changes(model, before))
+
+    def outcome(prompts: list[str], **_: Any) -> list[float]:
+        return [o for p in prompts[::NUM_SAMPLES] for o in rollouts[int(p)]["outcomes"]]
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = RLOOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=options.microbatch,
+            gradient_accumulation_steps=total // options.microbatch,
+            num_generations=NUM_SAMPLES,
+            max_completion_length=options.response,
+            max_steps=options.steps + 1,
+            beta=0.0,
+            learning_rate=OPTIMIZER.lr,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=OPTIMIZER.max_grad_norm,
+            gradient_checkpointing=options.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=False,
+            use_cpu=device.type == "cpu",
+            shuffle_dataset=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        data = Dataset.from_list([{"prompt": str(i)} for i in range(len(rollouts))])
+        trainer = Replay(model, outcome, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Steps()])
+        reset_peak_memory(device)
+        base = peak_memory_bytes(device)
+        trainer.train()
+        memory = peak_memory_bytes(device) - base
+        if options.rollout:
+            prompts = [r["prompt"] for r in rollouts for _ in r["responses"]]
+            for _ in range(2):
+                clock.start()
+                found = trainer._generate_single_turn(prompts, None, {})
+                clock.stop("rollout")
+            clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(map(len, found))]
+    return {"seconds": clock.seconds, "memory": memory, "update": update}
+
+
+def child(options: argparse.Namespace) -> None:
+    """One contender, one case; writes JSON, and the update that its first step made."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rollouts = json.loads(Path(options.recorded).read_text())
+    found = (run_ours if options.child == "ours" else run_trl)(options, rollouts)
+    torch.save(found.pop("update"), f"{options.out}.pt")
+    # The first step warms up: memory is fetched, kernels are chosen.
+    found["seconds"] = {phase: statistics.median(values[1:] or values) for phase, values in found["seconds"].items()}
+    Path(options.out).write_text(json.dumps(found))
+
+
+def run_child(name: str, case: str, folder: Path, options: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    equal, checkpointing, microbatch = CASES[case]
+    recorded = folder / f"rollouts_{'equal' if equal else 'spread'}.json"
+    out = folder / f"{name}.json"
+    command = [sys.executable, "-m", "bench.trainers", "--child", name, "--recorded", str(recorded), "--out", str(out)]
+    command += ["--model", options.model, "--device", options.device, "--steps", str(options.steps)]
+    command += ["--response", str(options.response), "--microbatch", str(microbatch), *extra]
+    command += ["--threads", str(options.threads)] if options.threads else []
+    result = subprocess.run(
+        [*command, *(["--checkpointing"] if checkpointing else [])], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"{name} failed in case {case!r}:\n{result.stderr[-3000:]}")
+    return json.loads(out.read_text())
+
+
+def difference(folder: Path) -> float:
+    """How far the two updates are apart, relative to their size."""
+    ours, theirs = (torch.load(folder / f"{name}.json.pt", weights_only=True) for name in CONTENDERS)
+    assert ours.keys() == theirs.keys()
+    apart = sum(float((ours[name] - theirs[name]).double().pow(2).sum()) for name in ours)
+    return (apart / sum(float(x.double().pow(2).sum()) for x in theirs.values())) ** 0.5
+
+
+def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of both contenders, one after the other."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for turn in range(options.rounds):
+        first = turn == 0 and case == next(iter(CASES))
+        for name in CONTENDERS if turn % 2 == 0 else reversed(CONTENDERS):
+            extra = (["--rollout"] if first else []) + (["--prm"] if first and name == "ours" else [])
+            rounds[name].append(run_child(name, case, folder, options, extra))
+    equal = CASES[case][0]
+    rollouts = json.loads((folder / f"rollouts_{'equal' if equal else 'spread'}.json").read_text())
+    lengths = [len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"]]
+    longest = max(len(r["prompt"]) for r in rollouts) + max(len(x) for r in rollouts for x in r["responses"])
+    found: dict[str, Any] = {
+        "case": case,
+        "tokens": sum(lengths),
+        "padding": 1 - sum(lengths) / (longest * len(lengths)),
+        "update_difference": difference(folder),
+    }
+    for name, results in rounds.items():
+        phases = sorted({phase for r in results for phase in r["seconds"]})
+        seconds = {p: [r["seconds"][p] for r in results if p in r["seconds"]] for p in phases}
+        found[name] = {"seconds": seconds, "memory": [r["memory"] for r in results]}
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: seconds by phase (median and range of the rounds), tokens a second, memory, and the ratio."""
+    lines = []
+    for found in results:
+        lines += [
+            f"### {found['case']}",
+            "",
+            f"{found['tokens']} tokens in {NUM_PROMPTS * NUM_SAMPLES} sequences; padded to one length, "
+            f"{found['padding']:.0%} would be padding. The updates differ by {found['update_difference']:.1e} of "
+            "their size.",
+            "",
+            "| phase | ours | TRL | ours / TRL |",
+            "|---|---:|---:|---:|",
+        ]
+        for phase in ("rollout", "old_logprob", "policy", "prm"):
+            cells, medians = [], []
+            for name in CONTENDERS:
+                values = found[name]["seconds"].get(phase)
+                if values is None:
+                    cells.append("-")
+                    continue
+                medians.append(statistics.median(values))
+                if phase == "rollout":
+                    cells.append(f"{1 / medians[-1]:.0f} tokens/s")
+                else:
+                    spread = f"{min(values):.2f} to {max(values):.2f}"
+                    cells.append(f"{medians[-1]:.2f} s ({spread}), {found['tokens'] / medians[-1]:.0f} tokens/s")
+            if cells != ["-", "-"]:
+                ratio = f"{medians[0] / medians[1]:.2f}" if len(medians) == 2 else "-"
+                lines.append(f"| {phase} | {cells[0]} | {cells[1]} | {ratio} |")
+        memory = [statistics.median(found[name]["memory"]) / 2**20 for name in CONTENDERS]
+        lines += [f"| memory | {memory[0]:.0f} MiB | {memory[1]:.0f} MiB | {memory[0] / memory[1]:.2f} |", ""]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all cases, print the table, write it and the JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.trainers", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", metavar="DIR", help="a causal language model; default: random weights of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=96, help="longest prompt")
+    parser.add_argument("--response", type=int, default=160, help="longest response")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", metavar="FILE", help="results; the table goes beside it")
+    for name in ("--child", "--recorded", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    for name in ("--checkpointing", "--rollout", "--prm"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--microbatch", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        child(options)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.model is None:
+            make_model(folder / "model", options.shape)
+            options.model = str(folder / "model")
+        vocabulary = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
+        for equal in (False, True):
+            path = folder / f"rollouts_{'equal' if equal else 'spread'}.json"
+            record(path, vocabulary, options.prompt, options.response, equal)
+        results = []
+        for case in options.cases:
+            results.append(measure_case(case, folder, options))
+            print(table(results[-1:]), flush=True)
+    if options.json:
+        from trl import __version__ as trl_version
+
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        command = "python -m bench.trainers " + " ".join(arguments or sys.argv[1:])
+        content = {
+            "command": command,
+            "machine": machine() | {"trl": trl_version},
+            "threads": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),
+            "results": results,
+        }
+        Path(options.json).write_text(json.dumps(content, indent=1))
+        about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+        text = f"# A policy update beside TRL's RLOOTrainer\n\n`{command}`: {about}.\n\n{table(results)}"
+        Path(options.json).with_suffix(".md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
