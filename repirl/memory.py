@@ -35,6 +35,8 @@ GIB = 2**30
 # Resident memory of a process that trains without a model: Python, PyTorch, transformers and what they load on first
 # use; torchao compiles its optimiser, which loads the compiler. Measured (bench/plan_check.py measures it again).
 PROCESS_BYTES, COMPILER_BYTES = 512 << 20, 72 << 20
+# vLLM (0.32, its CPU build) in the same process, beside its weights and its cache. Measured once.
+ENGINE_BYTES = 280 << 20
 # Slabs of the fused head: the native backend's on a CPU, Triton's on a GPU.
 _HEAD_BYTES_CPU, _HEAD_BYTES_GPU = 24 << 20, 128 << 20
 # Prompt tokens that vLLM computes at once, by its own default; what else it holds for itself is not known here.
@@ -453,7 +455,7 @@ class _Planner:
         rows: Rows = {}
         if not self.on_gpu:
             compiles = any(side.state_bits == 8 for side in self.sides)
-            rows["process"] = PROCESS_BYTES + COMPILER_BYTES * compiles
+            rows["process"] = PROCESS_BYTES + COMPILER_BYTES * compiles + ENGINE_BYTES * self.has_engine
         if self.away:
             return rows
         if self.base:
@@ -472,6 +474,9 @@ class _Planner:
 
     def _engine_weights(self) -> int:
         count = sum(map(math.prod, self.shape.weights()))
+        if not self.on_gpu and self.shape.head is None:
+            # Tied weights are there once more, packed for the head's products.
+            count += math.prod(self.shape.embeddings)
         return self.computed * count // self.config.rollout.vllm.tensor_parallel
 
     def _checkpoint_copy(self) -> int:
@@ -502,7 +507,7 @@ class _Planner:
         if self.has_engine:
             # Weight after weight, whole; adapters are worked in, in float32.
             largest = max(map(math.prod, self.shape.weights()))
-            moved = 12 * largest if self.base else self.kept * largest * self.sharded + self.computed * largest
+            moved = (12 if self.base else self.kept * self.sharded + 2 * self.computed) * largest
             phases.append(self._phase("push_weights", self.policy, [self._engine() | {"temporary": moved}]))
         if config.data.eval is not None and config.eval.every:
             shown = config.eval.num_prompts or config.rollout.max_sequences * self.ranks
@@ -527,6 +532,8 @@ class _Planner:
         resident = {key: value for key, value in self._resident(None).items() if key in ("process", "base weights")}
         if self.away:
             rows = {}
+        if self.has_engine:
+            rows |= self._engine()
         return Phase("load", {key: value for key, value in (resident | rows | check).items() if value})
 
     def _gathering(self, side: Side) -> Rows:

@@ -272,6 +272,24 @@ def test_a_gpu_holds_no_process_and_no_padding(tmp_path):
         plan(configured(tmp_path, parallel={"replicate": 2}), ranks=3)
 
 
+def test_an_engine_of_its_own_holds_weights_and_cache_while_it_is_awake(tmp_path):
+    engine = {"engine": "vllm", "vllm": {"kv_cache_gib": 0.5}}
+    small = {"batch": {"tokens_per_microbatch": 256}, "irl": {"base_measure": "uniform"}}
+    config = configured(tmp_path, objective="rloo", rollout=engine, compute_dtype="bfloat16", **small)
+    found = plan(config, device="cuda")
+    count = sum(map(math.prod, load_shape(str(tmp_path / "model")).weights()))
+    for name in ("rollout", "push_weights"):
+        rows = phases(found)[name].rows
+        assert (rows["engine weights"], rows["KV cache"]) == (2 * count, GIB // 2)
+    assert "engine weights" not in phases(found)["policy"].rows
+    assert found.host["sleeping engine"] == 2 * count
+    server = plan(configured(tmp_path, objective="rloo", rollout={"engine": "vllm_server"}), device="cuda")
+    assert "KV cache" not in phases(server)["rollout"].rows
+    # Half a cache is what is missing.
+    room = phases(found)["rollout"].total - GIB // 4
+    assert find_fit(config, int((room + GIB) / 0.95) + 1, device="cuda").switches == ["rollout.vllm.kv_cache_gib 0.25"]
+
+
 @pytest.mark.parametrize(
     ("changes", "phase", "smaller"),
     [
