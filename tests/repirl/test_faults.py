@@ -85,7 +85,7 @@ def start(file, *, num_ranks=1, resume=False, kill="None", rank=0):
     )
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=240):
     """(exit code, stderr); nothing of the run is left behind, and it ends within the time."""
     try:
         _, errors = process.communicate(timeout=seconds)
@@ -101,6 +101,7 @@ def write(tmp_path, values):
     return file
 
 
+@pytest.mark.timeout(900)
 def test_kill_9_of_one_process_in_any_phase(tmp_path):
     """Killed in the rollouts, in either update, and in a save, one rank of two takes the other with it; four resumes
     later everything is as if nothing had happened."""
