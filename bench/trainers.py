@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bench.demo_seeds import machine
+from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
 from repirl.config import LossConfig, OptimizerConfig
 from repirl.data.tasks.arithmetic import build_tokenizer
@@ -51,14 +52,7 @@ CASES = {
     "spread lengths, gradient checkpointing": (False, True, 16),
 }
 SHAPES = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
+    "smollm2-135m": SMOLLM2_135M,
     "tiny": {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -77,7 +71,7 @@ def make_model(folder: Path, shape: str) -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, initializer_range=0.05, **special)
+    config = LlamaConfig(**SHAPES[shape] | {"tie_word_embeddings": True, "initializer_range": 0.05} | special)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
