@@ -892,8 +892,8 @@ def print_plan(
     console = console or Console()
     show: Callable[[str], None] = functools.partial(console.print, soft_wrap=True, highlight=False)
     found = plan(config, ranks, device)
-    where = "GPUs" if found.device == "cuda" else "CPU processes"
-    title = f"{config.policy.model}, {config.objective}, {ranks} {where}: GiB of each"
+    one, several = ("GPU", "GPUs") if found.device == "cuda" else ("CPU process", "CPU processes")
+    title = f"{config.policy.model}, {config.objective}, {ranks} {several if ranks > 1 else one}: GiB of each"
     print_table(title, *table(found), console=console)
     show(f"peak: {gib(found.peak.total)} GiB in {found.peak.name}; every prompt and response at its longest")
     if found.host:
