@@ -96,7 +96,10 @@ def _empty_model(name: str, kind: str, dtype: torch.dtype) -> PreTrainedModel:
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
     # Buffers (rotary frequencies) are computed for real: nothing in the files could restore them.
     with init_empty_weights(include_buffers=False):
-        return fuse(factory.from_config(config, dtype=dtype, attn_implementation="sdpa"))
+        model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    # On its way to `meta` each module got parameters of its own.
+    model.tie_weights()
+    return fuse(model)
 
 
 def _all_there(model: PreTrainedModel, files: dict[str, str], kind: str) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -198,18 +199,20 @@ def test_a_run_goes_on_exactly_on_as_many_ranks_and_closely_on_others(ranks, tmp
 
 
 def loaded(_group, values, path, kind):
+    """Whole parameters and buffers, and whether this process had to load the model whole."""
     config = build_config(values)
     world = join_world(config)
     dtype = torch.float32
-    model = load_sharded_model(path, kind=kind, dtype=dtype, compute_dtype=dtype, world=world)
+    with mock.patch("repirl.dist.load.load_model", side_effect=load_model) as load_whole:
+        model = load_sharded_model(path, kind=kind, dtype=dtype, compute_dtype=dtype, world=world)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    return {n: whole(p.detach()).clone() for n, p in model.named_parameters()} | buffers
+    return {n: whole(p.detach()).clone() for n, p in model.named_parameters()} | buffers, load_whole.called
 
 
 @pytest.mark.parametrize("layout", ["one file", "several files", "other names"])
-@pytest.mark.parametrize("kind", ["causal", "value"])
-def test_shards_are_read_from_files_in_any_layout(ranks, tmp_path, layout, kind):
-    path = make_model(tmp_path / "model", tied=False)
+@pytest.mark.parametrize(("kind", "tied"), [("causal", False), ("causal", True), ("value", True)])
+def test_shards_are_read_from_files_in_any_layout(ranks, tmp_path, layout, kind, tied):
+    path = make_model(tmp_path / "model", tied=tied)
     expected = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
     if layout == "several files":
         expected.save_pretrained(path, max_shard_size="20KB")
@@ -221,7 +224,8 @@ def test_shards_are_read_from_files_in_any_layout(ranks, tmp_path, layout, kind)
         renamed = {n.removeprefix("model."): w for n, w in weights.items()}
         save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
         expected = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
-    for found in ranks[2].run(2, loaded, tiny_values(tmp_path), str(path), kind):
+    for found, was_whole in ranks[2].run(2, loaded, tiny_values(tmp_path), str(path), kind):
+        assert was_whole == (layout == "other names")
         theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
         assert found.keys() == theirs.keys()
         for name in theirs:
