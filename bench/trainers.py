@@ -359,6 +359,23 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(path: Path, arguments: list[str], results: list[dict[str, Any]]) -> None:
+    """Results as JSON, and the table beside it."""
+    from trl import __version__ as trl_version
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "command": "python -m bench.trainers " + " ".join(arguments),
+        "machine": machine() | {"trl": trl_version},
+        "threads": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),
+        "results": results,
+    }
+    path.write_text(json.dumps(content, indent=1))
+    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    title = f"# A policy update beside TRL's RLOOTrainer\n\n`{content['command']}`: {about}."
+    path.with_suffix(".md").write_text(f"{title}\n\n{table(results)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all cases, print the table, write it and the JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.trainers", description=__doc__.splitlines()[0])
@@ -394,21 +411,8 @@ def main(arguments: list[str] | None = None) -> int:
         for case in options.cases:
             results.append(measure_case(case, folder, options))
             print(table(results[-1:]), flush=True)
-    if options.json:
-        from trl import __version__ as trl_version
-
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        command = "python -m bench.trainers " + " ".join(arguments or sys.argv[1:])
-        content = {
-            "command": command,
-            "machine": machine() | {"trl": trl_version},
-            "threads": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads())),
-            "results": results,
-        }
-        Path(options.json).write_text(json.dumps(content, indent=1))
-        about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-        text = f"# A policy update beside TRL's RLOOTrainer\n\n`{command}`: {about}.\n\n{table(results)}"
-        Path(options.json).with_suffix(".md").write_text(text)
+            if options.json:
+                write(Path(options.json), arguments or sys.argv[1:], results)
     return 0
 
 
