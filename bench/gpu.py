@@ -1,11 +1,13 @@
 """Everything that needs a GPU, on a machine that has nothing but one and PyTorch, in under nine minutes.
 
     python bench/gpu.py --out DIR [--wheels DIR]
+    python bench/gpu.py --out DIR [--wheels DIR] --steps install trainers
 
 makes the package importable, measures the machine's ceilings, tests, times tile shapes, runs the benchmarks beside the
-peers that are installed or lie in ``--wheels``, and profiles a step. No network is needed. Every step is a process of
-its own with a time limit; ``DIR/gpu.json`` is written after each, so one that dies or is cut short costs the others
-nothing. ``--device cpu --quick`` runs what can run without a GPU, in about a minute, to try the script itself.
+peers that are installed or lie in ``--wheels``, and profiles a step. The second line takes up to eight minutes more: a
+policy update beside TRL's trainer, which has to be there, and the PRM's cost. No network is needed. Every step is a
+process of its own with a time limit; ``DIR/gpu.json`` is written after each, so one that dies or is cut short costs the
+others nothing. ``--device cpu --quick`` runs what can run without a GPU, in about a minute, to try the script itself.
 """
 
 import argparse
@@ -40,8 +42,10 @@ LIMITS = {
     "benchmark": 120,
     "profile": 30,
     "counters": 30,
+    "trainers": 480,
 }
 GPU_ONLY = ("large", "counters")
+ON_REQUEST = ("trainers",)
 
 Record = Callable[..., None]
 
@@ -131,6 +135,7 @@ def _child(options: argparse.Namespace) -> int:
         "benchmark": benchmark,
         "profile": profile,
         "counters": counters,
+        "trainers": trainers,
         "forward": forward_once,
     }
     return steps[options.child](options, record) or 0
@@ -458,6 +463,23 @@ def counters(options: argparse.Namespace, record: Record) -> int:
     return done.returncode
 
 
+def trainers(options: argparse.Namespace, record: Record) -> int:
+    """``python -m bench.trainers``, which writes its results after each case."""
+    needed = ("trl", "datasets", "pydantic", "rich", "yaml")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        record(reason=f"not installed: {', '.join(missing)}")
+        return 0
+    file = options.out / "trainers.json"
+    full = ["--shape", "llama-3.2-1b", "--compute-dtype", "bfloat16", "--prompt", "512", "--response", "1024"]
+    quick = ["--shape", "tiny", "--rounds", "1", "--steps", "1", "--response", "24", "--threads", "1"]
+    cases = ["--cases", "spread lengths"] if options.quick else []
+    command = [sys.executable, "-m", "bench.trainers", "--device", options.device, *(quick if options.quick else full)]
+    command += [*cases, "--json", os.fspath(file)]
+    record(command=" ".join(["python", *command[1:-1], file.name]), file=file.name)
+    return subprocess.run(command).returncode
+
+
 def counters_of(output: str) -> dict[str, str]:
     """``{"section: metric": "value unit"}`` from the CSV that ``ncu`` prints among other lines."""
     lines = [line for line in output.splitlines() if line.startswith('"')]
@@ -540,7 +562,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", help="wheels of peers, installed without their dependencies"
     )
-    parser.add_argument("--steps", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="only these")
+    usual = [step for step in LIMITS if step not in ON_REQUEST]
+    parser.add_argument("--steps", nargs="+", choices=list(LIMITS), default=usual, help="only these")
     for hidden in ("--child", "--result", "--work"):
         parser.add_argument(hidden, type=str if hidden == "--child" else Path, help=argparse.SUPPRESS)
     return parser

@@ -155,15 +155,15 @@ def check(folder: Path, label: str, processes: int, changes: dict[str, Any], uns
         "phase": found.peak.name,
         "predicted_bytes": found.peak.total,
         "predicted_rows": found.peak.rows,
-        "measured_bytes": train(folder, describe(config), processes, RETURNED),
+        "measured_bytes": train(folder, describe(config), processes, RETURNED)["memory/peak_bytes"],
     }
     if unset:
-        row["unset_bytes"] = train(folder, describe(config), processes, {})
+        row["unset_bytes"] = train(folder, describe(config), processes, {})["memory/peak_bytes"]
     return row
 
 
-def train(folder: Path, text: str, processes: int, variables: dict[str, str]) -> int:
-    """Run `repirl train`; the peak that it logs last. RuntimeError with its output where it fails."""
+def train(folder: Path, text: str, processes: int, variables: dict[str, str]) -> dict[str, Any]:
+    """Run `repirl train`; what it logs last. RuntimeError with its output where it fails."""
     (folder / "config.yaml").write_text(text)
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
     launcher = [sys.executable, "-m", "repirl.cli"]
@@ -176,7 +176,7 @@ def train(folder: Path, text: str, processes: int, variables: dict[str, str]) ->
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return int(read_metrics(folder / "run" / "metrics.jsonl")[-1]["memory/peak_bytes"])
+    return read_metrics(folder / "run" / "metrics.jsonl")[-1]
 
 
 def imported_bytes() -> int:

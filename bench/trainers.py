@@ -1,8 +1,9 @@
 """``python -m bench.trainers``: a policy update here and in TRL's RLOOTrainer, on the same recorded rollouts.
 
 Both sides get the same weights, token ids, outcomes and AdamW, one after the other in processes of their own, round
-by round; what is compared are medians of the rounds. Before anything is timed, both have to make the same update: the
-table gives the relative difference of the parameters' changes. Phases:
+by round; what is compared are medians of the rounds. Both have to make the same update: the table gives the relative
+difference of the parameters' changes in the first step. (That is hardly more than the gradients' signs, as AdamW has
+it; in bfloat16 those of small gradients differ.) Phases:
 
 * rollout: sampling with the model itself, ours and TRL's default `generate`; in tokens a second, as responses end by
   themselves
@@ -34,14 +35,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bench.demo_seeds import machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
-from repirl.config import LossConfig, OptimizerConfig
+from repirl.config import Config, LossConfig, OptimizerConfig, build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
-from repirl.learner import Learner
-from repirl.models import load_model
+from repirl.dist.shard import whole
+from repirl.dist.world import join_world, leave_world
 from repirl.objectives import rloo
-from repirl.report.metrics import peak_memory_bytes, reset_peak_memory
+from repirl.report.metrics import Work, peak_memory_bytes, reset_peak_memory
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine
+from repirl.setup import build_learners
 
 NUM_PROMPTS, NUM_SAMPLES = 4, 4
 # Name -> (lengths equal, gradient checkpointing, sequences in a micro-batch).
@@ -53,6 +55,15 @@ CASES = {
 }
 SHAPES = {
     "smollm2-135m": SMOLLM2_135M,
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
     "tiny": {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -125,19 +136,40 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.detach()).cpu().clone() for name, p in model.named_parameters()}
+
+
 def changes(model: torch.nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: (p.detach().cpu() - before[name]) for name, p in model.named_parameters()}
+    return {name: after - before[name] for name, after in parameters(model).items()}
+
+
+def configuration(options: argparse.Namespace, objective: str, budget: int) -> Config:
+    """What a user of ours would write for this."""
+    side = {"optimizer": {"lr": OPTIMIZER.lr}, "gradient_checkpointing": options.checkpointing}
+    return build_config(
+        {
+            "objective": objective,
+            "output_dir": "unused",
+            "steps": options.steps + 1,
+            "device": options.device,
+            "compute_dtype": options.compute_dtype,
+            "policy": {"model": options.model} | side,
+            "prm": {"reward": "value"} | side,
+            "data": {"train": "unused", "solution_column": "unused"},
+            "batch": {"tokens_per_microbatch": budget},
+        }
+    )
 
 
 def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
     """Updates of the policy, then the PRM's part."""
-    device = torch.device(options.device)
-    model = load_model(options.model, kind="causal", dtype=torch.float32, device=device)
-    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     longest = max(len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"])
     budget = options.microbatch * longest
-    common = {"tokens_per_microbatch": budget, "gradient_checkpointing": options.checkpointing}
-    policy = Learner(model, OPTIMIZER, num_updates=options.steps + 1, **common)
+    world = join_world(configuration(options, "rloo", budget))
+    policy, _, _ = build_learners(configuration(options, "rloo", budget), world, Work())
+    device, model = world.device, policy.model
+    before = parameters(model)
     # The sequence's sum of log-probabilities, averaged over sequences, as RLOOTrainer has it; no entropy bonus there.
     config = LossConfig(aggregation="constant_length", entropy_coefficient=0.0, sampler_ratio_cap=None)
     clock, update = Clock(device), {}
@@ -167,15 +199,19 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
             found = engine.generate(prompts, seeds, sampling)
             clock.stop("rollout")
         clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(len(r.token_ids) for r in found)]
+        del engine
     if options.prm:
-        value = load_model(options.model, kind="value", dtype=torch.float32, device=device)
-        prm = Learner(value, OPTIMIZER, num_updates=options.steps + 1, **common)
+        # The policy comes along with it, and must not be there twice.
+        del policy, model
+        _, prm, _ = build_learners(configuration(options, "repirl", budget), world, Work())
+        assert prm is not None
         for _ in range(options.steps + 1):
             clock.start()
             prm.score(batch)
             prm.step(batch, lambda outputs, micro: outputs["value"].mean())
             prm.score(batch)
             clock.stop("prm")
+    leave_world()
     return {"seconds": clock.seconds, "memory": memory, "update": update}
 
 
@@ -187,7 +223,7 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
 
     device = torch.device(options.device)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
-    before = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    before = parameters(model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     clock, update = Clock(device), {}
     total = len(rollouts) * NUM_SAMPLES
@@ -239,7 +275,7 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
             max_grad_norm=OPTIMIZER.max_grad_norm,
             gradient_checkpointing=options.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=False,
+            bf16=options.compute_dtype == "bfloat16",
             use_cpu=device.type == "cpu",
             shuffle_dataset=False,
             report_to="none",
@@ -282,6 +318,7 @@ def run_child(name: str, case: str, folder: Path, options: argparse.Namespace, e
     command = [sys.executable, "-m", "bench.trainers", "--child", name, "--recorded", str(recorded), "--out", str(out)]
     command += ["--model", options.model, "--device", options.device, "--steps", str(options.steps)]
     command += ["--response", str(options.response), "--microbatch", str(microbatch), *extra]
+    command += ["--compute-dtype", options.compute_dtype]
     command += ["--threads", str(options.threads)] if options.threads else []
     result = subprocess.run(
         [*command, *(["--checkpointing"] if checkpointing else [])], capture_output=True, text=True, check=False
@@ -382,6 +419,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", metavar="DIR", help="a causal language model; default: random weights of --shape")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of products; weights and moments are float32 (TRL: mixed precision)",
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=96, help="longest prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -241,7 +242,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    factory: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    # Fused: one pass over the parameters, and no copies of them on a GPU.
+    factory: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
     if config.state_bits == 8:
         try:
             from torchao.optim import AdamW8bit

@@ -275,9 +275,8 @@ def _backward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
 @dataclass(frozen=True)
 class Side:
     """One of the learners, in bytes of one process. weights, gradients, moments: what it has of its own · gathered:
-    the unit of a sharded model that holds embeddings and head, and one layer's, whole · largest: one weight with its
-    gradient's type · embeddings: a gradient of the embeddings, 0 if they are frozen · head: one of the output
-    embedding."""
+    the unit of a sharded model that holds embeddings and head, and one layer's, whole · embeddings: a gradient of the
+    embeddings, 0 if they are frozen · head: one of the output embedding."""
 
     name: str
     shape: Shape
@@ -286,7 +285,6 @@ class Side:
     weights: int
     gradients: int = 0
     moments: int = 0
-    largest: int = 0
     embeddings: int = 0
     head: int = 0
     root: int = 0
@@ -418,7 +416,6 @@ class _Planner:
             self.kept * local,
             gradients=self.kept * local,
             moments=self._moments(weights, section.optimizer.state_bits),
-            largest=self.kept * max(map(self._local, weights)),
             embeddings=embeddings,
             head=0 if reads_values else embeddings,
             **units,
@@ -445,8 +442,7 @@ class _Planner:
         weights = [*lora * shape.num_layers, *([(1, shape.hidden), (1,)] if reads_values else [])]
         local = self.kept * sum(map(self._local, weights))
         moments = self._moments(weights, section.optimizer.state_bits)
-        largest = self.kept * max(map(self._local, weights))
-        fixed = {"weights": local, "gradients": local, "moments": moments, "largest": largest}
+        fixed = {"weights": local, "gradients": local, "moments": moments}
         return Side(name, shape, precision, reads_values, **fixed, **units, **_switches(section))
 
     # What is there in every phase.
@@ -597,18 +593,12 @@ class _Planner:
             whole = 4 * math.prod(side.shape.embeddings)
             reduced = {"gradients": gradients, "head and embeddings": side.embeddings}
             moments.append(reduced | {"reduced gradients": whole + (whole // self.shards if several else 0)})
-        moments.append({"gradients": gradients, "temporary": self._optimizer_bytes(side)})
+        # AdamW, fused or with 8 bits, holds nothing beside its state while it steps.
+        moments.append({"gradients": gradients})
         return self._phase(name, side, moments)
 
     def _layer_input(self, side: Side, micro: Micro) -> int:
         return self.computed * side.shape.hidden * micro.tokens
-
-    def _optimizer_bytes(self, side: Side) -> int:
-        """What AdamW holds beside its state while it steps."""
-        if side.state_bits == 8 or self.away:
-            return 0
-        # One weight after the other on a CPU; all at once, the roots of the second moments, on a GPU.
-        return side.gradients if self.on_gpu else 2 * side.largest
 
     def _decode(self, name: str, sequences: int, prompts: int) -> Phase:
         """Sampling `sequences` responses side by side to `prompts` different prompts."""
@@ -635,8 +625,9 @@ class _Planner:
             # With a mask, keys and values are repeated for every head.
             attention = size * (5 * shape.query + 4 * shape.hidden) * tokens
             prefill = max(prefill, attention + prompts * prompt**2 * (1 + size))
-        # The logits, in float32 (where they are not), their log-probabilities, and in float64 what is summed up.
-        sampling = sequences * shape.vocab * (size + (4 if size < 4 else 0) + 4 + 16)
+        # The logits, in float32 (where they are not) and tempered, their exponentials, and in float64 their sums.
+        copies = (4 if size < 4 else 0) + (4 if config.rollout.temperature != 1.0 else 0)
+        sampling = sequences * shape.vocab * (size + copies + 4 + 8)
         length = sequences * (prompt + response)
         moments = [
             {"KV cache": cache * tokens, "temporary": prefill},

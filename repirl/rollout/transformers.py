@@ -111,9 +111,12 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor
     if temperature == 0:
         chosen = logits.argmax(-1)
         return chosen, torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0]
-    logprob = torch.log_softmax(logits / temperature, -1)
-    # Inverse of the distribution function, in float64 so that a large vocabulary's sum keeps its tail.
-    cumulative = logprob.double().exp().cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    chosen = chosen.clamp(max=logits.shape[-1] - 1)
-    return chosen, logprob.gather(1, chosen[:, None])[:, 0]
+    scaled = logits / temperature if temperature != 1.0 else logits
+    largest = scaled.amax(-1, keepdim=True)
+    # Inverse of the distribution function, summed up in float64 so that a large vocabulary's sum keeps its tail.
+    cumulative = (scaled - largest).exp_().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    chosen = chosen.clamp_(max=logits.shape[-1] - 1)
+    logprob = (scaled.gather(1, chosen) - largest) - total.log().float()
+    return chosen[:, 0], logprob[:, 0]

@@ -31,7 +31,7 @@ def results(tmp_path_factory):
 @pytest.mark.timeout(600)
 def test_every_step_runs_or_needs_a_gpu(results):
     written, _, printed = results
-    assert list(written["steps"]) == list(gpu.LIMITS)
+    assert list(written["steps"]) == [step for step in gpu.LIMITS if step not in gpu.ON_REQUEST]
     for name, step in written["steps"].items():
         if name in ("large", "counters"):
             assert step == {"status": "skipped", "reason": "needs a GPU"}
@@ -81,7 +81,9 @@ def test_the_profile_names_our_operators(results):
 
 
 def test_all_limits_fit_nine_minutes():
-    assert sum(gpu.LIMITS.values()) < 9 * 60
+    on_request = sum(gpu.LIMITS[step] for step in gpu.ON_REQUEST)
+    assert sum(gpu.LIMITS.values()) - on_request < 9 * 60
+    assert gpu.LIMITS["install"] + on_request < 9 * 60
 
 
 def options(out: Path, work: Path, **others) -> argparse.Namespace:

@@ -1,0 +1,124 @@
+"""``python -m bench.switches``: what each switch for small memory saves, and what it costs in time.
+
+A few steps of the dual loop for each switch, and without any, in turns: a model of SmolLM2-135M's shape with random
+weights as policy, PRM and frozen reference (the reward is a log-ratio, so that all three are needed), float32, and data
+whose lengths are at the configuration's limits. Peaks are of resident memory, of the largest process; seconds are of
+the last step, the median of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.demo_seeds import machine
+from bench.plan_check import RETURNED, make_files, settings_of, train
+from repirl.config import build_config, describe, merge
+from repirl.memory import GIB
+
+BASE: dict[str, Any] = {
+    "steps": 3,
+    "prm": {"reward": "logprob"},
+    "irl": {"base_measure": "reference"},
+    "rollout": {"prompts_per_step": 4},
+}
+
+
+def both(options: dict[str, Any]) -> dict[str, Any]:
+    return {"policy": options, "prm": options}
+
+
+# Label, processes, changes.
+SWITCHES: list[tuple[str, int, dict[str, Any]]] = [
+    ("none", 1, {}),
+    ("batch.tokens_per_microbatch: 256", 1, {"batch": {"tokens_per_microbatch": 256}}),
+    ("gradient_checkpointing, both", 1, both({"gradient_checkpointing": True})),
+    ("adapters: {rank: 16}", 1, {"adapters": {"rank": 16}}),
+    ("offload_idle: true", 1, {"offload_idle": True}),
+    ("optimizer.state_bits: 8, both", 1, both({"optimizer": {"state_bits": 8}})),
+    ("compute_dtype: bfloat16", 1, {"compute_dtype": "bfloat16"}),
+    ("two processes", 2, {}),
+    (
+        "adapters, smaller micro-batches, checkpointing and state_bits 8",
+        1,
+        merge(
+            {"batch": {"tokens_per_microbatch": 256}, "adapters": {"rank": 16}},
+            both({"gradient_checkpointing": True, "optimizer": {"state_bits": 8}}),
+        ),
+    ),
+]
+
+
+def measure(folder: Path, processes: int, changes: dict[str, Any]) -> dict[str, float]:
+    """Peak bytes and seconds of one run's last step."""
+    config = build_config(settings_of(folder, merge(BASE, changes)))
+    found = train(folder, describe(config), processes, RETURNED)
+    return {"peak": found["memory/peak_bytes"]} | {k: v for k, v in found.items() if k.startswith("seconds/")}
+
+
+def rows(result: dict[str, Any]) -> list[str]:
+    """The table's rows: medians, and what they are of the run without any switch."""
+    found = {
+        label: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
+        for label, rounds in result["rounds"].items()
+    }
+    plain, lines = found["none"], []
+    for label, values in found.items():
+        seconds = [r["seconds/step"] for r in result["rounds"][label]]
+        cells = [
+            f"`{label}`" if ":" in label else label,
+            f"{values['peak'] / GIB:.2f}",
+            f"{values['peak'] / plain['peak']:.2f}",
+            f"{values['seconds/step']:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+            f"{values['seconds/step'] / plain['seconds/step']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    described = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    lines = [
+        "# What each switch saves, and costs",
+        "",
+        *(__doc__ or "").splitlines()[2:],
+        "One thread a process; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md says why).",
+        "",
+        f"Made by `{result['command']}`; {described}.",
+        "",
+        "| switch | peak, GiB | of none's | seconds a step | of none's |",
+        "|---|---:|---:|---:|---:|",
+        *rows(result),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all switches in turns; the results are written after each run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.switches", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="results as JSON, and beside them as Markdown")
+    options = parser.parse_args(arguments)
+    command = " ".join(["python", "-m", "bench.switches", *(arguments or sys.argv[1:])])
+    result: dict[str, Any] = {"command": command, "machine": machine(), "rounds": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(Path(folder))
+        for _ in range(options.rounds):
+            for label, processes, changes in SWITCHES:
+                result["rounds"].setdefault(label, []).append(measure(Path(folder), processes, changes))
+                print(rows(result)[list(result["rounds"]).index(label)], flush=True)
+                if options.output:
+                    options.output.parent.mkdir(parents=True, exist_ok=True)
+                    options.output.write_text(json.dumps(result, indent=1) + "\n")
+                    options.output.with_suffix(".md").write_text(page(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
