@@ -60,7 +60,7 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
     """A checkpoint folder itself, or the newest sound one of a run's folder. ConfigError where there is none."""
     path = Path(path)
-    if (path / "trainer.json").is_file():
+    if any((path / name).is_file() for name in ("manifest.json", "trainer.json")):
         if (problem := find_damage(path)) is not None:
             raise ConfigError(f"checkpoint {str(path)!r} is damaged: {problem}")
         return path
@@ -78,30 +78,41 @@ def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
     """
     world = world or World(torch.device("cpu"))
     [found] = world.gather([list_checkpoints(folder)] if world.is_main else [])
+    damaged: dict[str, str] = {}
     for path in reversed(found):
         problems = [p for p in world.gather([find_damage(path, world.rank, world.size)]) if p is not None]
         if not problems:
+            if world.is_main:
+                for name, problem in damaged.items():
+                    logger.warning("checkpoint %s in %s is damaged (%s); using %s", name, folder, problem, path.name)
             return path
-        if world.is_main:
-            logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, problems[0])
-    raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound: {[p.name for p in found]}")
+        damaged[path.name] = problems[0]
+    told = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
+    raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound ({told})")
 
 
 def find_damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, None if they are as they were written; of every `num_shares`-th file
     only, from number `share` on, where several processes look."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads((path / "manifest.json").read_text())
+        files = [(path / name, int(size), int(checksum)) for name, (size, checksum) in content.items()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read: {error}"
-    for name, (size, checksum) in list(manifest.items())[share::num_shares]:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, {size} were written"
-        if _checksum(file) != checksum:
-            return f"{name} has other content than was written"
+    if not files:
+        return "manifest.json names no files"
+    for file, size, checksum in files[share::num_shares]:
+        name = file.relative_to(path)
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            if _checksum(file) != checksum:
+                return f"{name} has other content than was written"
+        except OSError as error:
+            # A disk that fails gives back errors, not other bytes.
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -196,7 +207,8 @@ class Checkpointer:
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            # What a killed run left half done may take the room that is needed now.
+            self._clear()
             temporary.mkdir()
             for name, learner in learners.items():
                 save_description(learner.model, tokenizer, temporary / name)
@@ -211,7 +223,9 @@ class Checkpointer:
             content = {"step": step, "score": score, "processes": self.world.size, "learners": counts}
             (temporary / "trainer.json").write_text(json.dumps(content))
             (temporary / "config.yaml").write_text(description)
-            torch.save({"rng": rng, "run": run_state}, temporary / "run.pt")
+            # Through a file of Python's: that one says why it cannot be written.
+            with open(temporary / "run.pt", "wb") as file:
+                torch.save({"rng": rng, "run": run_state}, file)
 
         self._together(step, prepare if self.world.is_main else _nothing)
         # One after the other: idle ones may be away from the device, and there need not be room for all.
@@ -256,42 +270,53 @@ class Checkpointer:
                 final.rename(self.folder / f"step_{step}.replaced.tmp")
             temporary.rename(final)
             _flush([self.folder])
-            self._prune()
 
         self._together(step, complete if self.world.is_main else _nothing)
+        if self.world.is_main:
+            try:
+                self._prune()
+            except OSError as error:
+                # The checkpoint itself is complete; the next one tries again.
+                logger.warning("older checkpoints in %s could not be removed: %s", self.folder, error)
 
     def _prune(self) -> None:
         found = list_checkpoints(self.folder)
         kept = set(found[-self.config.keep_last :])
-        scores = {path: json.loads((path / "trainer.json").read_text())["score"] for path in found}
+        scores = {path: _score(path) for path in found}
         # Among equals the older one is kept: it took fewer steps.
         ranked = sorted((p for p in found if scores[p] is not None), key=lambda p: -scores[p])
         kept |= set(ranked[: self.config.keep_best])
         for path in found:
             if path not in kept:
                 # Renamed first: a kill while it is being removed must not leave half of it under its name.
-                path.rename(doomed := path.with_name(f"{path.name}.pruned.tmp"))
-                shutil.rmtree(doomed)
+                path.rename(path.with_name(f"{path.name}.pruned.tmp"))
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what is half written and half removed; nothing may be being written."""
         for leftover in self.folder.glob("step_*.tmp"):
             shutil.rmtree(leftover)
 
     def _together(self, step: int, action: Callable[[], Any]) -> Any:
         """Run an action that may fail on some processes only, and fail on all of them then; returns its result."""
-        problem = result = None
+        problem = result = cause = None
         try:
             result = action()
-        except (OSError, CheckpointException, RuntimeError) as error:
-            problem = _reason(error)
+        except (Exception, CheckpointException) as error:
+            # Of any kind: a tokenizer that meets a full disk raises a bare Exception.
+            problem, cause = _reason(error), error
         problems = [p for p in self.world.gather([problem]) if p is not None]
         if problems:
             if self.world.is_main:
                 shutil.rmtree(self.folder / f"step_{step}.tmp", ignore_errors=True)
+            # The first process that ends takes the others with it, the one that is removing files too.
+            self.world.barrier()
             found = list_checkpoints(self.folder)
             newest = f"{found[-1].name}, go on from there with --resume" if found else "none before this one"
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}. "
                 f"The newest complete one is {newest}"
-            )
+            ) from cause
         return result
 
 
@@ -305,9 +330,28 @@ def _write(states: dict[str, Any], folder: Path, rank: int, group: dist.ProcessG
     written: Manifest = {}
     for name, state in states.items():
         target = folder / name / "tensors"
-        dcp.save(state, checkpoint_id=target, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(state, storage_writer=_Writer(target), process_group=group, no_dist=not dist.is_initialized())
         written |= _manifest(folder, target.glob(f"__{rank}_*.distcp"))
     return written
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Tells why it could not write, which PyTorch's zip writer hides behind an error of its own; only the message of
+    an error reaches the other processes."""
+
+    def write_data(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().write_data(*arguments, **options)
+        except RuntimeError as error:
+            raise _root(error) from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """The operating system's error that led to this one, or else this one."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen or error
 
 
 def _manifest(folder: Path, files: Iterable[Path]) -> Manifest:
@@ -319,14 +363,32 @@ def _copied(state: Any) -> Any:
         return {key: _copied(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(_copied(value) for value in state)
-    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+    if not isinstance(state, torch.Tensor):
+        return state
+    state = state.detach()
+    if hasattr(state, "__tensor_flatten__"):
+        # Part by part: asked for a copy as a whole, quantised moments on the CPU go on sharing their memory.
+        names, context = state.__tensor_flatten__()
+        parts = {name: _copied(getattr(state, name)) for name in names}
+        return type(state).__tensor_unflatten__(parts, context, state.size(), state.stride())
+    return state.to("cpu", copy=True)
+
+
+def _score(path: Path) -> float | None:
+    """A checkpoint's score; None without one, and where it cannot be read: damage to an old checkpoint is told when a
+    run resumes, and must not end one that does not need it."""
+    try:
+        return json.loads((path / "trainer.json").read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _reason(error: BaseException) -> str:
     """The message behind the wrapping of torch.distributed.checkpoint."""
     if isinstance(error, CheckpointException) and error.failures:
         return "; ".join(f"{type(f[0]).__name__}: {f[0]}" for f in error.failures.values())
-    return f"{type(error).__name__}: {error}"
+    root = _root(error)
+    return f"{type(root).__name__}: {root}"
 
 
 def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> tuple[int, dict[str, Any]]:

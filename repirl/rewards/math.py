@@ -37,25 +37,27 @@ def _number(text: str) -> Decimal | None:
 
 
 def plain_reward(response: str, answer: str) -> float | None:
-    """The reward where both final answers are plain numbers; None where it takes more to tell. Quick, whatever the
-    texts are."""
-    gold = extract_answer(answer)
-    found = extract_answer(response)
-    if found is None:
+    """The reward where both final answers are plain numbers, or the same text; None where it takes more to tell.
+    Quick, whatever the texts are."""
+    gold, found = extract_answer(answer), extract_answer(response)
+    gold = answer.strip() if gold is None else gold
+    if not found:
         return None
-    left, right = _number(found), _number(answer.strip() if gold is None else gold)
+    if found == gold:
+        return 1.0
+    left, right = _number(found), _number(gold)
     return None if left is None or right is None else float(left == right)
 
 
 def math_reward(response: str, answer: str) -> float:
-    r"""1.0 where the response's final answer equals `answer`, else 0.0; never raises for what a model wrote.
+    r"""1.0 where the response's final answer equals `answer`, else 0.0; whatever a model wrote, it raises nothing but
+    MemoryError.
 
     The final answer is the last `\boxed{...}`, or what follows the last `####`; a response that marks none
     gets math-verify's extraction, which takes the last expression. `answer` may itself be a worked solution
     in GSM8K's form. Plain numbers are compared exactly, everything else by math-verify.
 
-    It may take any time for some answers (math-verify bounds its own with signals, in the main thread only and not
-    everywhere): see verifier.Verifier.
+    For some answers it takes any time and memory. verifier.Verifier bounds both.
     """
     decided = plain_reward(response, answer)
     if decided is not None:
@@ -66,8 +68,13 @@ def math_reward(response: str, answer: str) -> float:
     if found is not None:
         response = rf"$\boxed{{{found}}}$"
     try:
-        return float(verify(parse(rf"$\boxed{{{gold}}}$"), parse(response)))
+        # Without math-verify's own time-outs: they work in the main thread only, not within one long operation, and
+        # would make a wrong answer of what was never judged, uncounted.
+        parsed = [parse(text, parsing_timeout=None) for text in (rf"$\boxed{{{gold}}}$", response)]
+        return float(verify(*parsed, timeout_seconds=None))
+    except MemoryError:
+        raise
     except Exception:
-        # Whatever a parser does on arbitrary text (recursion, overflow, time-out) makes the answer a wrong one.
+        # Whatever else a parser does on arbitrary text (recursion, overflow) makes the answer a wrong one.
         logging.getLogger(__name__).debug("math-verify failed on %r", response[-200:], exc_info=True)
         return 0.0

@@ -137,7 +137,7 @@ def test_the_dual_loop_runs_and_resumes(tmp_path, switch):
     changes = SWITCHES[switch]
     if DEVICE.type == "cpu" and ("cpu_offload" in str(changes) or "activation_offload" in str(changes)):
         pytest.skip("needs a CUDA device")
-    values = {"device": DEVICE.type, "steps": 2} | changes
+    values = {"device": DEVICE.type, "steps": 2, "eval": {"every": 0}} | changes
     make_model(tmp_path / "model", head_dim=16)
     train(tiny_config(tmp_path, **values))
     leave_world()

@@ -1,15 +1,24 @@
 """What can go wrong at any moment, each really done: processes killed, a disk filled, files corrupted, NaN, hangs."""
 
 import contextlib
+import inspect
+import itertools
+import json
 import logging
+import multiprocessing
 import os
+import pkgutil
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import textwrap
+import threading
+import time
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,25 +28,35 @@ from tiny import make_model, tiny_config, tiny_values
 
 from repirl.batch import pack
 from repirl.cli import main
-from repirl.config import ConfigError, OptimizerConfig, build_config
-from repirl.dist.checkpoint import find_damage, list_checkpoints, resolve_checkpoint
-from repirl.dist.world import join_world
+from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig, build_config
+from repirl.dist import checkpoint
+from repirl.dist.checkpoint import Checkpointer, CheckpointError, find_damage, list_checkpoints, resolve_checkpoint
+from repirl.dist.world import World, join_world
 from repirl.learner import Learner, TrainingError
 from repirl.loop import train
-from repirl.models import load_model
+from repirl.models import load_model, load_tokenizer
 from repirl.report.metrics import read_metrics
 from repirl.rewards.verifier import Verifier
 from repirl.setup import build
 
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 6, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "eval": {"every": 0}}
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-}
+PATHS = [str(Path(__file__).parent), *sys.path]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
 if sys.platform == "linux":
     # The loopback device, whatever the host's name resolves to.
     ENVIRONMENT["GLOO_SOCKET_IFNAME"] = "lo"
+# What a process does after another has died, or been told to end: far less than this.
+SECONDS_TO_END = 60
+# Killed processes are forked from one that has imported everything and done nothing, so each starts at once.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks():
+    FORKS.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
 
 
 def metrics_of(folder):
@@ -51,48 +70,14 @@ def weights_of(values):
     return {f"{n}.{k}": w.clone() for n, x in run.learners.items() for k, w in x.weights()}
 
 
-def start(file, *, num_ranks=1, resume=False, kill="None", rank=0):
-    """A run in processes of its own. kill: ("module.function", n): at its n-th call, process `rank` kills itself."""
-    script = f"""
-        import importlib, os, signal, sys, threading
-        kill = {kill}
-        if kill and int(os.environ.get("RANK", 0)) == {rank}:
-            place, nth = kill
-            module, _, name = place.rpartition(".")
-            try:
-                owner = importlib.import_module(module)
-            except ModuleNotFoundError:
-                module, _, kind = module.rpartition(".")
-                owner = getattr(importlib.import_module(module), kind)
-            function, calls = getattr(owner, name), []
-            def dying(*args, **options):
-                calls.append(1)
-                if len(calls) == nth:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **options)
-            setattr(owner, name, dying)
-        from repirl.cli import main
-        sys.exit(main(["train", "--config", {str(file)!r}] + ["--resume"] * {int(resume)}))
-    """
-    path = file.with_suffix(".py")
-    path.write_text(textwrap.dedent(script))
-    command = [sys.executable, str(path)]
-    if num_ranks > 1:
-        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        command = [*run, str(path)]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(process, seconds=240):
-    """(exit code, stderr); nothing of the run is left behind, and it ends within the time."""
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, errors
+def assert_equal_runs(values, others):
+    """The same metrics, each step once, and the same weights, to the bit."""
+    assert metrics_of(values["output_dir"]) == metrics_of(others["output_dir"])
+    assert [line["step"] for line in metrics_of(values["output_dir"])] == list(range(1, values["steps"] + 1))
+    ours, theirs = weights_of(values), weights_of(others)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((Path(values["output_dir"]) / "checkpoints").glob("*.tmp"))
 
 
 def write(tmp_path, values):
@@ -101,51 +86,194 @@ def write(tmp_path, values):
     return file
 
 
-@pytest.mark.timeout(900)
+def die_at(owner, name, nth):
+    """From now on this process kills itself at the n-th call of a function."""
+    target = pkgutil.resolve_name(owner)
+    function, calls = getattr(target, name), itertools.count(1)
+
+    def dying(*arguments, **options):
+        if next(calls) == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(target, name, dying)
+
+
+def run(arguments, environment, errors, kill=None, largest_file=None):
+    """One process of a run, by the command line."""
+    os.environ.update(environment)
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    Path(f"{errors}.pid").write_text(str(os.getpid()))
+    if kill is not None:
+        die_at(*kill)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    sys.exit(main(arguments))
+
+
+def run_ranks(file, *options, num_ranks=1, kills=None, largest_files=None):
+    """A run to its end: (exit code, stderr) of each process. By rank, kills: see die_at; largest_files: bytes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, errors = [], [f"{file}.errors_{rank}" for rank in range(num_ranks)]
+    for rank in range(num_ranks):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        arguments = (["train", "--config", str(file), *options], environment if num_ranks > 1 else {}, errors[rank])
+        faults = ((kills or {}).get(rank), (largest_files or {}).get(rank))
+        processes.append(FORKS.Process(target=run, args=arguments + faults))
+        processes[-1].start()
+    try:
+        processes[0].join(120)
+        for process in processes:
+            process.join(SECONDS_TO_END)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert None not in codes, f"hangs: {codes}"
+    return [(code, Path(path).read_text()) for code, path in zip(codes, errors, strict=True)]
+
+
+def run_torchrun(file, *options, kill, rank):
+    """Two processes under torchrun, of which one kills itself: (exit code, stderr)."""
+    script = file.with_suffix(".py")
+    script.write_text(
+        f"import importlib, os, sys\n"
+        f"sys.path[:0] = {PATHS!r}\n"
+        f"rank = int(os.environ['RANK'])\n"
+        f"kill = {kill!r} if rank == {rank} else None\n"
+        f"arguments = {['train', '--config', str(file), *options]!r}\n"
+        f"importlib.import_module({__name__!r}).run(arguments, {{}}, {str(file)!r} + f'.torchrun_{{rank}}', kill)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "--max-restarts", "0", str(script)],
+        env=os.environ | ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+CHECKPOINT = "repirl.dist.checkpoint"
+
+
 def test_kill_9_of_one_process_in_any_phase(tmp_path):
-    """Killed in the rollouts, in either update, and in a save, one rank of two takes the other with it; four resumes
-    later everything is as if nothing had happened."""
+    """Killed in the rollouts, in either update, and in every part of a save, one process of two takes the other with
+    it; after all resumes everything is as if nothing had happened."""
     whole = tiny_values(tmp_path, output_dir=str(tmp_path / "whole"), **OPTIONS)
-    assert finish(start(write(tmp_path, whole), num_ranks=2))[0] == 0
+    assert [code for code, _ in run_ranks(write(tmp_path, whole), num_ranks=2)] == [0, 0]
     values = tiny_values(tmp_path, output_dir=str(tmp_path / "killed"), **OPTIONS)
-    file = write(tmp_path, values)
+    file, folder = write(tmp_path, values), tmp_path / "killed" / "checkpoints"
+    asynchronous = ["--checkpoint.asynchronous", "true"]
     deaths = [
-        ("repirl.loop.finish_rollouts", 2, 1),
-        ("repirl.loop.update_prm", 2, 0),
-        ("repirl.loop.update_policy", 1, 1),
-        ("repirl.dist.checkpoint.dcp.save", 2, 1),
+        (1, ("repirl.loop", "finish_rollouts", 2), []),
+        (0, ("repirl.loop", "update_prm", 2), []),
+        # The PRM's tensors of a step, when the policy's are written.
+        (1, (f"{CHECKPOINT}:dcp", "save", 2), []),
+        # In the thread that writes, a step later.
+        (1, (f"{CHECKPOINT}:dcp", "save", 3), asynchronous),
+        (0, (CHECKPOINT, "_flush", 1), asynchronous),
     ]
-    for turn, (place, nth, rank) in enumerate(deaths):
-        code, errors = finish(start(file, num_ranks=2, resume=turn > 0, kill=repr((place, nth)), rank=rank))
-        assert code != 0, place
-        assert "Signal 9" in errors, place
-    assert finish(start(file, num_ranks=2, resume=True))[0] == 0
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    ours, theirs = weights_of(values), weights_of(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for turn, (rank, kill, options) in enumerate(deaths):
+        resume = ["--resume"] if turn else []
+        results = run_ranks(file, *options, *resume, num_ranks=2, kills={rank: kill})
+        assert results[rank][0] == -signal.SIGKILL, kill
+        assert results[1 - rank][0] != 0, kill
+        assert all(find_damage(path) is None for path in list_checkpoints(folder)), kill
+    # The real thing once.
+    code, errors = run_torchrun(file, "--resume", kill=("repirl.loop", "update_policy", 1), rank=1)
+    assert code != 0
+    assert "Signal 9" in errors
+    pids = [int(Path(f"{file}.torchrun_{rank}.pid").read_text()) for rank in range(2)]
+    assert not any(is_alive(pid) for pid in pids)
+    assert [code for code, _ in run_ranks(file, "--resume", num_ranks=2)] == [0, 0]
+    assert_equal_runs(values, whole)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_kill_9_of_all_during_a_save(tmp_path, asynchronous):
-    options = OPTIONS | {"checkpoint": {"every": 1, "asynchronous": asynchronous}}
+@pytest.mark.parametrize(("num_ranks", "asynchronous"), [(1, False), (1, True), (2, True)])
+def test_kill_9_of_all_during_a_save(tmp_path, num_ranks, asynchronous):
+    options = OPTIONS | {"checkpoint": {"every": 1, "keep_last": 1, "asynchronous": asynchronous}}
     whole = tiny_values(tmp_path, output_dir=str(tmp_path / "whole"), **options)
-    train(build_config(whole))
+    assert {code for code, _ in run_ranks(write(tmp_path, whole), num_ranks=num_ranks)} == {0}
     values = tiny_values(tmp_path, output_dir=str(tmp_path / "killed"), **options)
-    file = write(tmp_path, values)
-    found = []
-    # While tensors are written, before the files are listed, and between the renaming of an old one and its removal.
-    places = {"repirl.dist.checkpoint._write": 2, "repirl.dist.checkpoint._checksum": 1, "shutil.rmtree": 3}
-    for place, nth in places.items():
-        code, _ = finish(start(file, resume=bool(found), kill=repr((place, nth))))
-        assert code == -signal.SIGKILL, place
-        found = list_checkpoints(tmp_path / "killed" / "checkpoints")
-        assert all(find_damage(path) is None for path in found), place
-    assert found
-    assert finish(start(file, resume=True))[0] == 0
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    ours, theirs = weights_of(values), weights_of(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp"))
+    file, folder = write(tmp_path, values), tmp_path / "killed" / "checkpoints"
+    # While tensors are written, before all is flushed, before the final name is given, before and while the one before
+    # is removed; each a step further than where the run goes on from. Only the main process does the last four.
+    places = [
+        (f"{CHECKPOINT}:dcp", "save", 4),
+        (CHECKPOINT, "_flush", 1),
+        ("pathlib:Path", "rename", 1),
+        (f"{CHECKPOINT}:Checkpointer", "_prune", 1),
+        ("shutil", "rmtree", 2),
+    ]
+    left = set()
+    for turn, kill in enumerate(places):
+        resume = ["--resume"] if turn else []
+        kills = dict.fromkeys(range(num_ranks if kill[1] == "save" else 1), kill)
+        results = run_ranks(file, *resume, num_ranks=num_ranks, kills=kills)
+        assert all(results[rank][0] == -signal.SIGKILL for rank in kills), kill
+        found = list_checkpoints(folder)
+        assert found, kill
+        assert all(find_damage(path) is None for path in found), kill
+        left |= {path.name.split(".", 1)[1] for path in folder.glob("*.tmp")}
+    # Half a checkpoint was left, and half of one that was to go.
+    assert left == {"tmp", "pruned.tmp"}
+    assert {code for code, _ in run_ranks(file, "--resume", num_ranks=num_ranks)} == {0}
+    assert_equal_runs(values, whole)
+
+
+@pytest.mark.parametrize("state_bits", [32, 8])
+def test_an_asynchronous_save_holds_the_moment_that_it_was_asked_for(tmp_path, monkeypatch, state_bits):
+    """Updates that are made while it is written do not get into it, whatever the moments are made of."""
+    path = make_model(tmp_path / "model", head_dim=64)
+    model = load_model(str(path), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
+    learner = Learner(model, OptimizerConfig(lr=1e-2, state_bits=state_bits), tokens_per_microbatch=99)
+    batch, go_on, writing = pack([([3, 4], [5, 6, 7])]), threading.Event(), checkpoint._write
+
+    def state():
+        moments = [s[k] for s in learner.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+        moments = [m.dequantize() if hasattr(m, "codes") else m for m in moments]
+        return [w.detach().clone() for w in (*learner.trained.values(), *moments)]
+
+    def waiting(*arguments):
+        assert go_on.wait(60)
+        return writing(*arguments)
+
+    def update():
+        learner.step(batch, lambda outputs, _: outputs["logprob"].sum())
+
+    monkeypatch.setattr(checkpoint, "_write", waiting)
+    world = World(torch.device("cpu"))
+    writer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True), world)
+    update()
+    before = state()
+    writer.save(1, {"policy": learner}, {}, load_tokenizer(str(path)))
+    update()
+    assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    writer.poll()
+    assert not list_checkpoints(tmp_path / "checkpoints")
+    go_on.set()
+    writer.finish()
+    checkpoint.load_checkpoint(writer.choose(), {"policy": learner}, world)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 
 
 def assert_says_what_it_could_not_write(code, errors, reason):
@@ -157,47 +285,117 @@ def assert_says_what_it_could_not_write(code, errors, reason):
     assert "Traceback" not in errors
 
 
+def on_a_small_disk(disk, size, script):
+    """Run a shell script where `disk` is a real file system of its own, of `size` bytes."""
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size={size} tmpfs {disk}"
+    try:
+        refused = subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode
+    except FileNotFoundError:
+        refused = 1
+    if refused:
+        pytest.skip("a file system cannot be mounted here")
+    environment = os.environ | ENVIRONMENT
+    command = ["unshare", "--mount", "sh", "-c", f"{mount} && {{ {script}; }}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def size_of(folder):
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
 def test_a_full_disk_ends_the_run_and_costs_one_step(tmp_path):
-    """A real file system of its own, with room for one checkpoint and a half."""
+    """With room for one checkpoint and a half."""
     values = tiny_values(tmp_path, output_dir=str(tmp_path / "whole"), **OPTIONS | {"steps": 3})
     train(build_config(values))
-    checkpoint = tmp_path / "whole" / "checkpoints" / "step_3"
-    size = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
+    size = size_of(tmp_path / "whole" / "checkpoints" / "step_3")
     disk = tmp_path / "disk"
-    disk.mkdir()
     file = write(tmp_path, values | {"output_dir": str(disk / "run")})
-    mount = f"mount -t tmpfs -o size={int(1.6 * size)} tmpfs {disk}"
-    if subprocess.run(["unshare", "--mount", "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("a file system cannot be mounted here")
     command = f"{sys.executable} -m repirl.cli train --config {file}"
     # Nothing half written takes the room that is left.
     look = f"echo code $? >&2; ls {disk}/run/checkpoints > {tmp_path}/left"
     grow = f"mount -o remount,size={10 * size} {disk}"
     keep = f"cp -r {disk}/run {tmp_path}/kept"
-    script = f"{mount} && {{ {command}; {look}; {grow}; {command} --resume; {keep}; }}"
-    result = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    result = on_a_small_disk(disk, int(1.6 * size), f"{command}; {look}; {grow}; {command} --resume; {keep}")
     first, rest = result.stderr.split("code ", 1)
     assert_says_what_it_could_not_write(int(rest.splitlines()[0]), first, "No space left on device")
     assert (tmp_path / "left").read_text().split() == ["step_1"]
     assert metrics_of(tmp_path / "kept") == metrics_of(tmp_path / "whole")
 
 
-def test_a_file_that_cannot_grow_is_a_full_disk_too(tmp_path):
-    """As above where nothing can be mounted: the process may not write files larger than the weights."""
-    values = tiny_values(tmp_path, **OPTIONS | {"steps": 3})
-    file = write(tmp_path, values)
-    train(build_config(values | {"steps": 1}))
-    largest = max(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file() and "tensors" in str(f))
+def save_with_little_room(disk, file, asynchronous):
+    """Saves with more and more room on a disk, until one is written; prints (room, what was said, what was left)."""
+    values = yaml.safe_load(Path(file).read_text()) | {"checkpoint": {"keep_last": 1, "asynchronous": asynchronous}}
+    trained = build(build_config(values))
+    trained.save(1)
+    trained.checkpointer.finish()
+    folder, filler = Path(values["output_dir"]) / "checkpoints", Path(disk) / "filler"
+    size, seen = size_of(folder / "step_1"), []
+    # A few pages for the small files that come first, and then through the tensors.
+    for room in [*range(0, 1 << 16, 1 << 13), *range(1 << 16, 2 * size, size // 6)]:
+        filler.unlink(missing_ok=True)
+        with open(filler, "wb") as stream:
+            if (fill := shutil.disk_usage(disk).free - room) > 0:
+                os.posix_fallocate(stream.fileno(), 0, fill)
+        said = "written"
+        try:
+            trained.save(2)
+            trained.checkpointer.finish()
+        except CheckpointError as error:
+            said = str(error)
+        sound = [path.name for path in folder.iterdir() if find_damage(path) is None]
+        seen.append((room, said, sorted(path.name for path in folder.iterdir()), sound))
+        if said == "written":
+            break
+    print(json.dumps(seen))
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, resource.RLIM_INFINITY))
 
-    command = [sys.executable, "-m", "repirl.cli", "train", "--config", str(file), "--resume"]
-    result = subprocess.run(command, env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, check=False)
-    assert_says_what_it_could_not_write(result.returncode, result.stderr, "Error")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_wherever_in_a_checkpoint_the_disk_gets_full_it_is_told(tmp_path, asynchronous):
+    disk = tmp_path / "disk"
+    file = write(tmp_path, tiny_values(tmp_path, output_dir=str(disk / "run"), **OPTIONS))
+    call = f"import {__name__} as m; m.save_with_little_room({str(disk)!r}, {str(file)!r}, {asynchronous})"
+    result = on_a_small_disk(disk, 8 << 20, f'{sys.executable} -c "{call}"')
+    assert result.returncode == 0, result.stderr
+    *failed, written = json.loads(result.stdout.splitlines()[-1])
+    assert len(failed) > 10
+    for room, said, left, sound in failed:
+        assert "the checkpoint of step 2 could not be written" in said, room
+        assert "No space left on device" in said, room
+        assert left == sound == ["step_1"], room
+    assert written[1:] == ["written", ["step_2"], ["step_2"]]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_file_that_cannot_grow_is_a_full_disk_too(tmp_path, num_ranks):
+    """As above where nothing can be mounted: one process may not write files as large as its tensors."""
+    values = tiny_values(tmp_path, **OPTIONS | {"steps": 1})
+    assert {code for code, _ in run_ranks(write(tmp_path, values), num_ranks=num_ranks)} == {0}
+    largest = max(f.stat().st_size for f in (tmp_path / "run").rglob("*.distcp"))
+    file = write(tmp_path, values | {"steps": 3})
+    limits = {num_ranks - 1: largest // 2}
+    for code, errors in run_ranks(file, "--resume", num_ranks=num_ranks, largest_files=limits):
+        assert_says_what_it_could_not_write(code, errors, "File too large")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
+    assert {code for code, _ in run_ranks(file, "--resume", num_ranks=num_ranks)} == {0}
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_what_a_killed_run_left_does_not_take_the_room_of_the_next_save(tmp_path, monkeypatch):
+    """It is gone before anything is written, not after."""
+    train(tiny_config(tmp_path, **OPTIONS | {"steps": 1}))
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step_7.tmp", "step_0.pruned.tmp"):
+        shutil.copytree(folder / "step_1", folder / name)
+    seen, save = [], checkpoint.dcp.save
+
+    def look(*arguments, **options):
+        seen.append(sorted(p.name for p in folder.iterdir()))
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", look)
+    train(tiny_config(tmp_path, **OPTIONS | {"steps": 2}), resume=True)
+    assert seen == [["step_1", "step_2.tmp"]] * 2
 
 
 def damage_flip(path):
@@ -216,8 +414,20 @@ def damage_remove(path):
     (path / "run.pt").unlink()
 
 
+def damage_description(path):
+    (path / "trainer.json").unlink()
+
+
 def damage_manifest(path):
     (path / "manifest.json").write_text("{")
+
+
+def damage_manifest_entries(path):
+    (path / "manifest.json").write_text('{"run.pt": 3}')
+
+
+def damage_no_manifest(path):
+    (path / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -226,39 +436,122 @@ def damage_manifest(path):
         (damage_flip, "other content"),
         (damage_cut, "bytes"),
         (damage_remove, "run.pt is missing"),
+        (damage_description, "trainer.json is missing"),
         (damage_manifest, "manifest.json cannot be read"),
+        (damage_manifest_entries, "manifest.json cannot be read"),
+        (damage_no_manifest, "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, problem, caplog, capsys):
-    options = OPTIONS | {"steps": 4}
+    options = OPTIONS | {"steps": 3}
     whole = tiny_config(tmp_path, output_dir=str(tmp_path / "whole"), **options)
     train(whole)
-    config = tiny_config(tmp_path, **options | {"steps": 3})
-    train(config)
-    folder = Path(config.output_dir) / "checkpoints"
-    damage(folder / "step_3")
+    values = tiny_values(tmp_path, **options | {"steps": 2})
+    train(build_config(values))
+    folder = Path(values["output_dir"]) / "checkpoints"
+    damage(folder / "step_2")
     # Whoever names it is refused.
-    assert main(["export", "--checkpoint", str(folder / "step_3"), "--output", str(tmp_path / "out")]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    named = ["--checkpoint", str(folder / "step_2")]
+    assert main(["export", *named, "--output", str(tmp_path / "out")]) == 2
+    assert main(["eval", *named, "--config", str(write(tmp_path, values))]) == 2
+    refusals = capsys.readouterr().err.splitlines()
+    assert all(f"step_2' is damaged: {problem}" in line or problem in line for line in refusals)
+    assert len(refusals) == 2
     with caplog.at_level(logging.WARNING):
         train(tiny_config(tmp_path, **options), resume=True)
-    assert "step_3 is damaged" in caplog.text
+    assert f"checkpoint step_2 in {folder} is damaged" in caplog.text
     assert problem in caplog.text
-    assert metrics_of(config.output_dir) == metrics_of(whole.output_dir)
+    assert "using step_1" in caplog.text
+    assert metrics_of(values["output_dir"]) == metrics_of(whole.output_dir)
     # It is set aside for whoever wants to look, and counts for nothing.
-    assert sorted(p.name for p in folder.iterdir()) == ["step_3", "step_3.damaged", "step_4"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step_2", "step_2.damaged", "step_3"]
+
+
+def test_processes_agree_on_damage_that_one_of_them_sees(tmp_path):
+    """Each reads a share of the files: the second file is only the second process's to look at."""
+    options = OPTIONS | {"steps": 3}
+    whole = tiny_values(tmp_path, output_dir=str(tmp_path / "whole"), **options)
+    assert {code for code, _ in run_ranks(write(tmp_path, whole), num_ranks=2)} == {0}
+    values = tiny_values(tmp_path, **options)
+    assert {code for code, _ in run_ranks(write(tmp_path, values | {"steps": 2}), num_ranks=2)} == {0}
+    newest = tmp_path / "run" / "checkpoints" / "step_2"
+    second = newest / list(json.loads((newest / "manifest.json").read_text()))[1]
+    second.write_bytes(second.read_bytes()[:-1])
+    assert find_damage(newest, 0, 2) is None
+    assert find_damage(newest, 1, 2) is not None
+    results = run_ranks(write(tmp_path, values), "--resume", num_ranks=2)
+    assert [code for code, _ in results] == [0, 0]
+    # Said once.
+    assert ["is damaged" in errors for _, errors in results] == [True, False]
+    assert_equal_runs(values, whole)
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["step_2", "step_2.damaged", "step_3"]
+
+
+@pytest.mark.parametrize("damage", [damage_description, lambda path: (path / "trainer.json").write_text("{")])
+def test_damage_to_an_old_checkpoint_does_not_end_a_run_that_does_not_need_it(tmp_path, damage):
+    checkpoints = {"checkpoint": {"every": 1, "keep_last": 2, "keep_best": 1}}
+    train(tiny_config(tmp_path, **OPTIONS | checkpoints | {"steps": 2}))
+    folder = tmp_path / "run" / "checkpoints"
+    damage(folder / "step_1")
+    train(tiny_config(tmp_path, **OPTIONS | checkpoints | {"steps": 4}), resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_3", "step_4"]
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path, **OPTIONS | {"steps": 1}))
+
+    def fail(file):
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(checkpoint, "_checksum", fail)
+    problem = find_damage(tmp_path / "run" / "checkpoints" / "step_1")
+    assert "cannot be read: [Errno 5] Input/output error" in problem
 
 
 def test_without_any_sound_checkpoint_nothing_begins(tmp_path):
     config = tiny_config(tmp_path, **OPTIONS | {"steps": 2})
     train(config)
-    for path in list_checkpoints(Path(config.output_dir) / "checkpoints"):
-        damage_flip(path)
-    with pytest.raises(ConfigError, match=r"none of the checkpoints .* is sound: \['step_1', 'step_2'\]"):
+    folder = Path(config.output_dir) / "checkpoints"
+    damage_flip(folder / "step_2")
+    damage_remove(folder / "step_1")
+    with pytest.raises(ConfigError, match=r"is sound \(step_2: .* other content .*; step_1: run.pt is missing\)"):
         train(config, resume=True)
+    assert sorted(p.name for p in folder.iterdir()) == ["step_1", "step_2"]
 
 
-def test_one_bad_update_is_skipped_and_many_end_the_run(tmp_path, capsys):
+def test_one_nan_costs_one_update_and_nothing_else(tmp_path, monkeypatch):
+    """Through the real loop: neither weights nor the optimiser's state move in that step, and the run goes on."""
+    from repirl.objectives import rloo
+
+    options = {"objective": "rloo", "checkpoint": {"every": 1, "keep_last": 9}}
+    config, loss, calls = tiny_config(tmp_path, **OPTIONS | options | {"steps": 3}), rloo.loss, itertools.count(1)
+
+    def sometimes_nan(*arguments):
+        factor = float("nan") if next(calls) == 2 else 1.0
+        finite = loss(*arguments)
+        return lambda outputs, micro: factor * finite(outputs, micro)
+
+    monkeypatch.setattr("repirl.loop.rloo.loss", sometimes_nan)
+    train(config)
+    lines = metrics_of(config.output_dir)
+    assert [line["policy/skipped_updates"] for line in lines] == [0, 1, 1]
+    assert [line.get("nonfinite", []) for line in lines] == [[], ["policy/grad_norm", "policy/loss"], []]
+    states = []
+    for path in list_checkpoints(Path(config.output_dir) / "checkpoints"):
+        restored = build(config)
+        restored.restore(path)
+        state = restored.policy.optimizer.state
+        moments = [state[p][key] for p in restored.policy.trained.values() for key in ("exp_avg", "exp_avg_sq", "step")]
+        states.append([t.detach().clone() for t in (*restored.policy.trained.values(), *moments)])
+        assert restored.policy.num_skipped_updates == (path.name != "step_1")
+    first, second, third = states
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert all(t.isfinite().all() for t in third)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nan_for_good_ends_the_run(tmp_path, capsys, monkeypatch, asynchronous):
     """A weight that is NaN makes every update one that is skipped; the run says so and stops."""
     path = make_model(tmp_path / "broken")
     model = load_model(str(path), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
@@ -267,22 +560,24 @@ def test_one_bad_update_is_skipped_and_many_end_the_run(tmp_path, capsys):
     shutil.rmtree(path)
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(path)
-    from repirl.data.tasks.arithmetic import build_tokenizer
-
-    build_tokenizer().save_pretrained(path)
-    changes = {"objective": "sft", "policy": {"model": str(path), "optimizer": {"max_skipped_updates": 3}}}
+    load_tokenizer(str(make_model(tmp_path / "sound"))).save_pretrained(path)
+    changes = {
+        "objective": "sft",
+        "policy": {"model": str(path), "optimizer": {"max_skipped_updates": 3}},
+        "checkpoint": {"every": 1, "asynchronous": asynchronous},
+    }
     # Loading such a model is refused; what is tested is weights that become so later.
-    patch = pytest.MonkeyPatch()
-    patch.setattr("repirl.models.check_packed", lambda *_: None)
-    with patch.context():
-        file = write(tmp_path, tiny_values(tmp_path, **OPTIONS | changes))
-        assert main(["train", "--config", str(file)]) == 1
-    patch.undo()
+    monkeypatch.setattr("repirl.models.check_packed", lambda *_: None)
+    file = write(tmp_path, tiny_values(tmp_path, **OPTIONS | changes))
+    assert main(["train", "--config", str(file)]) == 1
     errors = capsys.readouterr().err
     assert "repirl: 3 updates in a row had a loss or gradient that is not finite" in errors
     lines = metrics_of(tmp_path / "run")
     assert [line["policy/skipped_updates"] for line in lines] == [1, 2]
-    assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_1", "step_2"]
+    found = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [p.name for p in found] == ["step_1", "step_2"][: None if not asynchronous else len(found)]
+    assert found
+    assert all(find_damage(p) is None for p in found)
 
 
 def skip_together(_group, values, path):
@@ -294,17 +589,25 @@ def skip_together(_group, values, path):
     optimizer = OptimizerConfig(lr=1e-2, max_skipped_updates=2)
     learner = Learner(model, optimizer, tokens_per_microbatch=99, world=world)
     batch = pack([([3, 4], [5, 6, 7]), ([3], [8, 9])])
-    before = {n: w.clone() for n, w in learner.weights()}
     seen = []
 
     def loss(outputs, micro, bad=True):
         seen.append(int(micro.token_ids[-1]) == 9)
         return outputs["logprob"].sum() * (float("nan") if seen[-1] and bad else 1.0)
 
-    skipped = learner.step(batch, loss)["skipped_updates"]
-    same = all(torch.equal(before[n], w) for n, w in learner.weights())
+    def state():
+        moments = [value for state in learner.optimizer.state.values() for value in state.values()]
+        return [getattr(t, "_local_tensor", t).detach().clone() for t in (*learner.trained.values(), *moments)]
+
+    def equal(before):
+        return len(before) == len(state()) and all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
     learner.step(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
-    moved = not all(torch.equal(before[n], w) for n, w in learner.weights())
+    before = state()
+    skipped = learner.step(batch, loss)["skipped_updates"]
+    same = equal(before)
+    learner.step(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
+    moved = not equal(before)
     learner.step(batch, loss)
     try:
         learner.step(batch, loss)
@@ -322,38 +625,95 @@ def test_all_processes_skip_what_one_of_them_cannot_use(tmp_path):
         assert error.startswith("2 updates in a row")
 
 
-def sleep_forever(response, answer):
-    import time
-
+def judge_badly(response, answer):
+    """A reward with every fault that a parser can have."""
     if "slow" in response:
         time.sleep(1000)
     if "crash" in response:
         os._exit(3)
-    return 1.0
+    if "half" in response:
+        os.write(1, b"1.")
+        time.sleep(1000)
+    if "memory" in response:
+        bytearray(1 << 40)
+    if "noise" in response:
+        print("1.0\n1.0\nline 1:0 no viable alternative")
+    if "spin" in response:
+        # One operation that no signal handler of Python's interrupts.
+        9 ** (9 ** (9**9))
+    return 1.0 if "right" in response else 0.0
 
 
-def test_a_verifier_that_hangs_or_dies_costs_one_answer(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    verifier = Verifier(1.0, reward="test_faults:sleep_forever")
-    assert verifier.judge("fine", "x") == 1.0
-    first = verifier._process.pid
-    for number, response in enumerate(["slow", "crash"], 1):
+@pytest.fixture
+def bad_reward(tmp_path, monkeypatch):
+    """The name of judge_badly in a module of its own, which imports as quickly as a real one."""
+    (tmp_path / "bad_reward.py").write_text("import os, time\n\n" + inspect.getsource(judge_badly))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]))
+    return "bad_reward:judge_badly"
+
+
+@pytest.fixture
+def bad_verifier(bad_reward):
+    verifier = Verifier(1.0, reward=bad_reward)
+    yield verifier
+    verifier.close()
+
+
+def test_a_verifier_that_hangs_or_dies_costs_one_answer(bad_verifier):
+    verifier, pids = bad_verifier, set()
+    # The last is one that cannot even be handed over: the pipe is full before the process reads.
+    for number, response in enumerate(["slow", "crash", "half", "memory", "stopped" * 100_000], 1):
+        assert verifier.judge("right", "x") == 1.0
+        pids.add(verifier._process.pid)
+        if response.startswith("stopped"):
+            os.kill(verifier._process.pid, signal.SIGSTOP)
         assert verifier.judge(response, "x") == 0.0
         assert verifier.num_timeouts == number
-        assert verifier.judge("fine", "x") == 1.0
-    assert verifier._process.pid != first
-    # One that was stopped from outside.
-    os.kill(verifier._process.pid, signal.SIGSTOP)
-    assert verifier.judge("fine", "x") == 0.0
-    # Plain numbers need no process at all.
-    verifier.close()
+        assert verifier._process is None
+    assert len(pids) == 5
+    assert not any(is_alive(pid) for pid in pids)
+    # Plain numbers, and what is the same text, need no process at all.
     assert verifier.judge("#### 1,234", "1234") == 1.0
+    assert verifier.judge(r"\boxed{9^{9^{9^9}}}", "9^{9^{9^9}}") == 1.0
     assert verifier._process is None
-    verifier.close()
 
 
-def test_the_real_verifier_survives_a_tower_of_powers():
-    verifier = Verifier(20.0)
+def test_what_a_verifier_prints_is_no_verdict(bad_verifier):
+    for _ in range(2):
+        assert bad_verifier.judge("noise, wrong", "x") == 0.0
+        assert bad_verifier.judge("right", "x") == 1.0
+    assert bad_verifier.num_timeouts == 0
+
+
+def test_a_verifier_that_spins_ends_when_its_trainer_is_killed(bad_reward):
+    script = (
+        "import sys; from repirl.rewards.verifier import Verifier\n"
+        f"verifier = Verifier(2.0, reward={bad_reward!r})\n"
+        "verifier.judge('right', 'x'); print(verifier._process.pid, flush=True)\n"
+        "verifier.timeout_seconds = 1000.0; verifier.judge('spin', 'x')"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.communicate()
+    deadline = time.monotonic() + SECONDS_TO_END
+    while is_alive(pid) and not is_zombie(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_zombie(pid):
+    """Dead, but nobody has asked how it ended: in a container there may be no process that does."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def test_the_real_verifier_counts_a_tower_of_powers():
+    verifier = Verifier(2.0)
+    assert verifier.judge(r"\boxed{\frac{2}{4}}", "\\frac{1}{2}") == 1.0
     assert verifier.judge(r"\boxed{9^{9^{9^{9^{9}}}}}", "x + 1") == 0.0
+    assert verifier.num_timeouts == 1
+    verifier.timeout_seconds = 60.0
     assert verifier.judge(r"\boxed{\frac{2}{4}}", "\\frac{1}{2}") == 1.0
     verifier.close()
