@@ -162,8 +162,9 @@ def check(folder: Path, label: str, processes: int, changes: dict[str, Any], uns
     return row
 
 
-def train(folder: Path, text: str, processes: int, variables: dict[str, str]) -> dict[str, Any]:
-    """Run `repirl train`; what it logs last. RuntimeError with its output where it fails."""
+def train(folder: Path, text: str, processes: int, variables: dict[str, str], threads: int = 1) -> dict[str, Any]:
+    """Run `repirl train`, with so many threads a process; what it logs last. RuntimeError with its output where it
+    fails."""
     (folder / "config.yaml").write_text(text)
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
     launcher = [sys.executable, "-m", "repirl.cli"]
@@ -171,7 +172,7 @@ def train(folder: Path, text: str, processes: int, variables: dict[str, str]) ->
         launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "repirl.cli"]
         launcher = [sys.executable, "-m", *launch]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
+    environment |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | variables
     command = [*launcher, "train", "--config", str(folder / "config.yaml")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:

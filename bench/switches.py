@@ -1,6 +1,6 @@
 """``python -m bench.switches``: what each switch for small memory saves, and what it costs in time.
 
-A few steps of the dual loop for each switch, and without any, in turns: a model of SmolLM2-135M's shape with random
+Two steps of the dual loop for each switch, and without any, in turns: a model of SmolLM2-135M's shape with random
 weights as policy, PRM and frozen reference (the reward is a log-ratio, so that all three are needed), float32, and data
 whose lengths are at the configuration's limits. Peaks are of resident memory, of the largest process; seconds are of
 the last step, the median of the rounds.
@@ -21,12 +21,8 @@ from bench.plan_check import RETURNED, make_files, settings_of, train
 from repirl.config import build_config, describe, merge
 from repirl.memory import GIB
 
-BASE: dict[str, Any] = {
-    "steps": 3,
-    "prm": {"reward": "logprob"},
-    "irl": {"base_measure": "reference"},
-    "rollout": {"prompts_per_step": 4},
-}
+BASE: dict[str, Any] = {"prm": {"reward": "logprob"}, "irl": {"base_measure": "reference"}}
+THREADS = 2
 
 
 def both(options: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +53,7 @@ SWITCHES: list[tuple[str, int, dict[str, Any]]] = [
 def measure(folder: Path, processes: int, changes: dict[str, Any]) -> dict[str, float]:
     """Peak bytes and seconds of one run's last step."""
     config = build_config(settings_of(folder, merge(BASE, changes)))
-    found = train(folder, describe(config), processes, RETURNED)
+    found = train(folder, describe(config), processes, RETURNED, threads=THREADS // processes)
     return {"peak": found["memory/peak_bytes"]} | {k: v for k, v in found.items() if k.startswith("seconds/")}
 
 
@@ -88,7 +84,8 @@ def page(result: dict[str, Any]) -> str:
         "# What each switch saves, and costs",
         "",
         *(__doc__ or "").splitlines()[2:],
-        "One thread a process; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md says why).",
+        f"{THREADS} threads, shared out where there are several processes; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md says",
+        "why).",
         "",
         f"Made by `{result['command']}`; {described}.",
         "",
