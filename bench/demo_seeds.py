@@ -75,7 +75,9 @@ def main() -> None:
         }
         options.output.write_text(json.dumps(content, indent=1) + "\n")
     text = table(results)
-    options.output.with_suffix(".md").write_text(text + "\n")
+    about = ", ".join(f"{key} {value}" for key, value in described.items())
+    page = f"# The demo, {options.seeds} seeds\n\n`{content['command']}`: {about}.\n\n{text}\n"
+    options.output.with_suffix(".md").write_text(page)
     print(text)
 
 

@@ -41,14 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.results} has no */ops*.json; make one with python -m bench.run --json FILE", file=sys.stderr)
         return 2
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page(files, options.page.parent))
+    options.page.write_text(page(files, options.page.parent, sorted(options.results.glob("**/*.md"))))
     print(f"written to {options.page}, plots beside the results")
     return 0
 
 
-def page(files: list[Path], folder: Path) -> str:
-    """The page that lies in ``folder``; writes the plots beside the files."""
+def page(files: list[Path], folder: Path, others: Sequence[Path] = ()) -> str:
+    """The page that lies in ``folder``, with links to other pages of results; writes the plots beside the files."""
     parts = [INTRODUCTION]
+    if others:
+        links = [f"* [{title(other)}]({os.path.relpath(other, folder)})" for other in others]
+        parts.append("\n".join(["Of the trainer:", "", *links, ""]))
     for file in files:
         result = json.loads(file.read_text())
         link = os.path.relpath(file, folder)
@@ -59,6 +62,12 @@ def page(files: list[Path], folder: Path) -> str:
             parts.append(f"![medians in multiples of the yardstick]({os.path.relpath(image, folder)})\n")
         parts += [table(measured) for measured in result["cases"]]
     return "\n".join(parts)
+
+
+def title(page: Path) -> str:
+    """What a page is called in its first line, or else its name."""
+    first = page.read_text().splitlines()[0]
+    return first.removeprefix("# ") if first.startswith("# ") else page.stem
 
 
 def heading(result: dict[str, Any]) -> str:

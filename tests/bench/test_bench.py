@@ -1,6 +1,7 @@
 """The benchmark command, its refusal of wrong results, and its page."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -59,11 +60,15 @@ def test_the_command_measures_every_contender_or_says_why_not(results):
 def test_the_page_is_made_from_the_results_alone(results, tmp_path, capsys):
     page = tmp_path / "README.md"
     made = []
+    (results / "here" / "trainers.md").write_text("# Beside a peer\n\n| phase |\n")
+    (results / "untitled.md").write_text("| phase |\n")
     for _ in range(2):
         assert report.main(["--results", str(results), "--page", str(page)]) == 0
         made.append((page.read_text(), (results / "here" / "ops.svg").read_bytes()))
     assert made[0] == made[1]
     text = made[0][0]
+    there = os.path.relpath(results, tmp_path)
+    assert f"* [Beside a peer]({there}/here/trainers.md)\n* [untitled]({there}/untitled.md)\n" in text
     for measured in json.loads((results / "here" / "ops.json").read_text())["cases"]:
         assert f"### {measured['name']}\n" in text
         for row in measured["rows"]:
