@@ -108,7 +108,9 @@ class VLLMConfig(Section):
     enforce_eager: bool = Field(False, description="no CUDA graphs: less memory, slower decoding")
     url: str = Field("http://127.0.0.1:8000", description="of a running server (engine: vllm_server)")
     push_host: str = Field("127.0.0.1", description="this machine's address as the server reaches it, for new weights")
-    timeout_seconds: PositiveFloat = Field(600.0, description="how long the server may take for one answer")
+    timeout_seconds: PositiveFloat = Field(
+        600.0, description="how long a server may take for one answer, vLLM in this process for one token of each"
+    )
 
 
 class RolloutConfig(Section):

@@ -199,6 +199,7 @@ def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerB
             kv_cache_bytes=int(options.kv_cache_gib * 2**30),
             tensor_parallel=options.tensor_parallel,
             enforce_eager=options.enforce_eager,
+            timeout_seconds=options.timeout_seconds,
         )
     else:
         from repirl.rollout.vllm_server import VLLMServerEngine

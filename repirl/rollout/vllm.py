@@ -7,9 +7,11 @@ prove that it holds them (fingerprints of every tensor) and that it computes wit
 from __future__ import annotations
 
 import copy
+import faulthandler
 import gc
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +45,9 @@ class VLLMEngine:
     config: of the policy's model · dtype: that the engine computes in · max_model_len: longest prompt and response
     together · max_sequences: responses decoded side by side · kv_cache_bytes: memory of the KV cache, which also holds
     the prompts' prefixes · tensor_parallel: how many neighbouring processes share one engine; they call the same
-    methods · enforce_eager: no CUDA graphs · block_size: tokens in a block of the KV cache, None for vLLM's choice.
+    methods · enforce_eager: no CUDA graphs · block_size: tokens in a block of the KV cache, None for vLLM's choice ·
+    timeout_seconds: how long one step (a token of every response under way) may take. Nothing can interrupt a GPU that
+    hangs: this process ends then, with exit code 1 and the places where its threads were.
 
     With several processes (torchrun) each builds its engine, after the process group. Whatever vLLM changes in this
     process (random generators, threads, environment variables) is undone after every call. ConfigError where vLLM is
@@ -61,6 +65,7 @@ class VLLMEngine:
         tensor_parallel: int = 1,
         enforce_eager: bool = False,
         block_size: int | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
         self.dtype, self.max_model_len = dtype, max_model_len
         self.tensor_parallel = tensor_parallel
@@ -122,7 +127,19 @@ class VLLMEngine:
 
                 # When it shuts down, vLLM would end all process groups; this one is the trainer's.
                 core.cleanup_dist_env_and_memory = _end_own_groups
-        self.block_size = self.llm.llm_engine.vllm_config.cache_config.block_size
+        engine = self.llm.llm_engine
+        self.block_size = engine.vllm_config.cache_config.block_size
+        step = engine.step
+
+        def watched_step() -> Any:
+            # Of another thread than Python's, which may be what hangs.
+            faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=sys.__stderr__)
+            try:
+                return step()
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+        engine.step = watched_step
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """See Engine.generate. EngineError while asleep, before the first weights, and where vLLM fails; ConfigError

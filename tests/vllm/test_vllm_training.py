@@ -1,11 +1,15 @@
 """The dual loop with vLLM as its sampler: in this process, asleep while models train, and as a server beside it."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import make_model, tiny_config
 
+from repirl.config import describe
 from repirl.loop import train
 from repirl.report.metrics import read_metrics
 
@@ -46,6 +50,31 @@ def test_the_loop_runs_with_vllm_in_this_process(tmp_path, changes):
     train(parts)
     train(config_of(tmp_path, "parts", "vllm", **changes), resume=True)
     assert lines(parts)[2:] == whole[2:]
+
+
+def test_an_engine_that_hangs_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):
+    whole = config_of(tmp_path, "whole", "vllm")
+    train(whole)
+    rollout = {"vllm": {"kv_cache_gib": 0.02, "timeout_seconds": 5}}
+    config = config_of(tmp_path, "hung", "vllm", rollout=rollout)
+    (tmp_path / "hung.yaml").write_text(describe(config))
+    checkpoint = Path(config.output_dir) / "checkpoints" / "step_1"
+    script = (
+        "import sys, time; from pathlib import Path; from vllm.v1.engine import llm_engine\n"
+        "step = llm_engine.LLMEngine.step\n"
+        f"hang = lambda engine: time.sleep(1000) if Path({str(checkpoint)!r}).exists() else step(engine)\n"
+        "llm_engine.LLMEngine.step = hang\n"
+        "from repirl.cli import main\n"
+        f"sys.exit(main(['train', '--config', {str(tmp_path / 'hung.yaml')!r}]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Timeout (0:00:05)!" in done.stderr
+    assert "in watched_step" in done.stderr
+    train(config, resume=True)
+    assert lines(config) == lines(whole)
 
 
 def test_a_server_samples_beside_the_training(tmp_path, running_server):
