@@ -25,23 +25,18 @@ from repirl.attention import PackedLayout
 from repirl.batch import pack
 from repirl.config import AdapterConfig, ConfigError, build_config, merge
 from repirl.learner import Learner, enable_checkpointing
-from repirl.memory import (
-    GIB,
+from repirl.memory.activations import (
     Micro,
     Precision,
-    _backward_bytes,
-    _forward_bytes,
-    _micro_batches,
-    _Planner,
-    _recomputed_bytes,
-    find_fit,
+    backward_bytes,
+    forward_bytes,
     load_shape,
-    plan,
-    print_plan,
     read_shape,
+    recomputed_bytes,
     saved_bytes,
-    usable,
 )
+from repirl.memory.fit import find_fit, print_plan, usable
+from repirl.memory.plan import GIB, _micro_batches, _Planner, plan
 from repirl.models import fuse
 from repirl.rollout.engine import Sampling
 from repirl.rollout.transformers import TransformersEngine
@@ -194,8 +189,8 @@ def test_peak_of_a_second_micro_batch(dtype, checkpointing, adapted):
     shape, precision = read_shape(model_config("qwen3")), precision_of(dtype, adapted)
     predicted = saved_bytes(shape, micro, precision, checkpointing=checkpointing, reads_values=False)
     if checkpointing:
-        predicted += _recomputed_bytes(shape, micro, precision)
-    predicted += _backward_bytes(shape, micro, precision)
+        predicted += recomputed_bytes(shape, micro, precision)
+    predicted += backward_bytes(shape, micro, precision)
     assert predicted == pytest.approx(counted, rel=0.08)
 
 
@@ -206,7 +201,7 @@ def test_peak_of_scoring(adapted):
     inputs = arguments(layout, LONG)
     with torch.no_grad():
         counted = peak_of(lambda: model(**inputs))
-    predicted = _forward_bytes(read_shape(model_config("llama")), micro, precision_of(torch.float32, adapted))
+    predicted = forward_bytes(read_shape(model_config("llama")), micro, precision_of(torch.float32, adapted))
     assert predicted == pytest.approx(counted, rel=0.1)
 
 

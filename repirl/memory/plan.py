@@ -7,28 +7,33 @@ configuration allows. Of each phase the moment counts in which most is held.
 
 On a CPU the sum is the resident memory of one process, on a GPU what PyTorch's allocator hands out; `usable` says what
 it may be of a device.
-
-Axes: T tokens of a micro-batch, R of them response tokens; B positions of the padded groups that attention runs on
-where it has no packed kernel; D features, F of the MLP, H heads of d features, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
-from repirl.config import Config, ConfigError, OptimizerConfig, build_config, merge
-from repirl.models import load_message
-from repirl.report.metrics import print_table
+from repirl.config import Config, ConfigError, OptimizerConfig
+from repirl.memory.activations import (
+    LINEAR,
+    Micro,
+    Precision,
+    Shape,
+    Sizes,
+    backward_bytes,
+    forward_bytes,
+    load_shape,
+    recomputed_bytes,
+    saved_bytes,
+)
 from repirl.setup import needs_reference
 
 GIB = 2**30
@@ -44,232 +49,7 @@ _ENGINE_TOKENS = 8192
 # torchao quantises moments in blocks, each with a float32 scale, and leaves small tensors alone.
 _STATE_BLOCK, _STATE_SMALLEST = 256, 4096
 
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-_QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
-_GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
-_LINEAR = (*_QKV, _OUT, *_GATE_UP, _DOWN)
-_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-
-Sizes = tuple[int, ...]
 Rows = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a decoder's memory depends on. layer: the weights of one layer by name; embeddings [V, D]; head: the output
-    embedding's shape, None if tied; num_layers layers."""
-
-    layer: dict[str, Sizes]
-    embeddings: Sizes
-    head: Sizes | None
-    num_layers: int
-    num_heads: int
-
-    @property
-    def hidden(self) -> int:
-        return self.embeddings[1]
-
-    @property
-    def vocab(self) -> int:
-        return self.embeddings[0]
-
-    @property
-    def intermediate(self) -> int:
-        return self.layer[f"{_DOWN}.weight"][1]
-
-    @property
-    def query(self) -> int:
-        """Features of all query heads, H d."""
-        return self.layer[f"{_QKV[0]}.weight"][0]
-
-    @property
-    def key(self) -> int:
-        """Features of all key heads, and of all value heads."""
-        return self.layer[f"{_QKV[1]}.weight"][0]
-
-    @property
-    def head_dim(self) -> int:
-        return self.query // self.num_heads
-
-    @property
-    def has_head_norms(self) -> bool:
-        return _HEAD_NORMS[0] in self.layer
-
-    def weights(self, reads_values: bool = False) -> list[Sizes]:
-        """Every weight's shape; reads_values: of the model with a one-output head instead of the vocabulary's."""
-        heads: list[Sizes] = [(1, self.hidden), (1,)] if reads_values else [self.head] if self.head else []
-        return [*list(self.layer.values()) * self.num_layers, self.embeddings, (self.hidden,), *heads]
-
-
-def read_shape(config: PreTrainedConfig) -> Shape:
-    """The shape of a configuration's causal language model. ConfigError for anything but Llama's structure, naming
-    what is missing, or what is there and not understood."""
-    name = config.model_type
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model type {name!r} is not understood: {first_line}") from error
-    weights = {key: tuple(p.shape) for key, p in model.named_parameters()}
-    prefix, count = f"{model.base_model_prefix}.layers.", getattr(config, "num_hidden_layers", 0)
-    layers = [_below(weights, f"{prefix}{i}.") for i in range(count)]
-    others = {key: shape for key, shape in weights.items() if not key.startswith(prefix)}
-    known = {*_NORMS, *_HEAD_NORMS, *(f"{x}.{part}" for x in _LINEAR for part in ("weight", "bias"))}
-    needed = {*_NORMS, *(f"{x}.weight" for x in _LINEAR)}
-    embeddings, norm = (f"{model.base_model_prefix}.{x}.weight" for x in ("embed_tokens", "norm"))
-    found = set().union(*layers)
-    missing = sorted((needed - found) | ({embeddings, norm} - set(others)))
-    unknown = sorted((found - known) | (set(others) - {embeddings, norm, "lm_head.weight"}))
-    if missing or unknown:
-        parts = [f"it has no {missing}"] * bool(missing) + [f"it has {unknown}, which is not known here"] * bool(
-            unknown
-        )
-        raise ConfigError(
-            f"the memory of model type {name!r} cannot be planned: {' and '.join(parts)}; supported are decoder models "
-            "with Llama's structure (Llama, Qwen2, Qwen3, SmolLM2, Mistral, ...)"
-        )
-    if any(layer != layers[0] for layer in layers):
-        raise ConfigError(f"the memory of model type {name!r} cannot be planned: its layers differ from each other")
-    return Shape(layers[0], weights[embeddings], others.get("lm_head.weight"), count, config.num_attention_heads)
-
-
-def load_shape(name: str, gguf_file: str | None = None) -> Shape:
-    """The shape of a model, of which only `config.json` is read. ConfigError where that fails, or as `read_shape`."""
-    try:
-        config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(load_message("configuration", name, gguf_file, error)) from error
-    return read_shape(config)
-
-
-def _below(weights: dict[str, Sizes], prefix: str) -> dict[str, Sizes]:
-    return {key.removeprefix(prefix): shape for key, shape in weights.items() if key.startswith(prefix)}
-
-
-@dataclass(frozen=True)
-class Micro:
-    """A micro-batch: its tokens T and response tokens R, and the groups [sequences, longest] of padded attention."""
-
-    tokens: int
-    responses: int
-    groups: tuple[tuple[int, int], ...]
-
-    @property
-    def slots(self) -> int:
-        return sum(rows * longest for rows, longest in self.groups)
-
-    def pairs(self, *, largest: bool = False) -> int:
-        """Scores that attention would write if it wrote them: of all groups, or of the largest one."""
-        found = [rows * longest**2 for rows, longest in self.groups]
-        return max(found) if largest else sum(found)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of a value. kept: of parameters and their gradients · computed: of activations and gathered weights ·
-    adapted: of adapters in products, None where all weights are trained · adapters: which linear layers have one,
-    and its rank · kernel: whether attention runs on packed sequences · math: whether it writes its scores."""
-
-    kept: int
-    computed: int
-    adapted: int | None = None
-    adapters: tuple[str, ...] = ()
-    rank: int = 0
-    kernel: bool = False
-    math: bool = False
-
-
-def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What autograd saves of one decoder layer as transformers computes it, in bytes."""
-    width, wide, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
-    size, trains_all = precision.computed, precision.adapted is None
-
-    def inputs(features: int, layers: Sequence[str]) -> int:
-        """Of linear layers that share their input: a product saves it for the gradient of its weight."""
-        if trains_all:
-            return size * features
-        adapted = [x for x in layers if x in precision.adapters]
-        if not adapted:
-            return 0
-        # An adapter of another type has a copy of its input for itself.
-        copies = 1 if precision.adapted == size else len(adapted)
-        return precision.adapted * (features * copies + precision.rank * len(adapted))
-
-    def norm(features: int, count: int = 1) -> int:
-        # The float32 input (in float32 the input itself) and one factor a row; for the gradient of the weight, what
-        # it was multiplied with.
-        return 4 * (features + count) + (size * features if trains_all else 0)
-
-    each = 2 * norm(width) + inputs(width, _QKV) + inputs(query, [_OUT]) + inputs(width, _GATE_UP)
-    # The gate before and behind its activation, and what it is multiplied with; then the product.
-    each += 3 * size * wide + inputs(wide, [_DOWN])
-    if shape.has_head_norms:
-        each += norm(query, shape.num_heads) + norm(key, key // shape.head_dim)
-    if precision.math:
-        # Keys and values repeated for every head, and the probabilities; the output is not saved.
-        return micro.tokens * each + size * (3 * query * micro.slots + shape.num_heads * micro.pairs())
-    attention = (2 * query + 2 * key) * size + 4 * shape.num_heads
-    if precision.kernel:
-        # The output is what the next linear layer saves as its input, unless that takes a copy.
-        shared = size * query if trains_all or (precision.adapted == size and _OUT in precision.adapters) else 0
-        return micro.tokens * (each + attention - shared)
-    return micro.tokens * each + micro.slots * attention
-
-
-def saved_bytes(shape: Shape, micro: Micro, precision: Precision, *, checkpointing: bool, reads_values: bool) -> int:
-    """What autograd has saved after a forward pass over a micro-batch, in bytes."""
-    width, size = shape.hidden, precision.computed
-    layer = layer_saved_bytes(shape, micro, precision)
-    trains_all = precision.adapted is None
-    # The last norm, rotary factors, indices of tokens and positions.
-    each = 4 * (width + 1) + size * (width if trains_all else 0) + 2 * size * shape.head_dim + 16
-    total = micro.tokens * each
-    if not precision.kernel:
-        total += 8 * (micro.slots + micro.tokens)
-    if checkpointing:
-        total += shape.num_layers * size * width * micro.tokens
-    else:
-        total += shape.num_layers * layer
-        if not trains_all:
-            # Nothing below the first layer is trained, so its first norm saves nothing.
-            total -= micro.tokens * 4 * (width + 1)
-    rows = size * width + 8 if reads_values else size * width + 28
-    return total + micro.responses * rows
-
-
-def _recomputed_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What backward holds of the one layer that it computes again; in float32 its input is already there."""
-    shared = 4 * shape.hidden * micro.tokens if precision.computed == 4 else 0
-    return layer_saved_bytes(shape, micro, precision) - shared
-
-
-def _forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """The most that lives for a moment of a forward pass without gradients."""
-    width, wide, size = shape.hidden, shape.intermediate, precision.computed
-    # Embeddings, the layer's input, the residual and the normed input; in the MLP gate, other and product.
-    held = 4 * size * width
-    mlp = 3 * size * wide
-    if precision.adapted is not None:
-        # What the adapter adds, before and behind the sum.
-        mlp = 4 * max(size, precision.adapted) * wide
-        held += precision.adapted * width if precision.adapted != size else 0
-    # Queries, keys, values; the same in groups, and the output.
-    attention = size * (shape.query + 2 * shape.key) * micro.tokens
-    if precision.kernel:
-        attention += size * shape.query * micro.tokens
-    else:
-        attention += size * (2 * shape.query + 2 * shape.key) * micro.slots
-    if precision.math:
-        attention += 2 * size * shape.num_heads * micro.pairs(largest=True)
-    return held * micro.tokens + max(mlp * micro.tokens, attention)
-
-
-def _backward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What backward holds in the MLP beyond what is still saved: gradients of its three products, less one freed."""
-    if precision.adapted is not None and precision.adapted != precision.computed:
-        return 3 * precision.adapted * shape.intermediate * micro.tokens
-    return 2 * precision.computed * shape.intermediate * micro.tokens
 
 
 @dataclass(frozen=True)
@@ -541,7 +321,7 @@ class _Planner:
         moments = []
         for micro in self._micro_batches(side, self.scored):
             head = 0 if side.reads_values else self._head_bytes() + 40 * micro.responses
-            temporary = _forward_bytes(side.shape, micro, side.precision)
+            temporary = forward_bytes(side.shape, micro, side.precision)
             moments.append({"head and embeddings": head, "temporary": temporary} | self._gathering(side))
         return self._phase(name, side, moments)
 
@@ -564,7 +344,7 @@ class _Planner:
                 if side.activation_offload and self.on_gpu:
                     # The inputs of all layers wait in host memory, but for two on their way.
                     saved -= (side.shape.num_layers - 2) * self._layer_input(side, micro)
-                saved += _recomputed_bytes(side.shape, micro, side.precision)
+                saved += recomputed_bytes(side.shape, micro, side.precision)
             head = 0
             if not side.reads_values:
                 # The gradient of hidden states in float32, then in their own type.
@@ -576,7 +356,7 @@ class _Planner:
                     "gradients": gradients if i else 0,
                     "activations": saved,
                     "head and embeddings": head,
-                    "temporary": _backward_bytes(side.shape, micro, side.precision),
+                    "temporary": backward_bytes(side.shape, micro, side.precision),
                     # Of layers, the next is fetched while one is computed.
                     "gathered weights": root + 4 * side.layer,
                     "reduced gradients": reduced,
@@ -608,7 +388,7 @@ class _Planner:
             return self._phase(name, side, [])
         if self.has_engine:
             precision = Precision(self.kept, size, kernel=True)
-            prefill = _forward_bytes(shape, Micro(_ENGINE_TOKENS, 0, ()), precision)
+            prefill = forward_bytes(shape, Micro(_ENGINE_TOKENS, 0, ()), precision)
             sampling = 8 * config.rollout.max_sequences * shape.vocab
             return self._phase(name, side, [self._engine() | {"temporary": max(prefill, sampling)}])
         _, prompt, response = self.scored[0]
@@ -620,7 +400,7 @@ class _Planner:
         one_layer = 2 * shape.key * size
         tokens = prompts * prompt
         precision = Precision(self.kept, size, kernel=True)
-        prefill = _forward_bytes(shape, Micro(tokens, 0, ()), precision)
+        prefill = forward_bytes(shape, Micro(tokens, 0, ()), precision)
         if shape.query != shape.key:
             # With a mask, keys and values are repeated for every head.
             attention = size * (5 * shape.query + 4 * shape.hidden) * tokens
@@ -697,10 +477,10 @@ def _switches(section: Any) -> dict[str, Any]:
 def _targets(shape: Shape, modules: str | list[str]) -> tuple[str, ...]:
     """Which linear layers get adapters, as peft understands the names."""
     if modules == "all-linear":
-        return _LINEAR
-    found = tuple(x for x in _LINEAR if any(x == name or x.endswith(f".{name}") for name in modules))
+        return LINEAR
+    found = tuple(x for x in LINEAR if any(x == name or x.endswith(f".{name}") for name in modules))
     if not found:
-        raise ConfigError(f"adapters.target_modules {modules} name no linear layer; there are {[*_LINEAR]}")
+        raise ConfigError(f"adapters.target_modules {modules} name no linear layer; there are {[*LINEAR]}")
     return found
 
 
@@ -725,170 +505,3 @@ def _micro_batches(
         groups = tuple((group.shape[0], group.shape[1]) for group in layout.groups)
         micros.append(Micro(int(chosen.sum()), int(responses[places].sum()), groups))
     return micros
-
-
-# What fits, and what makes it fit.
-
-
-def usable(memory: float, device: str) -> float:
-    """How much of a device's memory a plan may fill, both in bytes. A GPU's also holds the CUDA context, libraries'
-    workspaces and the gaps between blocks: 1 GiB and 5% are kept for them. Resident memory on a CPU holds what the C
-    library keeps of freed blocks (bench/results/cpu/plan.md has the share measured), and there is a system: 15%."""
-    return 0.95 * memory - GIB if device == "cuda" else 0.85 * memory
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Whether a memory suffices. switches: what has to be changed for it, nothing if it fits as it is; None where all
-    of them together do not suffice. plan: with these changes, or the smallest that was found."""
-
-    memory: int
-    switches: list[str] | None
-    plan: Plan
-
-
-def find_fit(config: Config, memory: int, ranks: int = 1, device: str | None = None) -> Fit:
-    """The fewest switches, cheap ones first, that make the run fit into `memory` bytes a process."""
-    first = plan(config, ranks, device)
-    available = usable(memory, first.device)
-    if first.peak.total <= available:
-        return Fit(memory, [], first)
-    ladder = _ladder(config, ranks, first.device)
-    levels = [0] * len(ladder)
-
-    def attempt(levels: list[int]) -> Plan | None:
-        changes: dict[str, Any] = {}
-        count = ranks
-        for level, steps in zip(levels, ladder, strict=True):
-            if level:
-                _, change, times = steps[level - 1]
-                changes, count = merge(changes, change), count * times
-        try:
-            return plan(build_config(merge(config.model_dump(mode="json"), changes)), count, first.device)
-        except ConfigError:
-            # Switches that do not go together.
-            return None
-
-    best, found = first, None
-    for place, steps in enumerate(ladder):
-        for level in range(1, len(steps) + 1):
-            trial = [*levels[:place], level, *levels[place + 1 :]]
-            made = attempt(trial)
-            if made is None:
-                continue
-            levels = trial
-            if made.peak.total < best.peak.total:
-                best = made
-            if made.peak.total <= available:
-                found = made
-                break
-        if found:
-            break
-    if found is None:
-        return Fit(memory, None, best)
-    # What was tried on the way and is not needed is taken back, the costliest first.
-    for place in reversed(range(len(ladder))):
-        while levels[place]:
-            trial = [*levels[:place], levels[place] - 1, *levels[place + 1 :]]
-            made = attempt(trial)
-            if made is None or made.peak.total > available:
-                break
-            levels, found = trial, made
-    names = [steps[level - 1][0] for level, steps in zip(levels, ladder, strict=True) if level]
-    return Fit(memory, names, found)
-
-
-# A setting of a switch: what it is called, what it changes, by how much it multiplies the processes.
-Step = tuple[str, dict[str, Any], int]
-
-
-def _ladder(config: Config, ranks: int, device: str) -> list[list[Step]]:
-    """Switches that could still be changed, the cheapest first, each with its settings, the mildest first."""
-
-    def both(name: str, values: dict[str, Any]) -> Step:
-        return name, {"policy": values} | ({"prm": values} if config.objective == "repirl" else {}), 1
-
-    prompt = config.data.max_prompt_tokens
-    longest = [prompt + config.data.max_expert_tokens] * (config.objective != "rloo")
-    longest += [prompt + config.rollout.max_response_tokens] * (config.objective != "sft")
-    budgets = _halved(config.batch.tokens_per_microbatch, max(longest))
-    counts = _halved(config.rollout.max_sequences, config.rollout.samples_per_prompt)
-    checkpointing = {"gradient_checkpointing": True}
-    on_gpu, shared = device == "cuda", config.adapters is not None
-    ladder: list[list[Step]] = [
-        [both("gradient_checkpointing", checkpointing)],
-        [(f"batch.tokens_per_microbatch {n}", {"batch": {"tokens_per_microbatch": n}}, 1) for n in budgets],
-    ]
-    if config.rollout.engine == "transformers":
-        ladder.append([(f"rollout.max_sequences {n}", {"rollout": {"max_sequences": n}}, 1) for n in counts])
-    if config.rollout.engine == "vllm":
-        sizes = [config.rollout.vllm.kv_cache_gib / n for n in (2, 4, 8)]
-        ladder.append(
-            [(f"rollout.vllm.kv_cache_gib {n:g}", {"rollout": {"vllm": {"kv_cache_gib": n}}}, 1) for n in sizes]
-        )
-    if on_gpu and config.computes_in == "float32":
-        ladder.append([("compute_dtype bfloat16", {"compute_dtype": "bfloat16"}, 1)])
-    if on_gpu:
-        ladder.append([both("activation_offload", checkpointing | {"activation_offload": True})])
-    if not shared and not config.parallel.cpu_offload:
-        ladder.append([("offload_idle", {"offload_idle": True}, 1)])
-    ladder.append([both("optimizer.state_bits 8", {"optimizer": {"state_bits": 8}})])
-    if not shared:
-        # On one base there is nothing idle that could leave.
-        ladder.append([("adapters", {"adapters": {}, "offload_idle": False}, 1)])
-    return [*ladder, [(f"{ranks * n} ranks", {}, n) for n in (2, 4, 8)]]
-
-
-def _halved(value: int, least: int) -> list[int]:
-    """value / 2, value / 4, ... down to `least`."""
-    found = []
-    while value // 2 >= least:
-        value //= 2
-        found.append(value)
-    if value > least:
-        found.append(least)
-    return found
-
-
-# What is shown.
-
-
-def gib(count: float) -> str:
-    """Bytes as GiB with two digits behind the point."""
-    return f"{count / GIB:.2f}"
-
-
-def table(found: Plan) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a plan: a phase a column, in GiB; empty cells are zero."""
-    names = list(dict.fromkeys(name for phase in found.phases for name in phase.rows))
-    rows = [[name, *(gib(p.rows[name]) if name in p.rows else "" for p in found.phases)] for name in names]
-    return ["GiB", *(p.name for p in found.phases)], [*rows, ["together", *(gib(p.total) for p in found.phases)]]
-
-
-def describe_fit(fit: Fit) -> str:
-    """One line on a memory."""
-    size, room = f"{fit.memory / GIB:g} GiB", gib(usable(fit.memory, fit.plan.device))
-    peak = f"{gib(fit.plan.peak.total)} GiB in {fit.plan.peak.name}"
-    if fit.switches is None:
-        return f"{size} ({room} usable): does not fit with all switches; the least that was found is {peak}"
-    if not fit.switches:
-        return f"{size} ({room} usable): fits, {peak}"
-    return f"{size} ({room} usable): does not fit as it is; fits with {', '.join(fit.switches)}: {peak}"
-
-
-def print_plan(
-    config: Config, memories: Sequence[float], ranks: int = 1, device: str | None = None, console: Console | None = None
-) -> None:
-    """Print the plan of a run and what it takes to fit into each memory (GiB a process)."""
-    console = console or Console()
-    show: Callable[[str], None] = functools.partial(console.print, soft_wrap=True, highlight=False)
-    found = plan(config, ranks, device)
-    one, several = ("GPU", "GPUs") if found.device == "cuda" else ("CPU process", "CPU processes")
-    title = f"{config.policy.model}, {config.objective}, {ranks} {several if ranks > 1 else one}: GiB of each"
-    print_table(title, *table(found), console=console)
-    show(f"peak: {gib(found.peak.total)} GiB in {found.peak.name}; every prompt and response at its longest")
-    if found.host:
-        parts = ", ".join(f"{name} {gib(count)}" for name, count in found.host.items())
-        show(f"in host memory for each GPU: {gib(sum(found.host.values()))} GiB ({parts})")
-    for memory in memories:
-        show(describe_fit(find_fit(config, int(memory * GIB), ranks, device)))

@@ -1,0 +1,1 @@
+"""repirl plan: what a run will need of memory."""

@@ -1,0 +1,242 @@
+"""Sizes of a model, from its configuration alone, and what autograd saves of each operation of a decoder layer.
+
+Axes: T tokens of a micro-batch, R of them response tokens; B positions of the padded groups that attention runs on
+where it has no packed kernel; D features, F of the MLP, H heads of d features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from repirl.config import ConfigError
+from repirl.models import load_message
+
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+_QKV, _OUT = tuple(f"self_attn.{x}_proj" for x in "qkv"), "self_attn.o_proj"
+_GATE_UP, _DOWN = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
+LINEAR = (*_QKV, _OUT, *_GATE_UP, _DOWN)
+_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a decoder's memory depends on. layer: the weights of one layer by name; embeddings [V, D]; head: the output
+    embedding's shape, None if tied; num_layers layers."""
+
+    layer: dict[str, Sizes]
+    embeddings: Sizes
+    head: Sizes | None
+    num_layers: int
+    num_heads: int
+
+    @property
+    def hidden(self) -> int:
+        return self.embeddings[1]
+
+    @property
+    def vocab(self) -> int:
+        return self.embeddings[0]
+
+    @property
+    def intermediate(self) -> int:
+        return self.layer[f"{_DOWN}.weight"][1]
+
+    @property
+    def query(self) -> int:
+        """Features of all query heads, H d."""
+        return self.layer[f"{_QKV[0]}.weight"][0]
+
+    @property
+    def key(self) -> int:
+        """Features of all key heads, and of all value heads."""
+        return self.layer[f"{_QKV[1]}.weight"][0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query // self.num_heads
+
+    @property
+    def has_head_norms(self) -> bool:
+        return _HEAD_NORMS[0] in self.layer
+
+    def weights(self, reads_values: bool = False) -> list[Sizes]:
+        """Every weight's shape; reads_values: of the model with a one-output head instead of the vocabulary's."""
+        heads: list[Sizes] = [(1, self.hidden), (1,)] if reads_values else [self.head] if self.head else []
+        return [*list(self.layer.values()) * self.num_layers, self.embeddings, (self.hidden,), *heads]
+
+
+def read_shape(config: PreTrainedConfig) -> Shape:
+    """The shape of a configuration's causal language model. ConfigError for anything but Llama's structure, naming
+    what is missing, or what is there and not understood."""
+    name = config.model_type
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model type {name!r} is not understood: {first_line}") from error
+    weights = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    prefix, count = f"{model.base_model_prefix}.layers.", getattr(config, "num_hidden_layers", 0)
+    layers = [_below(weights, f"{prefix}{i}.") for i in range(count)]
+    others = {key: shape for key, shape in weights.items() if not key.startswith(prefix)}
+    known = {*_NORMS, *_HEAD_NORMS, *(f"{x}.{part}" for x in LINEAR for part in ("weight", "bias"))}
+    needed = {*_NORMS, *(f"{x}.weight" for x in LINEAR)}
+    embeddings, norm = (f"{model.base_model_prefix}.{x}.weight" for x in ("embed_tokens", "norm"))
+    found = set().union(*layers)
+    missing = sorted((needed - found) | ({embeddings, norm} - set(others)))
+    unknown = sorted((found - known) | (set(others) - {embeddings, norm, "lm_head.weight"}))
+    if missing or unknown:
+        parts = [f"it has no {missing}"] * bool(missing) + [f"it has {unknown}, which is not known here"] * bool(
+            unknown
+        )
+        raise ConfigError(
+            f"the memory of model type {name!r} cannot be planned: {' and '.join(parts)}; supported are decoder models "
+            "with Llama's structure (Llama, Qwen2, Qwen3, SmolLM2, Mistral, ...)"
+        )
+    if any(layer != layers[0] for layer in layers):
+        raise ConfigError(f"the memory of model type {name!r} cannot be planned: its layers differ from each other")
+    return Shape(layers[0], weights[embeddings], others.get("lm_head.weight"), count, config.num_attention_heads)
+
+
+def load_shape(name: str, gguf_file: str | None = None) -> Shape:
+    """The shape of a model, of which only `config.json` is read. ConfigError where that fails, or as `read_shape`."""
+    try:
+        config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(load_message("configuration", name, gguf_file, error)) from error
+    return read_shape(config)
+
+
+def _below(weights: dict[str, Sizes], prefix: str) -> dict[str, Sizes]:
+    return {key.removeprefix(prefix): shape for key, shape in weights.items() if key.startswith(prefix)}
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: its tokens T and response tokens R, and the groups [sequences, longest] of padded attention."""
+
+    tokens: int
+    responses: int
+    groups: tuple[tuple[int, int], ...]
+
+    @property
+    def slots(self) -> int:
+        return sum(rows * longest for rows, longest in self.groups)
+
+    def pairs(self, *, largest: bool = False) -> int:
+        """Scores that attention would write if it wrote them: of all groups, or of the largest one."""
+        found = [rows * longest**2 for rows, longest in self.groups]
+        return max(found) if largest else sum(found)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a value. kept: of parameters and their gradients · computed: of activations and gathered weights ·
+    adapted: of adapters in products, None where all weights are trained · adapters: which linear layers have one,
+    and its rank · kernel: whether attention runs on packed sequences · math: whether it writes its scores."""
+
+    kept: int
+    computed: int
+    adapted: int | None = None
+    adapters: tuple[str, ...] = ()
+    rank: int = 0
+    kernel: bool = False
+    math: bool = False
+
+
+def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What autograd saves of one decoder layer as transformers computes it, in bytes."""
+    width, wide, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
+    size, trains_all = precision.computed, precision.adapted is None
+
+    def inputs(features: int, layers: Sequence[str]) -> int:
+        """Of linear layers that share their input: a product saves it for the gradient of its weight."""
+        if trains_all:
+            return size * features
+        adapted = [x for x in layers if x in precision.adapters]
+        if not adapted:
+            return 0
+        # An adapter of another type has a copy of its input for itself.
+        copies = 1 if precision.adapted == size else len(adapted)
+        return precision.adapted * (features * copies + precision.rank * len(adapted))
+
+    def norm(features: int, count: int = 1) -> int:
+        # The float32 input (in float32 the input itself) and one factor a row; for the gradient of the weight, what
+        # it was multiplied with.
+        return 4 * (features + count) + (size * features if trains_all else 0)
+
+    each = 2 * norm(width) + inputs(width, _QKV) + inputs(query, [_OUT]) + inputs(width, _GATE_UP)
+    # The gate before and behind its activation, and what it is multiplied with; then the product.
+    each += 3 * size * wide + inputs(wide, [_DOWN])
+    if shape.has_head_norms:
+        each += norm(query, shape.num_heads) + norm(key, key // shape.head_dim)
+    if precision.math:
+        # Keys and values repeated for every head, and the probabilities; the output is not saved.
+        return micro.tokens * each + size * (3 * query * micro.slots + shape.num_heads * micro.pairs())
+    attention = (2 * query + 2 * key) * size + 4 * shape.num_heads
+    if precision.kernel:
+        # The output is what the next linear layer saves as its input, unless that takes a copy.
+        shared = size * query if trains_all or (precision.adapted == size and _OUT in precision.adapters) else 0
+        return micro.tokens * (each + attention - shared)
+    return micro.tokens * each + micro.slots * attention
+
+
+def saved_bytes(shape: Shape, micro: Micro, precision: Precision, *, checkpointing: bool, reads_values: bool) -> int:
+    """What autograd has saved after a forward pass over a micro-batch, in bytes."""
+    width, size = shape.hidden, precision.computed
+    layer = layer_saved_bytes(shape, micro, precision)
+    trains_all = precision.adapted is None
+    # The last norm, rotary factors, indices of tokens and positions.
+    each = 4 * (width + 1) + size * (width if trains_all else 0) + 2 * size * shape.head_dim + 16
+    total = micro.tokens * each
+    if not precision.kernel:
+        total += 8 * (micro.slots + micro.tokens)
+    if checkpointing:
+        total += shape.num_layers * size * width * micro.tokens
+    else:
+        total += shape.num_layers * layer
+        if not trains_all:
+            # Nothing below the first layer is trained, so its first norm saves nothing.
+            total -= micro.tokens * 4 * (width + 1)
+    rows = size * width + 8 if reads_values else size * width + 28
+    return total + micro.responses * rows
+
+
+def recomputed_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What backward holds of the one layer that it computes again; in float32 its input is already there."""
+    shared = 4 * shape.hidden * micro.tokens if precision.computed == 4 else 0
+    return layer_saved_bytes(shape, micro, precision) - shared
+
+
+def forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """The most that lives for a moment of a forward pass without gradients."""
+    width, wide, size = shape.hidden, shape.intermediate, precision.computed
+    # Embeddings, the layer's input, the residual and the normed input; in the MLP gate, other and product.
+    held = 4 * size * width
+    mlp = 3 * size * wide
+    if precision.adapted is not None:
+        # What the adapter adds, before and behind the sum.
+        mlp = 4 * max(size, precision.adapted) * wide
+        held += precision.adapted * width if precision.adapted != size else 0
+    # Queries, keys, values; the same in groups, and the output.
+    attention = size * (shape.query + 2 * shape.key) * micro.tokens
+    if precision.kernel:
+        attention += size * shape.query * micro.tokens
+    else:
+        attention += size * (2 * shape.query + 2 * shape.key) * micro.slots
+    if precision.math:
+        attention += 2 * size * shape.num_heads * micro.pairs(largest=True)
+    return held * micro.tokens + max(mlp * micro.tokens, attention)
+
+
+def backward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
+    """What backward holds in the MLP beyond what is still saved: gradients of its three products, less one freed."""
+    if precision.adapted is not None and precision.adapted != precision.computed:
+        return 3 * precision.adapted * shape.intermediate * micro.tokens
+    return 2 * precision.computed * shape.intermediate * micro.tokens
