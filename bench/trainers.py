@@ -11,8 +11,9 @@ it; in bfloat16 those of small gradients differ.) Phases:
 * policy: forward, backward, clipping and AdamW
 * PRM (ours only): scoring and updating a PRM of the policy's size on the same sequences, and its rewards
 
-TRL pads a batch to its longest sequence; a case with equal lengths shows what is left without that. Memory is the
-high-water mark of the process (of the GPU's allocator there) above what the loaded model takes.
+Rollout and PRM are timed in one round of the first case. TRL pads a batch to its longest sequence; a case with equal
+lengths shows what is left without that. Memory is the high-water mark of the process (of the GPU's allocator there)
+above what the loaded model takes; on a CPU the copy of the changes, which both sides keep, is in it.
 """
 
 from __future__ import annotations

@@ -117,8 +117,9 @@ def _part(values: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of the model without adapters, whole, with `adapter` worked into them. Where the model is
-    sharded, every process has to go through all of them."""
+    """The parameters of the model without adapters, whole, with `adapter` worked into them, which makes them float32:
+    in the base's own type a small adapter would be rounded away. Where the model is sharded, every process has to go
+    through all of them."""
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, parameter in model.named_parameters():
         plain = base_name(name)
@@ -128,7 +129,7 @@ def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tupl
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if adapter is not None and layer is not None and adapter in layer.lora_A:
             a, b = _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
-            value = (value.float() + layer.scaling[adapter] * (b.float() @ a.float())).to(value.dtype)
+            value = value.float() + layer.scaling[adapter] * (b.float() @ a.float())
         yield plain, value
 
 

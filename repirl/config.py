@@ -122,7 +122,7 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm", "vllm_server"] = Field(
         "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
     )
-    vllm: VLLMConfig = Field(VLLMConfig(), description="options of both vLLM engines")
+    vllm: VLLMConfig = Field(VLLMConfig(), description="options of the vLLM engines")
     overlap: Literal["none", "prm", "step"] = Field(
         "none",
         description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "
@@ -292,6 +292,11 @@ class Config(Section):
             raise ValueError(
                 "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
             )
+        if self.prm.gguf_file is not None and self.prm.model is None:
+            raise ValueError(
+                f"prm.gguf_file is {self.prm.gguf_file!r}, but without prm.model the PRM starts from the policy's "
+                "files: set prm.model, or leave it out"
+            )
         self._rollout_options_fit()
         self._memory_options_fit()
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
@@ -305,6 +310,18 @@ class Config(Section):
                 f"rollout.overlap is {overlap!r}, but engine {self.rollout.engine!r} computes where the training does: "
                 "only rollout.engine: vllm_server can sample meanwhile"
             )
+        plain = VLLMConfig()
+        others = {
+            "transformers": ("kv_cache_gib", "tensor_parallel", "enforce_eager", "url", "push_host"),
+            "vllm": ("url", "push_host"),
+            "vllm_server": ("kv_cache_gib", "tensor_parallel", "enforce_eager"),
+        }[self.rollout.engine]
+        for name in others:
+            if (value := getattr(self.rollout.vllm, name)) != getattr(plain, name):
+                raise ValueError(
+                    f"rollout.vllm.{name} is {value!r}, but rollout.engine {self.rollout.engine!r} has no such option: "
+                    "leave it out, or choose the engine that has it"
+                )
         if overlap == "prm" and self.order != "policy_first":
             raise ValueError(
                 "rollout.overlap is 'prm': the policy has to be updated before the next rollouts begin; set order: "

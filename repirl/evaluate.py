@@ -12,17 +12,18 @@ from repirl.setup import Run, build
 def evaluate(run: Run) -> float:
     """Share of held-out prompts that the policy answers right; greedy at eval.temperature 0."""
     config = run.config
-    run.engine.wake()
-    if config.rollout.overlap == "step":
-        # Rollouts in flight are sampled from older weights: the engine gets the present ones when it is done with them.
-        if run.in_flight is not None:
-            run.in_flight.future.exception()
-        run.engine.update_weights(run.policy)
+    if run.in_flight is not None and not run.engine_is_current:
+        # These are sampled from older weights: the engine gets the present ones when it is done with everybody's.
+        run.in_flight.future.result()
+        run.world.barrier()
+    run.ready_engine()
     prompts = run.held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
     sampling = Sampling(config.rollout.max_response_tokens, config.eval.temperature, (run.tokenizer.eos_token_id,))
     mine, future = begin_responses(run, prompts, seeds, sampling)
-    return sum(outcome or 0.0 for _, outcome in judge(run, prompts, mine, future.result())) / len(prompts)
+    judged = judge(run, prompts, mine, future.result())
+    run.rest_engine()
+    return sum(outcome or 0.0 for _, outcome in judged) / len(prompts)
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, int]:

@@ -62,7 +62,8 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
             weights.pop("lm_head.weight", None)
             head = learner.model.value_head
             weights |= {"score.weight": head.weight.detach(), "score.bias": head.bias.detach()}
-        model = factory.from_config(plain_config, dtype=learner.model.dtype)
+        # A small adapter would be rounded away in bfloat16.
+        model = factory.from_config(plain_config, dtype=torch.float32)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         # Tied heads have no weights of their own.
         assert not unexpected, unexpected

@@ -78,6 +78,8 @@ class Learner:
                 module.p = 0.0
         self.trained = self._trained_parameters() if optimizer else {}
         self.num_skipped_updates = self.num_skipped_in_a_row = 0
+        # Of the weights: whoever has a copy of them sees by it whether it is the present one.
+        self.version = 0
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is None:
             if not self.shares_model:
@@ -133,6 +135,7 @@ class Learner:
         """Take back what `model_state` gave."""
         self._take_place()
         set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
+        self.version += 1
 
     def _take_place(self) -> None:
         """Be the one whose tensors are on the device, and whose adapter is on."""
@@ -221,6 +224,7 @@ class Learner:
         rate = float(self.scheduler.get_last_lr()[0])
         if math.isfinite(norm) and math.isfinite(loss_value):
             self.optimizer.step()
+            self.version += 1
             self.num_skipped_in_a_row = 0
         else:
             self.num_skipped_updates += 1

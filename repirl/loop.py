@@ -27,7 +27,18 @@ def train(config: Config, *, resume: bool = False) -> int:
     """
     goes_on = check_output_dir(config, resume)
     run = build(config)
-    start = run.resume() if goes_on else 0
+    try:
+        _train(run, resume=goes_on)
+    except BaseException:
+        run.abort()
+        raise
+    run.close()
+    return config.steps
+
+
+def _train(run: Run, *, resume: bool) -> None:
+    config = run.config
+    start = run.resume() if resume else 0
     timer, peak_flops = PhaseTimer(run.work), peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
         for step in range(start, config.steps):
@@ -51,8 +62,8 @@ def train(config: Config, *, resume: bool = False) -> int:
                 if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                     run.save(done, metrics.get("eval/accuracy"))
                 run.checkpointer.poll()
-        run.close()
-    return config.steps
+        # What is still being written may fail, and belongs to the run.
+        run.checkpointer.finish()
 
 
 def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
@@ -67,14 +78,17 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dic
     config = run.config
     more_to_come = step + 1 < config.steps
     reporter.phase("rollout")
+    if run.in_flight is None:
+        with timer("push_weights"):
+            run.ready_engine()
     with timer("rollout"):
         rollouts, metrics = finish_rollouts(run, step)
-        if config.rollout.overlap == "step" and more_to_come:
-            # The next step's are sampled from weights that this step is about to improve.
-            run.engine.update_weights(run.policy)
-            begin_rollouts(run, step + 1)
-        if run.in_flight is None:
-            run.engine.sleep()
+    if config.rollout.overlap == "step" and more_to_come:
+        # The next step's are sampled from weights that this step is about to improve.
+        with timer("push_weights"):
+            run.ready_engine()
+        begin_rollouts(run, step + 1)
+    run.rest_engine()
     with timer("old_logprob"):
         outputs = run.policy.score(rollouts)
         rollouts.write("old_logprob", outputs["logprob"])
@@ -88,11 +102,9 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dic
         reporter.phase(side)
         if side == "policy":
             metrics |= update_policy(run, rollouts, timer)
-            if config.rollout.overlap != "step":
-                with timer("push_weights"):
-                    run.engine.wake()
-                    run.engine.update_weights(run.policy)
             if config.rollout.overlap == "prm" and more_to_come:
+                with timer("push_weights"):
+                    run.ready_engine()
                 begin_rollouts(run, step + 1)
         elif run.prm:
             metrics |= update_prm(run, rollouts, timer)
@@ -102,8 +114,10 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dic
 def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
     """n_prm updates on experts against rollouts; two passes each."""
     config, prm = run.config, run.prm
-    # log mu: what the trainer says of the weights that sampled, or of older ones only the sampler itself.
-    behaviour = "sampler_logprob" if config.rollout.overlap == "step" else "old_logprob"
+    # log mu: what the trainer says of the weights that sampled. Only the sampler itself knows of older ones, and of
+    # adapters that it has rounded together with their base.
+    merged = config.adapters is not None and config.rollout.engine != "transformers"
+    behaviour = "sampler_logprob" if config.rollout.overlap == "step" or merged else "old_logprob"
     with timer("prm"):
         experts = sample_experts(run)
         write_expert_streams(run, experts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repirl.batch import EXPERT, PackedBatch, pack
+from repirl.config import ConfigError
 from repirl.data.prompts import Prompt
 from repirl.models import forward_flops
 from repirl.rollout.engine import Response, Sampling, sequence_seed
@@ -153,13 +154,31 @@ def in_flight_state(run: Run) -> dict[str, Any] | None:
         return None
     mine = zip(run.in_flight.mine, run.in_flight.future.result(), strict=True)
     everybody = sorted(run.world.gather([(i, astuple(r)) for i, r in mine]))
-    return {"step": run.in_flight.step, "rows": run.in_flight.rows, "responses": [r for _, r in everybody]}
+    return {
+        "step": run.in_flight.step,
+        "rows": run.in_flight.rows,
+        "responses": [r for _, r in everybody],
+        "made_with": _made_with(run),
+    }
+
+
+def _made_with(run: Run) -> dict[str, Any]:
+    """Options that rollouts in flight depend on."""
+    rollout = run.config.rollout
+    return {"rollout.samples_per_prompt": rollout.samples_per_prompt, "rollout.overlap": rollout.overlap}
 
 
 def restore_in_flight(run: Run, state: dict[str, Any] | None) -> None:
-    """Take back what `in_flight_state` gave, on any number of processes."""
+    """Take back what `in_flight_state` gave, on any number of processes. ConfigError where an option has another value
+    than these rollouts were made with."""
     if state is None:
         return
+    for name, value in _made_with(run).items():
+        if value != (before := state["made_with"][name]):
+            raise ConfigError(
+                f"{name} is {value!r}, but the checkpoint holds rollouts that were made with {before!r}: go on with "
+                "that, or from a checkpoint without rollouts in flight"
+            )
     responses = [Response(*fields) for fields in state["responses"]]
     mine = list(range(len(responses)))[run.world.rank :: run.world.size]
     future: Future[list[Response]] = Future()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 from repirl.sampling import InFlight, in_flight_state, restore_in_flight
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Run:
@@ -53,6 +56,8 @@ class Run:
     in_flight: InFlight | None = None
     # Where the engine samples beside the training; None: in its turn.
     background: ThreadPoolExecutor | None = None
+    # The version of the policy's weights that the engine has.
+    pushed: int | None = None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -62,6 +67,30 @@ class Run:
     def prm_reads_reference(self) -> bool:
         """Whether rewards are relative to the frozen reference."""
         return self.prm is not None and self.config.prm.reward == "implicit"
+
+    @property
+    def engine_is_current(self) -> bool:
+        """Whether the engine has the policy's present weights."""
+        return self.pushed == self.policy.version
+
+    def ready_engine(self) -> None:
+        """Before sampling: the engine is awake and has the policy's present weights. All processes call it."""
+        self.engine.wake()
+        if not self.engine_is_current:
+            self.engine.update_weights(self.policy)
+            self.pushed = self.policy.version
+
+    def rest_engine(self) -> None:
+        """After sampling: the engine gives its memory to the training, unless it still samples."""
+        if self.in_flight is None:
+            self.engine.sleep()
+
+    def abort(self) -> None:
+        """The run has failed: nothing that was begun beside it is waited for."""
+        if self.background is not None:
+            self.background.shutdown(wait=False, cancel_futures=True)
+            self.engine.close()
+        self.verifier.close()
 
     def close(self) -> None:
         """Complete what is still being written, end the engine, and remove what idle models left on disk."""
@@ -97,7 +126,6 @@ class Run:
                 cursor.load_state_dict(state[name])
         self.expert_reference = state["expert_reference"]
         restore_in_flight(self, state["in_flight"])
-        self.engine.update_weights(self.policy)
         return step
 
 
@@ -105,7 +133,7 @@ def needs_reference(config: Config) -> bool:
     """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
     trains_prm = config.objective == "repirl"
     return (
-        config.loss.kl_coefficient > 0
+        (config.objective != "sft" and config.loss.kl_coefficient > 0)
         or (trains_prm and config.irl.base_measure == "reference")
         or (trains_prm and config.prm.reward == "implicit")
     )
@@ -183,15 +211,20 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
 
 
 def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """What samples, as `rollout.engine` says; it has the policy's weights. ConfigError where it cannot be had."""
+    """What samples, as `rollout.engine` says. ConfigError where it cannot be had."""
     rollout, options = config.rollout, config.rollout.vllm
-    if rollout.engine == "transformers":
+    samples_nothing = config.objective == "sft" and config.data.eval is None
+    if rollout.engine == "transformers" or samples_nothing:
         return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=rollout.max_sequences)
-    engine: Engine
+    if config.adapters is not None and config.computes_in == "bfloat16":
+        logger.warning(
+            "with adapters, vLLM in bfloat16 samples from their sum with the base rounded to bfloat16, in which small "
+            "adapters vanish: rollout/sampler_mismatch_max tells how far it is from what is trained"
+        )
     if rollout.engine == "vllm":
         from repirl.rollout.vllm import VLLMEngine
 
-        engine = VLLMEngine(
+        return VLLMEngine(
             policy.model.config,
             dtype=getattr(torch, config.computes_in),
             max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
@@ -201,17 +234,15 @@ def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerB
             enforce_eager=options.enforce_eager,
             timeout_seconds=options.timeout_seconds,
         )
-    else:
-        from repirl.rollout.vllm_server import VLLMServerEngine
+    from repirl.rollout.vllm_server import VLLMServerEngine
 
-        engine = VLLMServerEngine(
-            options.url,
-            max_sequences=rollout.max_sequences,
-            timeout_seconds=options.timeout_seconds,
-            push_host=options.push_host,
-        )
-    engine.update_weights(policy)
-    return engine
+    return VLLMServerEngine(
+        options.url,
+        # All processes ask the same server.
+        max_sequences=max(1, rollout.max_sequences // policy.world.size),
+        timeout_seconds=options.timeout_seconds,
+        push_host=options.push_host,
+    )
 
 
 def build(config: Config) -> Run:

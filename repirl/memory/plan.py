@@ -34,6 +34,7 @@ from repirl.memory.activations import (
     recomputed_bytes,
     saved_bytes,
 )
+from repirl.rollout.vllm import MAX_BATCHED_TOKENS
 from repirl.setup import needs_reference
 
 GIB = 2**30
@@ -44,8 +45,6 @@ PROCESS_BYTES, COMPILER_BYTES = 512 << 20, 72 << 20
 ENGINE_BYTES = 280 << 20
 # Slabs of the fused head: the native backend's on a CPU, Triton's on a GPU.
 _HEAD_BYTES_CPU, _HEAD_BYTES_GPU = 24 << 20, 128 << 20
-# Prompt tokens that vLLM computes at once, by its own default; what else it holds for itself is not known here.
-_ENGINE_TOKENS = 8192
 # torchao quantises moments in blocks, each with a float32 scale, and leaves small tensors alone.
 _STATE_BLOCK, _STATE_SMALLEST = 256, 4096
 
@@ -388,7 +387,7 @@ class _Planner:
             return self._phase(name, side, [])
         if self.has_engine:
             precision = Precision(self.kept, size, kernel=True)
-            prefill = forward_bytes(shape, Micro(_ENGINE_TOKENS, 0, ()), precision)
+            prefill = forward_bytes(shape, Micro(MAX_BATCHED_TOKENS, 0, ()), precision)
             sampling = 8 * config.rollout.max_sequences * shape.vocab
             return self._phase(name, side, [self._engine() | {"temporary": max(prefill, sampling)}])
         _, prompt, response = self.scored[0]

@@ -35,6 +35,10 @@ from repirl.rollout.vllm_worker import Fingerprint
 # How far apart engine and trainer may be, in the mean over the probe's tokens. Rounding makes about 1e-5 in float32
 # and up to 0.08 in bfloat16 (SmolLM2-135M, random prompts), in which logits themselves have two to three digits.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+# On a GPU products of float32 may run in TensorFloat-32, with three digits.
+TOLERANCE_TF32 = 2e-2
+# Prompt tokens of one step.
+MAX_BATCHED_TOKENS = 8192
 # Not at temperature 1, where tempered and untempered log-probabilities would be the same.
 PROBE = Sampling(max_response_tokens=8, temperature=0.8, end_ids=())
 
@@ -84,6 +88,7 @@ class VLLMEngine:
             "max_num_seqs": max_sequences,
             # Without it vLLM takes nearly all memory there is.
             "kv_cache_memory_bytes": kv_cache_bytes,
+            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, max_sequences),
             "tensor_parallel_size": tensor_parallel,
             "load_format": "dummy",
             "skip_tokenizer_init": True,
@@ -106,6 +111,10 @@ class VLLMEngine:
                 os.environ.setdefault("RANK", str(dist.get_rank()))
                 os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
             self._on_cpu = current_platform.is_cpu()
+            if not self._on_cpu:
+                # The share of the GPU that vLLM wants to find free, though the size of its cache is given: the rest
+                # is the training's.
+                options["gpu_memory_utilization"] = 0.01
             if self._on_cpu and tensor_parallel > 1:
                 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -385,7 +394,11 @@ def require_parity(
     # The check is no work that the run is about.
     policy.work.__dict__.update(work.__dict__)
     difference = (expected - torch.tensor([x for r in responses for x in r.logprobs])).abs()
-    coarsest = max(TOLERANCE[dtype], TOLERANCE.get(next(policy.model.parameters()).dtype, 0.0))
+    stored = next(policy.model.parameters()).dtype
+    dtypes = {dtype, stored, getattr(policy.model, "compute_dtype", stored)}
+    coarsest = max(TOLERANCE[x] for x in dtypes)
+    if policy.device.type == "cuda":
+        coarsest = max(coarsest, TOLERANCE_TF32)
     mean = float(difference.mean())
     if not mean <= coarsest:
         raise EngineError(

@@ -25,7 +25,7 @@ from repirl.config import ConfigError
 from repirl.learner import Learner
 from repirl.rollout.engine import EngineError, Response, Sampling
 from repirl.rollout.vllm import PROBE, check_request, probe, recorded, require_held, require_parity
-from repirl.rollout.vllm_worker import Fingerprint, send_end, send_tensor
+from repirl.rollout.vllm_worker import Fingerprint, is_worker, send_end, send_tensor
 
 # Opens the routes by which weights are pushed.
 SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
@@ -75,6 +75,7 @@ class VLLMServerEngine:
         self.host, self.port = parsed.hostname, parsed.port or 8000
         self.max_sequences, self.timeout_seconds, self.push_host = max_sequences, timeout_seconds, push_host
         self._asleep, self._version = False, ""
+        self._connections: list[http.client.HTTPConnection] = []
         self._wait_until_ready()
         workers = self._call("repirl_describe", "telling what it serves")
         self.num_workers, described = len(workers), workers[0]
@@ -136,7 +137,10 @@ class VLLMServerEngine:
         self._asleep = False
 
     def close(self) -> None:
-        """Nothing to end: the server was started by somebody else."""
+        """End what is being asked. The server was started by somebody else, and stays."""
+        for connection in self._connections:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
@@ -180,11 +184,13 @@ class VLLMServerEngine:
         except OSError as error:
             raise ConfigError(f"push_host {self.push_host!r} is no address of this machine: {error}") from error
         with server as listener, ThreadPoolExecutor(1) as pool:
-            place = [self.push_host, str(listener.getsockname()[1]), str(self.timeout_seconds)]
+            # Who connects has to know it: the weights are for the workers only.
+            secret = secrets.token_hex(16)
+            place = [self.push_host, str(listener.getsockname()[1]), str(self.timeout_seconds), secret]
             answer = pool.submit(self._call, "repirl_receive", "taking new weights", *place)
             with contextlib.ExitStack() as stack:
                 try:
-                    connections = self._accept(listener, answer, stack)
+                    connections = self._accept(listener, answer, stack, secret.encode())
                     for name, weight in recorded(weights, self.dtype, pushed):
                         send_tensor(connections, name, weight)
                     send_end(connections)
@@ -201,7 +207,9 @@ class VLLMServerEngine:
         self._ask("POST", "/update_weight_version", {"new_version": version}, "naming its weights")
         return version
 
-    def _accept(self, listener: socket.socket, answer: Future, stack: contextlib.ExitStack) -> list[socket.socket]:
+    def _accept(
+        self, listener: socket.socket, answer: Future, stack: contextlib.ExitStack, secret: bytes
+    ) -> list[socket.socket]:
         """A connection from each worker; EngineError where the server has answered instead, or none comes in time."""
         connections: list[socket.socket] = []
         listener.settimeout(0.1)
@@ -213,8 +221,11 @@ class VLLMServerEngine:
                 raise TimeoutError(f"no connection from it within {self.timeout_seconds:g} s")
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
-                connection.settimeout(self.timeout_seconds)
-                connections.append(stack.enter_context(connection))
+                if is_worker(connection, secret):
+                    connection.settimeout(self.timeout_seconds)
+                    connections.append(stack.enter_context(connection))
+                else:
+                    connection.close()
         return connections
 
     def _require_awake(self, what: str) -> None:
@@ -241,17 +252,15 @@ class VLLMServerEngine:
         """The answers to many requests, several under way at a time; the first failure ends them all."""
         if not bodies:
             return []
-        connections: list[http.client.HTTPConnection] = []
+        self._connections.clear()
         with ThreadPoolExecutor(min(self.max_sequences, len(bodies))) as pool:
-            futures = [pool.submit(self._ask, "POST", path, body, what, connections.append) for body in bodies]
+            futures = [pool.submit(self._ask, "POST", path, body, what, self._connections.append) for body in bodies]
             try:
                 for future in as_completed(futures):
                     future.result()
             except EngineError:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for connection in connections:
-                    with contextlib.suppress(OSError, AttributeError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+                self.close()
                 raise
         return [future.result() for future in futures]
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import socket
 import struct
@@ -206,6 +207,15 @@ def _read(connection: socket.socket, size: int) -> bytearray:
     return content
 
 
+def is_worker(connection: socket.socket, secret: bytes) -> bool:
+    """Whether the other end says the secret, within a few seconds."""
+    connection.settimeout(5.0)
+    try:
+        return hmac.compare_digest(bytes(_read(connection, len(secret))), secret)
+    except OSError:
+        return False
+
+
 class WeightReceiver:
     """vllm serve --worker-extension-cls repirl.rollout.vllm_worker.WeightReceiver: methods that a trainer calls
     through the server's /collective_rpc."""
@@ -214,8 +224,12 @@ class WeightReceiver:
         """See describe."""
         return describe(self)
 
-    def repirl_receive(self, host: str, port: str, timeout_seconds: str) -> dict[str, tuple[str, int, float]]:
-        """Connect to the trainer and load the weights that it sends; returns what is held then."""
+    def repirl_receive(
+        self, host: str, port: str, timeout_seconds: str, secret: str
+    ) -> dict[str, tuple[str, int, float]]:
+        """Connect to the trainer and load the weights that it sends to who knows the secret; returns what is held
+        then."""
         timeout = float(timeout_seconds)
         with socket.create_connection((host, int(port)), timeout) as connection:
+            connection.sendall(secret.encode())
             return load_weights(self, received_tensors(connection))
