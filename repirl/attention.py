@@ -9,6 +9,7 @@ sequences where a T x T mask would be quadratic.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -66,8 +67,25 @@ def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: 
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = layout.cu_seqlens, layout.max_length
-    grouped_heads = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
-    return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, window_size=(-1, 0), **grouped_heads)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # PyTorch 2.11
+            k, v = _for_every_head(q, k, v)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+
+
+def _shares_heads(q: Tensor) -> bool:
+    """Whether PyTorch's fused attention lets query heads share keys and values. On a GPU, outside half precision, only
+    its plain attention does, which writes out all scores."""
+    return not q.is_cuda
+
+
+def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, H_kv, d] repeated for the query heads that share them."""
+    count = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(count, 1), v.repeat_interleave(count, 1)
 
 
 def packed_attention(
@@ -98,6 +116,8 @@ def packed_attention(
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         packed_layout.num_slots = q.shape[0]
         return packed_kernel()(q, k, v, packed_layout, scaling)[None], None
+    if k.shape[1] != q.shape[1] and not _shares_heads(q):
+        k, v = _for_every_head(q, k, v)
     parts = []
     for index in packed_layout.groups:
         grouped = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))

@@ -143,9 +143,11 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _load(options, overrides)
+    from repirl.dist.world import leave_world
     from repirl.evaluate import evaluate_checkpoint
 
     accuracy, count = evaluate_checkpoint(config, options.checkpoint)
+    leave_world()
     print(f"accuracy {accuracy:.4f} on {count} held-out prompts")
     return 0
 

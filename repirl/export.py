@@ -47,7 +47,10 @@ def _whole(folder: Path) -> dict[str, PreTrainedModel]:
 
 
 def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
-    policy, prm, _ = build_learners(config, World(torch.device("cpu")), Work())
+    # How it was trained, on a GPU maybe, is of no matter here.
+    plain = {"gradient_checkpointing": False, "activation_offload": False}
+    sections = {name: getattr(config, name).model_copy(update=plain) for name in ("policy", "prm")}
+    policy, prm, _ = build_learners(config.model_copy(update=sections), World(torch.device("cpu")), Work())
     models = {}
     for name, learner in {"policy": policy, "prm": prm}.items():
         if learner is None:

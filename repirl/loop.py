@@ -6,8 +6,9 @@ Plain RLOO is the same loop without the PRM, supervised fine-tuning the same wit
 from __future__ import annotations
 
 from repirl.batch import PackedBatch
-from repirl.config import Config
+from repirl.config import Config, ConfigError
 from repirl.evaluate import evaluate
+from repirl.learner import TrainingError
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
 from repirl.sampling import (
@@ -27,8 +28,15 @@ def train(config: Config, *, resume: bool = False) -> int:
     """
     goes_on = check_output_dir(config, resume)
     run = build(config)
+    if len(set(run.world.gather([goes_on]))) > 1:
+        raise ConfigError(f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run")
     try:
         _train(run, resume=goes_on)
+    except TrainingError:
+        # On all processes alike: a checkpoint that is being written can be completed.
+        run.checkpointer.finish()
+        run.abort()
+        raise
     except BaseException:
         run.abort()
         raise

@@ -143,7 +143,10 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     """Policy, PRM and frozen reference, the last two where the configuration needs them."""
     dtype, compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
     trains_prm = config.objective == "repirl"
-    for name, section in {"policy": config.policy, "prm": config.prm}.items():
+    sections: dict[str, PolicyConfig | PRMConfig] = {"policy": config.policy} | (
+        {"prm": config.prm} if trains_prm else {}
+    )
+    for name, section in sections.items():
         if section.activation_offload and world.device.type == "cpu":
             raise ConfigError(
                 f"{name}.activation_offload moves activations from a GPU to host memory; this runs on a CPU"

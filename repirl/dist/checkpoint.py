@@ -126,7 +126,14 @@ def _checksum(file: Path) -> int:
 
 def _tensors(learner: Learner) -> dict[str, Any]:
     model = learner.model_state()
-    return {"model": model, "optimizer": get_optimizer_state_dict(learner.model, learner.optimizer)}
+    assert learner.optimizer is not None
+    never_stepped = not learner.optimizer.state
+    optimizer = get_optimizer_state_dict(learner.model, learner.optimizer)
+    if never_stepped:
+        # To have moments to write, PyTorch has made a step with gradients of zero: it must not count.
+        for state in learner.optimizer.state.values():
+            state["step"].zero_()
+    return {"model": model, "optimizer": optimizer}
 
 
 def _rng_state() -> dict[str, Any]:
@@ -134,7 +141,7 @@ def _rng_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(internal), gauss],
         "numpy": [kind, keys.tolist(), *rest],
     }
@@ -142,7 +149,7 @@ def _rng_state() -> dict[str, Any]:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -171,8 +178,13 @@ class Checkpointer:
         self.folder, self.config, self.world = Path(folder), config, world
         self._pending: tuple[int, Future] | None = None
         # Writing beside training needs a group of its own: its messages would mix with the training's.
-        self._group = dist.new_group(backend="gloo") if config.asynchronous and world.mesh is not None else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
+        self._group = self._thread = None
+        if config.asynchronous:
+            if world.mesh is not None:
+                self._group = dist.new_group(backend="gloo")
+            # A thread starts on the first GPU, and would hold memory there.
+            on_device = (torch.cuda.set_device, (world.device,)) if world.device.type == "cuda" else (None, ())
+            self._thread = ThreadPoolExecutor(1, "checkpoint", *on_device)
 
     def choose(self) -> Path:
         """The checkpoint to go on from. Damaged newer ones are renamed to step_N.damaged, so that they do not stand in
@@ -331,7 +343,9 @@ def _write(states: dict[str, Any], folder: Path, rank: int, group: dist.ProcessG
     for name, state in states.items():
         target = folder / name / "tensors"
         dcp.save(state, storage_writer=_Writer(target), process_group=group, no_dist=not dist.is_initialized())
-        written |= _manifest(folder, target.glob(f"__{rank}_*.distcp"))
+    # Only then: a process that fails to read while others save would leave them waiting.
+    for name in states:
+        written |= _manifest(folder, (folder / name / "tensors").glob(f"__{rank}_*.distcp"))
     return written
 
 

@@ -129,17 +129,13 @@ class Micro:
     def slots(self) -> int:
         return sum(rows * longest for rows, longest in self.groups)
 
-    def pairs(self, *, largest: bool = False) -> int:
-        """Scores that attention would write if it wrote them: of all groups, or of the largest one."""
-        found = [rows * longest**2 for rows, longest in self.groups]
-        return max(found) if largest else sum(found)
-
 
 @dataclass(frozen=True)
 class Precision:
     """Bytes of a value. kept: of parameters and their gradients · computed: of activations and gathered weights ·
     adapted: of adapters in products, None where all weights are trained · adapters: which linear layers have one,
-    and its rank · kernel: whether attention runs on packed sequences · math: whether it writes its scores."""
+    and its rank · kernel: whether attention runs on packed sequences · repeated:
+    whether it wants keys and values repeated for every query head."""
 
     kept: int
     computed: int
@@ -147,7 +143,7 @@ class Precision:
     adapters: tuple[str, ...] = ()
     rank: int = 0
     kernel: bool = False
-    math: bool = False
+    repeated: bool = False
 
 
 def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
@@ -176,10 +172,7 @@ def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
     each += 3 * size * wide + inputs(wide, [_DOWN])
     if shape.has_head_norms:
         each += norm(query, shape.num_heads) + norm(key, key // shape.head_dim)
-    if precision.math:
-        # Keys and values repeated for every head, and the probabilities; the output is not saved.
-        return micro.tokens * each + size * (3 * query * micro.slots + shape.num_heads * micro.pairs())
-    attention = (2 * query + 2 * key) * size + 4 * shape.num_heads
+    attention = (2 * query + 2 * (query if precision.repeated else key)) * size + 4 * shape.num_heads
     if precision.kernel:
         # The output is what the next linear layer saves as its input, unless that takes a copy.
         shared = size * query if trains_all or (precision.adapted == size and _OUT in precision.adapters) else 0
@@ -228,10 +221,10 @@ def forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
     attention = size * (shape.query + 2 * shape.key) * micro.tokens
     if precision.kernel:
         attention += size * shape.query * micro.tokens
+    elif precision.repeated:
+        attention += size * (2 * shape.query * micro.tokens + 4 * shape.query * micro.slots)
     else:
         attention += size * (2 * shape.query + 2 * shape.key) * micro.slots
-    if precision.math:
-        attention += 2 * size * shape.num_heads * micro.pairs(largest=True)
     return held * micro.tokens + max(mlp * micro.tokens, attention)
 
 

@@ -160,9 +160,8 @@ class _Planner:
     def _precision(self, **adapters: Any) -> Precision:
         half = self.computed == 2
         kernel = self.on_gpu and half
-        # Without half precision PyTorch has no fused attention on a GPU for heads that share keys and values.
-        writes_scores = self.on_gpu and not half and self.shape.query != self.shape.key
-        return Precision(self.kept, self.computed, kernel=kernel, math=writes_scores, **adapters)
+        repeated = self.on_gpu and not half and self.shape.query != self.shape.key
+        return Precision(self.kept, self.computed, kernel=kernel, repeated=repeated, **adapters)
 
     def _moments(self, weights: Iterable[Sizes], bits: int) -> int:
         total = 0
@@ -444,8 +443,8 @@ class _Planner:
                 s.weights + s.gradients + s.moments for s in self.sides
             )
         elif self.config.offload_idle:
-            held = [side.weights + side.moments for side in self.sides]
-            rows["idle models"] = sum(held) - min(held)
+            # All of them: a model leaves before the next one comes, and PyTorch keeps pinned memory.
+            rows["idle models"] = sum(side.weights + side.moments for side in self.sides)
         if self.config.checkpoint.every and self.config.checkpoint.asynchronous:
             rows["checkpoint copy"] = self._checkpoint_copy()
         if self.has_engine:

@@ -110,7 +110,7 @@ class PhaseTimer:
         try:
             yield
         finally:
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
             done = [after - b for after, b in zip(astuple(self.work), before, strict=True)]

@@ -72,3 +72,18 @@ def test_several_problems_are_counted():
 def test_required_options_are_named():
     with pytest.raises(ConfigError, match=r"option 'policy\.model' is required"):
         build_config({"steps": 1, "output_dir": "o", "policy": {}, "data": {"train": "t"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"vllm": {"url": "http://there:1"}}}, "rollout.vllm.url is 'http://there:1', but rollout.engine"),
+        ({"rollout": {"engine": "vllm", "vllm": {"push_host": "there"}}}, "rollout.vllm.push_host"),
+        ({"rollout": {"engine": "vllm_server", "vllm": {"tensor_parallel": 2}}}, "rollout.vllm.tensor_parallel is 2"),
+        ({"prm": {"gguf_file": "a.gguf"}}, "prm.gguf_file is 'a.gguf', but without prm.model"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(changes, message):
+    values = {"output_dir": "out", "steps": 1, "policy": {"model": "m"}, "data": {"train": "t", "solution_column": "s"}}
+    with pytest.raises(ConfigError, match=message):
+        build_config(merge(values, changes))

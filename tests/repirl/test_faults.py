@@ -550,6 +550,27 @@ def test_one_nan_costs_one_update_and_nothing_else(tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in third)
 
 
+def test_a_save_before_the_first_update_changes_nothing(tmp_path):
+    """To write moments that are not there yet PyTorch makes a step of its own; it must not count as the first."""
+    path = make_model(tmp_path / "model")
+    batch = pack([([3, 4], [5, 6, 7])])
+    updated = []
+    for name in ("saved", "never", "loaded"):
+        model = load_model(str(path), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
+        learner = Learner(model, OptimizerConfig(lr=1e-2), tokens_per_microbatch=99)
+        writer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(), World(torch.device("cpu")))
+        if name == "saved":
+            writer.save(1, {"policy": learner}, {}, load_tokenizer(str(path)))
+        if name == "loaded":
+            checkpoint.load_checkpoint(writer.choose(), {"policy": learner}, World(torch.device("cpu")))
+        for _ in range(2):
+            learner.step(batch, lambda outputs, _: outputs["logprob"].sum())
+        updated.append([w.detach().clone() for w in learner.trained.values()])
+    saved, never, loaded = updated
+    assert all(torch.equal(a, b) for a, b in zip(saved, never, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded, never, strict=True))
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_nan_for_good_ends_the_run(tmp_path, capsys, monkeypatch, asynchronous):
     """A weight that is NaN makes every update one that is skipped; the run says so and stops."""

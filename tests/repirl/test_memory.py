@@ -148,17 +148,17 @@ def test_activations_of_a_model_that_reads_values():
     assert predicted == pytest.approx(counted, rel=0.01)
 
 
-def test_attention_that_writes_its_scores():
-    # PyTorch's plain attention, which runs on a GPU in float32 where heads share keys and values.
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+def test_keys_and_values_that_are_repeated_for_every_head(monkeypatch):
+    # As on a GPU in float32, where query heads share keys and values.
     model = make_model("qwen3", torch.float32)
     micro, layout = micro_batch(LENGTHS)
     inputs = arguments(layout, LENGTHS)
-    with sdpa_kernel(SDPBackend.MATH):
-        counted = count_saved(model, lambda: model(**inputs))
+    expected = model(**inputs).logprob
+    monkeypatch.setattr("repirl.attention._shares_heads", lambda q: False)
+    torch.testing.assert_close(model(**inputs).logprob, expected)
+    counted = count_saved(model, lambda: model(**inputs))
     shape = read_shape(model_config("qwen3"))
-    predicted = saved_bytes(shape, micro, Precision(4, 4, math=True), checkpointing=False, reads_values=False)
+    predicted = saved_bytes(shape, micro, Precision(4, 4, repeated=True), checkpointing=False, reads_values=False)
     assert predicted == pytest.approx(counted, rel=0.01)
 
 

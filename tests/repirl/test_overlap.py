@@ -9,6 +9,7 @@ from rank_processes import rank_processes
 from tiny import tiny_config, tiny_values
 
 from repirl.config import ConfigError, build_config
+from repirl.evaluate import evaluate_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
@@ -115,6 +116,97 @@ def test_rollouts_one_step_old_are_known_to_be(tmp_path):
     # What is evaluated is the present policy: after the first step both have made the same update.
     assert stale[1]["policy/grad_norm"] == fresh[1]["policy/grad_norm"]
     assert stale[2]["eval/accuracy"] is not None
+
+
+def test_what_is_evaluated_has_the_present_weights(tmp_path):
+    """Where nothing else brings them to the engine: in supervised fine-tuning, and of a checkpoint."""
+    changes = {"objective": "sft", "policy": {"optimizer": {"lr": 1e-2}}, "steps": 4}
+    config = config_of(tmp_path, "own", "none", **changes)
+    run_with_own_weights(config)
+    plain = tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **OPTIONS | changes)
+    train(plain)
+    found = [line["eval/accuracy"] for line in lines(tmp_path / "own") if "eval/accuracy" in line]
+    assert len(found) == 3
+    assert lines(tmp_path / "own") == lines(tmp_path / "plain")
+    learned = weights_of(engines[-1])
+    # Evaluating a checkpoint begins with the weights of policy.model.
+    patch = with_own_weights(config)
+    try:
+        evaluate_checkpoint(config, str(tmp_path / "own"))
+        assert all(torch.equal(w, learned[n]) for n, w in weights_of(engines[-1]).items())
+        evaluate_checkpoint(config, None)
+        assert not all(torch.equal(w, learned[n]) for n, w in weights_of(engines[-1]).items())
+    finally:
+        patch.undo()
+
+
+def weights_of(engine):
+    return dict(engine._copy.weights())
+
+
+def test_the_engine_sleeps_while_models_train(tmp_path, monkeypatch):
+    step, asleep = Learner.step, []
+
+    def watched(self, *arguments):
+        asleep.append(engines[-1].asleep)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Learner, "step", watched)
+    for order in ("policy_first", "prm_first"):
+        asleep.clear()
+        run_with_own_weights(config_of(tmp_path, order, "none", order=order))
+        assert asleep == [True] * 10
+
+
+def test_a_failed_run_does_not_wait_for_what_is_sampled_beside_it(tmp_path, monkeypatch):
+    """The next rollouts would take for ever; ending the engine ends them."""
+    ended = threading.Event()
+    generate = CopyingEngine.generate
+
+    def slow(self, *arguments):
+        if len(self.threads) >= 2:
+            ended.wait(60)
+            raise RuntimeError("ended")
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(CopyingEngine, "generate", slow)
+    monkeypatch.setattr(CopyingEngine, "close", lambda self: ended.set())
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repirl.loop.update_policy", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_with_own_weights(config_of(tmp_path, "step", "step", eval={"every": 0}))
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"overlap": "none"},
+            "rollout.overlap is 'none', but the checkpoint holds rollouts that were made with 'step'",
+        ),
+        ({"samples_per_prompt": 4}, "rollout.samples_per_prompt is 4, .* made with 3"),
+    ],
+)
+def test_rollouts_in_flight_are_gone_on_with_as_they_were_made(tmp_path, monkeypatch, changes, message):
+    import repirl.setup
+
+    save = repirl.setup.Run.save
+
+    def save_and_die(self, step, accuracy=None):
+        save(self, step, accuracy)
+        raise KeyboardInterrupt
+
+    config = config_of(tmp_path, "run", "step")
+    monkeypatch.setattr(repirl.setup.Run, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        run_with_own_weights(config)
+    rollout = config.rollout.model_copy(update=changes)
+    with pytest.raises(ConfigError, match=message):
+        run_with_own_weights(config.model_copy(update={"rollout": rollout}), resume=True)
 
 
 @pytest.mark.parametrize("overlap", ["prm", "step"])

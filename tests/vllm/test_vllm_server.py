@@ -17,6 +17,7 @@ from repirl.config import ConfigError
 from repirl.rollout import vllm_server
 from repirl.rollout.engine import EngineError, Sampling, sequence_seed
 from repirl.rollout.vllm_server import VLLMServerEngine
+from repirl.rollout.vllm_worker import is_worker
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
@@ -217,3 +218,12 @@ def test_urls_that_lead_nowhere_are_named():
     with pytest.raises(EngineError, match="is not there"):
         VLLMServerEngine(f"http://127.0.0.1:{free_port()}", max_sequences=1, timeout_seconds=1)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("said", "expected"), [(b"the secret", True), (b"the sorcet", False), (b"", False)])
+def test_weights_go_to_who_knows_the_secret(said, expected):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        assert is_worker(ours, b"the secret") is expected
