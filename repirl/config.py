@@ -312,7 +312,7 @@ class Config(Section):
             )
         plain = VLLMConfig()
         others = {
-            "transformers": ("kv_cache_gib", "tensor_parallel", "enforce_eager", "url", "push_host"),
+            "transformers": (),
             "vllm": ("url", "push_host"),
             "vllm_server": ("kv_cache_gib", "tensor_parallel", "enforce_eager"),
         }[self.rollout.engine]

@@ -77,8 +77,10 @@ def test_required_options_are_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": {"vllm": {"url": "http://there:1"}}}, "rollout.vllm.url is 'http://there:1', but rollout.engine"),
-        ({"rollout": {"engine": "vllm", "vllm": {"push_host": "there"}}}, "rollout.vllm.push_host"),
+        (
+            {"rollout": {"engine": "vllm", "vllm": {"url": "there:1"}}},
+            "rollout.vllm.url is 'there:1', but rollout.engine",
+        ),
         ({"rollout": {"engine": "vllm_server", "vllm": {"tensor_parallel": 2}}}, "rollout.vllm.tensor_parallel is 2"),
         ({"prm": {"gguf_file": "a.gguf"}}, "prm.gguf_file is 'a.gguf', but without prm.model"),
     ],
