@@ -185,7 +185,7 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         batch.write("old_logprob", old)
         batch.write("sampler_logprob", old)
         rloo.write_advantages(batch, config)
-        policy.step(batch, rloo.loss(batch, config, 1))
+        policy.step(batch, rloo.ClippedLoss(batch, config, 1))
         clock.stop("policy")
         if step == 0:
             update = changes(model, before)

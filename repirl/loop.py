@@ -148,8 +148,8 @@ def update_policy(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[st
     metrics = rloo.write_advantages(rollouts, config.loss)
     with timer("policy"):
         for _ in range(config.policy.updates_per_step):
-            loss = rloo.loss(rollouts, config.loss, config.rollout.max_response_tokens)
-            metrics |= run.policy.step(rollouts, loss)
+            loss = rloo.ClippedLoss(rollouts, config.loss, config.rollout.max_response_tokens)
+            metrics |= run.policy.step(rollouts, loss) | loss.metrics(run.world)
     return _named("policy", metrics)
 
 

@@ -221,6 +221,19 @@ def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype:
         )
 
 
+def check_window(model: PreTrainedModel, name: str, longest: int) -> None:
+    """ConfigError where a layer looks back over fewer tokens than the longest sequence may have: packed attention has
+    no sliding window."""
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    if window is None or (kinds and "sliding_attention" not in kinds) or window >= longest:
+        return
+    raise ConfigError(
+        f"model {name!r} attends to the last {window} tokens only, and a sequence may have {longest} (a prompt and the "
+        "longest response or solution): packed attention has no sliding window, so lower data.max_prompt_tokens, "
+        "rollout.max_response_tokens or data.max_expert_tokens"
+    )
+
+
 def load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:
     """What to tell the user where a model or tokenizer cannot be loaded."""
     place = f"{name!r}" + (f" (gguf_file {gguf_file!r})" if gguf_file else "")

@@ -22,7 +22,7 @@ from repirl.dist.load import load_sharded_model
 from repirl.dist.offload import Residency
 from repirl.dist.world import World, join_world
 from repirl.learner import Learner
-from repirl.models import load_model, load_tokenizer, quiet_transformers
+from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work
 from repirl.rewards.verifier import Verifier
 from repirl.rollout.engine import Engine
@@ -155,6 +155,10 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
     temperature = 1.0 if config.objective == "sft" else config.rollout.temperature
 
+    responses = [config.rollout.max_response_tokens] if config.objective != "sft" else []
+    experts = [config.data.max_expert_tokens] if config.objective != "rloo" else []
+    longest = config.data.max_prompt_tokens + max(responses + experts)
+
     residency = None
     if config.offload_idle:
         residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
@@ -171,10 +175,12 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
             model = load_model(name, kind=kind, dtype=dtype, device=world.device, **files)
             if prepare is not None:
                 prepare(model)
-            return model
-        offload = config.parallel.cpu_offload
-        options = {"compute_dtype": compute_dtype, "world": world, "cpu_offload": offload, "prepare": prepare}
-        return load_sharded_model(name, kind=kind, dtype=dtype, **options, **files)
+        else:
+            offload = config.parallel.cpu_offload
+            options = {"compute_dtype": compute_dtype, "world": world, "cpu_offload": offload, "prepare": prepare}
+            model = load_sharded_model(name, kind=kind, dtype=dtype, **options, **files)
+        check_window(model, name, longest)
+        return model
 
     def learner(model: PreTrainedModel, section: PolicyConfig | PRMConfig | None, **options: Any) -> Learner:
         if section is not None:

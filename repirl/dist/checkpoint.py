@@ -181,7 +181,7 @@ class Checkpointer:
         self._group = self._thread = None
         if config.asynchronous:
             if world.mesh is not None:
-                self._group = dist.new_group(backend="gloo")
+                self._group = dist.new_group(backend="gloo", timeout=world.timeout)
             # A thread starts on the first GPU, and would hold memory there.
             on_device = (torch.cuda.set_device, (world.device,)) if world.device.type == "cuda" else (None, ())
             self._thread = ThreadPoolExecutor(1, "checkpoint", *on_device)

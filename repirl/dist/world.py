@@ -25,12 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; device of this one; mesh: where weights are sharded (None: they are not)."""
+    """rank of size processes; device of this one; mesh: where weights are sharded (None: they are not); timeout: how
+    long one waits for the others."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30)
 
     @property
     def is_main(self) -> bool:
@@ -99,13 +101,19 @@ def join_world(config: Config) -> World:
     same_type = config.computes_in == config.dtype or config.adapters is not None
     if alone and same_type and not config.parallel.cpu_offload:
         return World(device)
+    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(backend, timeout=timeout, **options)
-    shape, names = ((size,), ("shard",)) if replicate == 1 else ((replicate, size // replicate), ("replicate", "shard"))
-    return World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))
+    if replicate == 1:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        # A mesh of two dimensions would make groups that do not know the timeout.
+        ranks = torch.arange(size).view(replicate, -1)
+        groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0] for rows in (ranks.T, ranks)]
+        mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    return World(device, rank, size, mesh, timeout)
 
 
 def leave_world() -> None:

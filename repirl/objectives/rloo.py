@@ -5,12 +5,16 @@ Ahmadian et al. 2024 (RLOO); rePIRL (Wu et al., ICML 2026), algorithm 1 for outc
 
 from __future__ import annotations
 
+import torch
 from repirl_kernels import aggregate_weights, policy_loss, rloo_advantages
 from torch import Tensor
 
 from repirl.batch import PackedBatch
 from repirl.config import LossConfig
-from repirl.learner import LossFunction, Outputs
+from repirl.dist.world import World
+from repirl.learner import Outputs
+
+FIGURES = ("clip_fraction", "approx_kl", "sampler_ratio", "sampler_ratio_truncated", "kl_reference")
 
 
 def write_advantages(rollouts: PackedBatch, config: LossConfig) -> dict[str, float]:
@@ -30,30 +34,46 @@ def write_advantages(rollouts: PackedBatch, config: LossConfig) -> dict[str, flo
     return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
 
 
-def loss(rollouts: PackedBatch, config: LossConfig, max_response_tokens: int) -> LossFunction:
-    """The loss of one policy update; its normalisers are those of the whole batch.
+class ClippedLoss:
+    """The loss of one policy update, as Learner.step takes it; its normalisers are those of the whole batch.
 
     Reads the streams `advantage`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
     """
-    weights = aggregate_weights(rollouts.response_cu_seqlens, config.aggregation, constant_length=max_response_tokens)
-    rollouts.write("loss_weight", weights)
 
-    def loss_function(outputs: Outputs, micro: PackedBatch) -> Tensor:
-        device = outputs["logprob"].device
-        per_token = policy_loss(
-            outputs["logprob"],
-            micro.read("old_logprob").to(device),
-            micro.read("advantage").to(device),
+    def __init__(self, rollouts: PackedBatch, config: LossConfig, max_response_tokens: int) -> None:
+        self.config, self.num_tokens = config, rollouts.num_response_tokens
+        weights = aggregate_weights(
+            rollouts.response_cu_seqlens, config.aggregation, constant_length=max_response_tokens
+        )
+        rollouts.write("loss_weight", weights)
+        self._sums = torch.zeros(len(FIGURES), dtype=torch.float64)
+
+    def __call__(self, outputs: Outputs, micro: PackedBatch) -> Tensor:
+        config, logprob = self.config, outputs["logprob"]
+        old_logprob = micro.read("old_logprob").to(logprob.device)
+        found = policy_loss(
+            logprob,
+            old_logprob,
+            micro.read("advantage").to(logprob.device),
             entropy=outputs["entropy"],
-            sampler_logprob=micro.read("sampler_logprob").to(device),
-            ref_logprob=micro.read("ref_logprob").to(device) if config.kl_coefficient > 0 else None,
+            sampler_logprob=micro.read("sampler_logprob").to(logprob.device),
+            ref_logprob=micro.read("ref_logprob").to(logprob.device) if config.kl_coefficient > 0 else None,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             sampler_ratio_cap=config.sampler_ratio_cap,
             entropy_coefficient=config.entropy_coefficient,
             kl_coefficient=config.kl_coefficient,
             kl_estimator=config.kl_estimator,
-        ).loss
-        return (per_token * micro.read("loss_weight").to(device)).sum()
+        )
+        log_ratio = (logprob.detach() - old_logprob).double()
+        figures = (found.clipped, log_ratio.expm1() - log_ratio, found.sampler_ratio, found.truncated, found.kl)
+        self._sums += torch.stack([x.sum(dtype=torch.float64) for x in figures]).cpu()
+        return (found.loss * micro.read("loss_weight").to(logprob.device)).sum()
 
-    return loss_function
+    def metrics(self, world: World) -> dict[str, float]:
+        """Means over all response tokens of what the update met, on all processes: the share whose gradient the clip
+        removed; KL(pi_old || pi), estimated as k3; pi_old / mu after truncation and the share truncated; the KL term."""
+        means = (world.sum(self._sums.clone()) / self.num_tokens).tolist()
+        unused = set() if self.config.sampler_ratio_cap is not None else {"sampler_ratio", "sampler_ratio_truncated"}
+        unused |= set() if self.config.kl_coefficient > 0 else {"kl_reference"}
+        return {name: mean for name, mean in zip(FIGURES, means, strict=True) if name not in unused}

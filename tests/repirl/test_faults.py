@@ -524,14 +524,17 @@ def test_one_nan_costs_one_update_and_nothing_else(tmp_path, monkeypatch):
     from repirl.objectives import rloo
 
     options = {"objective": "rloo", "checkpoint": {"every": 1, "keep_last": 9}}
-    config, loss, calls = tiny_config(tmp_path, **OPTIONS | options | {"steps": 3}), rloo.loss, itertools.count(1)
+    config, calls = tiny_config(tmp_path, **OPTIONS | options | {"steps": 3}), itertools.count(1)
 
-    def sometimes_nan(*arguments):
-        factor = float("nan") if next(calls) == 2 else 1.0
-        finite = loss(*arguments)
-        return lambda outputs, micro: factor * finite(outputs, micro)
+    class SometimesNaN(rloo.ClippedLoss):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.factor = float("nan") if next(calls) == 2 else 1.0
 
-    monkeypatch.setattr("repirl.loop.rloo.loss", sometimes_nan)
+        def __call__(self, outputs, micro):
+            return self.factor * super().__call__(outputs, micro)
+
+    monkeypatch.setattr("repirl.loop.rloo.ClippedLoss", SometimesNaN)
     train(config)
     lines = metrics_of(config.output_dir)
     assert [line["policy/skipped_updates"] for line in lines] == [0, 1, 1]

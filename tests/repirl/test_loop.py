@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.batch import EXPERT, pack
 from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
 from repirl.dist.checkpoint import list_checkpoints, resolve_checkpoint
+from repirl.dist.world import World
 from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
@@ -338,9 +339,36 @@ def test_policy_loss_has_the_policy_gradient(tmp_path):
     rloo.write_advantages(rollouts, config)
     torch.testing.assert_close(rollouts.read("advantage"), torch.tensor([1.0, 1.0, -1.0]))
     outputs = {"logprob": old.clone().requires_grad_(), "entropy": torch.ones(3, requires_grad=True)}
-    rloo.loss(rollouts, config, max_response_tokens=9)(outputs, rollouts).backward()
+    rloo.ClippedLoss(rollouts, config, max_response_tokens=9)(outputs, rollouts).backward()
     torch.testing.assert_close(outputs["logprob"].grad, torch.tensor([-1.0, -1.0, 1.0]) / 3)
     torch.testing.assert_close(outputs["entropy"].grad, torch.full((3,), -0.1 / 3))
+
+
+def test_an_update_tells_what_it_clipped_and_how_far_it_went():
+    """Means over tokens, whatever the micro-batches: clip share, KL(old || new), pi_old / mu and its truncation."""
+    rollouts = pack([([3], [4, 5]), ([3], [6])], group_ids=[0, 0], outcome=[1.0, 0.0])
+    old, new = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-0.5, -2.0, -0.6])
+    sampler, reference = torch.tensor([-1.0, -4.0, -0.4]), torch.tensor([-0.7, -2.0, -0.6])
+    for name, values in (("old_logprob", old), ("sampler_logprob", sampler), ("ref_logprob", reference)):
+        rollouts.write(name, values)
+    config = LossConfig(kl_coefficient=0.1, kl_estimator="k1", sampler_ratio_cap=2.0)
+    rloo.write_advantages(rollouts, config)
+    update = rloo.ClippedLoss(rollouts, config, max_response_tokens=9)
+    parts = [update({"logprob": new[i], "entropy": new[i]}, rollouts.select([n])) for n, i in ((0, [0, 1]), (1, [2]))]
+    found = update.metrics(World(torch.device("cpu")))
+    ratio, log_ratio = (new - old).exp(), new - old
+    expected = {
+        # Of the three only the first, with advantage 1, went beyond 1.2.
+        "clip_fraction": 1 / 3,
+        "approx_kl": float((ratio - 1 - log_ratio).mean()),
+        "sampler_ratio": float((old - sampler).exp().clamp(max=2.0).mean()),
+        "sampler_ratio_truncated": 1 / 3,
+        "kl_reference": float((new - reference).mean()),
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert all(torch.isfinite(part) for part in parts)
+    plain = rloo.ClippedLoss(rollouts, LossConfig(sampler_ratio_cap=None), max_response_tokens=9)
+    assert set(plain.metrics(World(torch.device("cpu")))) == {"clip_fraction", "approx_kl"}
 
 
 def test_rewards_of_micro_batches_equal_those_of_the_batch(tmp_path):
@@ -358,6 +386,7 @@ def test_metrics_are_json_lines_with_the_promised_names(tmp_path):
     train(config)
     lines = [json.loads(x) for x in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     promised = {"rollout/outcome", "prm/ess_fraction", "prm/log_z", "prm/reward_gap", "prm/max_weight"}
+    promised |= {"policy/clip_fraction", "policy/approx_kl", "policy/sampler_ratio"}
     promised |= {"policy/entropy", "seconds/rollout", "seconds/policy", "seconds/step", "memory/peak_bytes"}
     assert promised <= set(lines[-1])
     assert list((Path(config.output_dir) / "tensorboard").glob("events*"))

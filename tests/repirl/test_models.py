@@ -1,11 +1,12 @@
 """The packed forward equals the plain model, for values and gradients, and export gives plain models back."""
 
+import json
 import sys
 import types
 
 import pytest
 import torch
-from tiny import gradients, make_model
+from tiny import gradients, make_model, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GraniteConfig, GraniteForCausalLM
 
 from repirl.attention import PackedLayout, packed_attention, packed_kernel
@@ -13,6 +14,7 @@ from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig
 from repirl.learner import Learner
 from repirl.models import load_model, load_tokenizer
+from repirl.setup import build
 
 CPU = torch.device("cpu")
 PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]
@@ -130,6 +132,18 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path):
     GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
     with pytest.raises(ConfigError, match=r"does not know: log-probabilities differ"):
         load_model(str(tmp_path / "granite"), kind="causal", dtype=torch.float32, device=CPU)
+
+
+def test_a_window_shorter_than_sequences_may_be_is_refused_before_anything_is_sampled(tmp_path):
+    path = make_model(tmp_path / "model", architecture="llama")
+    description = json.loads((path / "config.json").read_text())
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 80}
+    (path / "config.json").write_text(json.dumps(description | window))
+    data, rollout = {"max_prompt_tokens": 30, "max_expert_tokens": 51}, {"max_response_tokens": 50}
+    with pytest.raises(ConfigError, match=r"last 80 tokens only, and a sequence may have 81 .*lower data.max_prompt"):
+        build(tiny_config(tmp_path, data=data, rollout=rollout))
+    # Without experts their limit does not count.
+    assert build(tiny_config(tmp_path, data=data, rollout=rollout, objective="rloo")).policy
 
 
 def test_missing_model_is_one_clear_message(tmp_path):

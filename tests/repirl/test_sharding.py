@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
@@ -119,6 +120,21 @@ def test_other_layouts_make_the_same_updates(ranks, tmp_path, parallel):
         assert_equal(found, plain(path, "causal", 5, 2), 2e-5)
 
 
+def timeouts(_group, values):
+    """Of the groups of each dimension, and of the whole world, in minutes."""
+    world = join_world(build_config(values))
+    groups = [*world.mesh.get_all_groups(), dist.group.WORLD]
+    return [group._get_backend(CPU).options._timeout.total_seconds() / 60 for group in groups], world.mesh.mesh.tolist()
+
+
+def test_every_group_of_a_mesh_waits_as_long_as_configured(ranks, tmp_path):
+    values = tiny_values(tmp_path, parallel={"replicate": 2, "timeout_minutes": 7})
+    for minutes, mesh in ranks[2].run(2, timeouts, values):
+        # The world was there before, with a timeout of its own.
+        assert minutes[:2] == [7, 7]
+        assert mesh == [[0], [1]]
+
+
 def test_bfloat16_computation_keeps_float32_weights(ranks, tmp_path):
     path = str(make_model(tmp_path / "model"))
     values = tiny_values(tmp_path, compute_dtype="bfloat16")
@@ -141,7 +157,7 @@ def lines(folder):
 
 
 OPTIONS = {"steps": 4, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False, "base_measure": "reference"}}
-COMPARED = ("policy/loss", "policy/grad_norm", "prm/loss", "prm/grad_norm", "rollout/length", "eval/accuracy", "tokens")
+COMPARED = ("policy/loss", "policy/grad_norm", "policy/approx_kl", "policy/clip_fraction", "prm/loss", "prm/grad_norm", "rollout/length", "eval/accuracy", "tokens")
 
 
 def assert_same_run(ours, theirs, rel):
@@ -153,11 +169,14 @@ def assert_same_run(ours, theirs, rel):
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ranks):
-    config = tiny_config(tmp_path, output_dir=str(tmp_path / "one"), **OPTIONS)
+    options = OPTIONS | {"policy": {"updates_per_step": 2}}
+    config = tiny_config(tmp_path, output_dir=str(tmp_path / "one"), **options)
     train(config)
-    values = tiny_values(tmp_path, output_dir=str(tmp_path / "many"), **OPTIONS)
+    values = tiny_values(tmp_path, output_dir=str(tmp_path / "many"), **options)
     ranks[num_ranks].run(num_ranks, run_on_rank, values, False)
     assert_same_run(lines(tmp_path / "many"), lines(tmp_path / "one"), 1e-3)
+    # There is something to compare: the second update starts from other weights than sampled.
+    assert any(line.get("policy/approx_kl", 0) > 1e-4 for line in lines(tmp_path / "one"))
 
 
 def checkpointed_weights(_group, values):
