@@ -72,7 +72,7 @@ class ClippedLoss:
 
     def metrics(self, world: World) -> dict[str, float]:
         """Means over all response tokens of what the update met, on all processes: the share whose gradient the clip
-        removed; KL(pi_old || pi), estimated as k3; pi_old / mu after truncation and the share truncated; the KL term."""
+        removed; KL(pi_old || pi), estimated as k3; pi_old / mu after truncation, the share of those; the KL term."""
         means = (world.sum(self._sums.clone()) / self.num_tokens).tolist()
         unused = set() if self.config.sampler_ratio_cap is not None else {"sampler_ratio", "sampler_ratio_truncated"}
         unused |= set() if self.config.kl_coefficient > 0 else {"kl_reference"}
