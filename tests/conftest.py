@@ -1,6 +1,7 @@
 """Shared by all tests: seeded, and offline."""
 
 import os
+from collections.abc import Iterator
 
 # Set before transformers is imported: no test may reach for a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,5 +15,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
+    """Results to the bit depend on the number of threads, which the demo sets, and other processes do not know."""
     torch.manual_seed(0)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
