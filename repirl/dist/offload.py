@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # What is smaller is not worth a copy.
 _SMALLEST_BYTES = 1 << 16
+# PyTorch rounds pinned memory up to a power of two: pieces of such a size waste none of it, and fit whoever comes next.
+_PIECE_BYTES = 1 << 26
 
 
 class Residency:
@@ -27,7 +29,7 @@ class Residency:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
-        self._away: dict[int, list[_Parked]] = {}
+        self._away: dict[int, list[Parked]] = {}
         self._learners: list[Learner] = []
 
     def add(self, learner: Learner) -> None:
@@ -64,30 +66,56 @@ class Residency:
     def _park(self, learner: Learner) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         number = self._learners.index(learner)
+        host_memory = None if learner.device.type == "cpu" else HostMemory()
         self._away[id(learner)] = [
-            _Parked(storage, self._folder / f"{self._name}_{number}_{i}.bin")
+            Parked(storage, self._folder / f"{self._name}_{number}_{i}.bin", host_memory)
             for i, storage in enumerate(_storages(learner))
         ]
 
 
-class _Parked:
-    """The content of one storage, elsewhere."""
+class HostMemory:
+    """Memory that a GPU copies to and from (pinned), dealt out without gaps."""
 
-    def __init__(self, storage: torch.UntypedStorage, path: Path) -> None:
+    def __init__(self, *, pinned: bool = True) -> None:
+        self._pinned = pinned
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> list[Tensor]:
+        """Stretches of bytes, as long together as asked for; what they lie in lives as long as they do."""
+        taken = []
+        while num_bytes > 0:
+            if self._rest.numel() == 0:
+                self._rest = torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
+            part, self._rest = self._rest[:num_bytes], self._rest[num_bytes:]
+            taken.append(part)
+            num_bytes -= part.numel()
+        return taken
+
+
+class Parked:
+    """The content of one storage, elsewhere: in host memory, or without any in the file `path`."""
+
+    def __init__(self, storage: torch.UntypedStorage, path: Path, host_memory: HostMemory | None) -> None:
         self._storage, self._size, self._path = storage, storage.nbytes(), path
-        self._copy: Tensor | None = None
-        if storage.device.type == "cpu":
+        self._copy: list[Tensor] = []
+        if host_memory is None:
             with open(path, "wb") as file:
                 file.write(_view(storage))
         else:
-            self._copy = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
-            self._copy.copy_(_bytes(storage))
+            self._copy = host_memory.take(self._size)
+            for part, place in zip(self._copy, self._places(), strict=True):
+                part.copy_(place)
         storage.resize_(0)
+
+    def _places(self) -> tuple[Tensor, ...]:
+        """Of the copy's parts in the storage."""
+        return _bytes(self._storage).split([part.numel() for part in self._copy])
 
     def restore(self) -> None:
         self._storage.resize_(self._size)
-        if self._copy is not None:
-            _bytes(self._storage).copy_(self._copy)
+        if self._copy:
+            for part, place in zip(self._copy, self._places(), strict=True):
+                place.copy_(part)
             return
         with open(self._path, "rb") as file:
             found = file.readinto(_view(self._storage))

@@ -1,5 +1,6 @@
 """Switches that save memory change where numbers lie, never what they are: adapters, idle offload, 8-bit state."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from repirl.batch import pack
 from repirl.config import AdapterConfig, ConfigError, OptimizerConfig, build_config
 from repirl.dist.checkpoint import resolve_checkpoint
 from repirl.dist.load import load_sharded_model
-from repirl.dist.offload import Residency
+from repirl.dist.offload import HostMemory, Parked, Residency
 from repirl.dist.shard import whole
 from repirl.dist.world import join_world
 from repirl.export import export_checkpoint
@@ -242,6 +243,22 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
         for key, value in first.optimizer.state[first.trained[name]].items():
             assert torch.equal(value, moments[name][key])
     assert not list((tmp_path / "away").iterdir())
+
+
+def test_host_memory_is_dealt_out_without_gaps(tmp_path, monkeypatch):
+    """As from a GPU, but for the pinning: several storages share a piece, and one may lie in several."""
+    monkeypatch.setattr("repirl.dist.offload._PIECE_BYTES", 1000)
+    tensors = [torch.randn(n) for n in (30, 700, 1, 250)]
+    expected = [t.clone() for t in tensors]
+    memory, file = HostMemory(pinned=False), tmp_path / "none"
+    parked = [Parked(t.untyped_storage(), file, memory) for t in tensors]
+    assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
+    pieces = {part.untyped_storage().data_ptr() for p in parked for part in p._copy}
+    assert len(pieces) == math.ceil(sum(t.nbytes for t in expected) / 1000)
+    for p in reversed(parked):
+        p.restore()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors, expected, strict=True))
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(
