@@ -5,15 +5,31 @@ plain PyTorch in the op's own dtype, plus what rounding the result once may cost
 """
 
 import contextlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from repirl_kernels import TokenStats, linear_token_loss
 from torch import Tensor
 
 STATS = TokenStats._fields
+
+
+def triton_interprets() -> bool:
+    """Whether Triton is installed and its interpreter runs: before 3.7 it makes an integer of an array in a way that
+    NumPy 2.4 has taken away."""
+    try:
+        versions = [importlib.metadata.version(name) for name in ("triton", "numpy")]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    triton, numpy = (tuple(map(int, version.split(".")[:2])) for version in versions)
+    return triton >= (3, 7) or numpy < (2, 4)
+
+
+needs_interpreter = pytest.mark.skipif(not triton_interprets(), reason="needs Triton from 3.7 on, or NumPy before 2.4")
 
 
 class LinearCase(NamedTuple):

@@ -4,7 +4,6 @@ Every case runs on all ranks of a gloo group. Statistics and dH must be the same
 the shards, put together, are compared like any backend's: at most twice as wrong as plain PyTorch on the whole.
 """
 
-import importlib.util
 import itertools
 import math
 from pathlib import Path
@@ -18,6 +17,7 @@ from kernel_checks import (
     assert_outcome,
     in_float64,
     linear_case,
+    needs_interpreter,
     plain_linear,
     poisoned_memory,
     run_linear,
@@ -81,7 +81,7 @@ def test_equals_one_process(ranks, sizes, dtype, backend):
     check_parallel(ranks, linear_case(9, NUM_COLUMNS, 16, dtype=dtype, bias=True, backend=backend), sizes)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(60, 37), (40, 0, 57)], ids=str)
 def test_equals_one_process_in_tritons_interpreter(ranks, sizes, dtype):

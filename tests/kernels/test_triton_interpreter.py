@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("triton")
+from kernel_checks import needs_interpreter
 
 CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 
 
+@needs_interpreter
 @pytest.mark.timeout(600)
 def test_triton_kernels_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
