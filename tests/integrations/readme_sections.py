@@ -1,8 +1,9 @@
 """The code blocks of kernels/README.md, found by the heading they stand under, so that tests run what readers copy."""
 
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
 
@@ -16,8 +17,10 @@ def section_code(heading: str) -> str:
     return code
 
 
-def run_section(heading: str) -> SimpleNamespace:
-    """Run the block and return the names that it defines."""
-    names: dict[str, object] = {"__name__": "readme"}
-    exec(compile(section_code(heading), f"{README.name}: {heading}", "exec"), names)
-    return SimpleNamespace(**names)
+def run_section(heading: str) -> ModuleType:
+    """Run the block as a module, and return that."""
+    module = ModuleType(f"readme: {heading}")
+    # torch.compile looks up by name where a function's globals are.
+    sys.modules[module.__name__] = module
+    exec(compile(section_code(heading), f"{README.name}: {heading}", "exec"), module.__dict__)
+    return module
