@@ -260,4 +260,5 @@ def versions() -> dict[str, str | None]:
             result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             result[package] = None
-    return result
+    # With the build (+cu130), which the metadata of a wheel from PyPI leaves out.
+    return result | {"torch": torch.__version__}

@@ -248,6 +248,13 @@ class Config(Section):
         """The type of weights in products, and of activations."""
         return self.compute_dtype or self.dtype
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that a sequence of a batch may have: a prompt, and what the objective trains on behind it."""
+        responses = [self.rollout.max_response_tokens] * (self.objective != "sft")
+        experts = [self.data.max_expert_tokens] * (self.objective != "rloo")
+        return self.data.max_prompt_tokens + max(responses + experts)
+
     @field_validator("data")
     @classmethod
     def _pattern_compiles(cls, data: DataConfig) -> DataConfig:

@@ -155,10 +155,6 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
     # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
     temperature = 1.0 if config.objective == "sft" else config.rollout.temperature
 
-    responses = [config.rollout.max_response_tokens] if config.objective != "sft" else []
-    experts = [config.data.max_expert_tokens] if config.objective != "rloo" else []
-    longest = config.data.max_prompt_tokens + max(responses + experts)
-
     residency = None
     if config.offload_idle:
         residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
@@ -179,7 +175,7 @@ def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, L
             offload = config.parallel.cpu_offload
             options = {"compute_dtype": compute_dtype, "world": world, "cpu_offload": offload, "prepare": prepare}
             model = load_sharded_model(name, kind=kind, dtype=dtype, **options, **files)
-        check_window(model, name, longest)
+        check_window(model, name, config.longest_sequence)
         return model
 
     def learner(model: PreTrainedModel, section: PolicyConfig | PRMConfig | None, **options: Any) -> Learner:

@@ -92,10 +92,7 @@ def _ladder(config: Config, ranks: int, device: str) -> list[list[Step]]:
     def both(name: str, values: dict[str, Any]) -> Step:
         return name, {"policy": values} | ({"prm": values} if config.objective == "repirl" else {}), 1
 
-    prompt = config.data.max_prompt_tokens
-    longest = [prompt + config.data.max_expert_tokens] * (config.objective != "rloo")
-    longest += [prompt + config.rollout.max_response_tokens] * (config.objective != "sft")
-    budgets = _halved(config.batch.tokens_per_microbatch, max(longest))
+    budgets = _halved(config.batch.tokens_per_microbatch, config.longest_sequence)
     counts = _halved(config.rollout.max_sequences, config.rollout.samples_per_prompt)
     checkpointing = {"gradient_checkpointing": True}
     on_gpu, shared = device == "cuda", config.adapters is not None

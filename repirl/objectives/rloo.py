@@ -73,7 +73,9 @@ class ClippedLoss:
     def metrics(self, world: World) -> dict[str, float]:
         """Means over all response tokens of what the update met, on all processes: the share whose gradient the clip
         removed; KL(pi_old || pi), estimated as k3; pi_old / mu after truncation, the share of those; the KL term."""
-        means = (world.sum(self._sums.clone()) / self.num_tokens).tolist()
-        unused = set() if self.config.sampler_ratio_cap is not None else {"sampler_ratio", "sampler_ratio_truncated"}
-        unused |= set() if self.config.kl_coefficient > 0 else {"kl_reference"}
-        return {name: mean for name, mean in zip(FIGURES, means, strict=True) if name not in unused}
+        means = dict(zip(FIGURES, (world.sum(self._sums.clone()) / self.num_tokens).tolist(), strict=True))
+        if self.config.sampler_ratio_cap is None:
+            del means["sampler_ratio"], means["sampler_ratio_truncated"]
+        if self.config.kl_coefficient == 0:
+            del means["kl_reference"]
+        return means
