@@ -4,7 +4,10 @@ A contender gives per-token values, or a mean loss, or both; ``run`` makes each 
 first used: what is not installed, or cannot do a case, says so in its row of the table.
 """
 
+import contextlib
+import importlib
 import importlib.metadata
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +17,7 @@ from repirl_kernels import linear_token_loss, linear_token_stats, token_stats
 from torch import Tensor
 
 from bench.cases import ENTROPY_COEFFICIENT, Case, Inputs
+from bench.turns import VARIABLE
 
 
 class Values(NamedTuple):
@@ -186,6 +190,14 @@ def _liger_mean_loss(inputs: Inputs) -> Tensor:
     return LigerFusedLinearCrossEntropyFunction.apply(inputs.hidden, inputs.weight, inputs.targets)[0]
 
 
+def _liger_sm90_mean_loss(inputs: Inputs) -> Tensor:
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    if not inputs.hidden.is_cuda:
+        raise CannotRun("CUDA only")
+    return liger_fused_linear_cross_entropy_sm90(inputs.hidden, inputs.weight, inputs.targets)
+
+
 def _cut_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -227,6 +239,7 @@ CONTENDERS = [
     Contender("TRL chunked head", ("trl",), values=_trl),
     Contender("Liger fused scaled CE", ("liger-kernel",), values=_liger_scaled),
     Contender("Liger fused linear CE", ("liger-kernel",), mean_loss=_liger_mean_loss),
+    Contender("Liger linear CE, sm_90", ("liger-kernel",), mean_loss=_liger_sm90_mean_loss),
     Contender(
         "cut-cross-entropy",
         ("cut-cross-entropy",),
@@ -250,6 +263,25 @@ CONTENDERS = [
     ),
     Contender("TRL from logits", ("trl",), values=_trl_logits, given_logits=True),
 ]
+
+
+# What is imported when a peer is first used.
+_MODULES = {
+    "trl": "trl.trainer.utils",
+    "liger-kernel": "liger_kernel.ops.fused_linear_scaled_cross_entropy",
+    "cut-cross-entropy": "cut_cross_entropy",
+}
+
+
+def preload(contenders: list[Contender], device: str) -> None:
+    """Import the peers and wake the device, before this process has it to itself."""
+    if os.environ.get(VARIABLE) is None:
+        return
+    if device == "cuda":
+        torch.zeros(1, device=device)
+    for package in {package for contender in contenders for package in contender.packages}:
+        with contextlib.suppress(Exception):  # the table says why a peer could not run
+            importlib.import_module(_MODULES.get(package, "torch"))
 
 
 def versions() -> dict[str, str | None]:

@@ -1,556 +1,416 @@
-"""Everything that needs a GPU, on a machine that has nothing but one and PyTorch, in under nine minutes.
+"""Everything that needs a GPU, on a machine that has nothing but one and PyTorch, within the minutes that there are.
 
-    python bench/gpu.py --out DIR [--wheels DIR]
-    python bench/gpu.py --out DIR [--wheels DIR] --steps install trainers
+    python bench/gpu.py --out DIR [--wheels DIR] [--call 1]     at most 480 s: tests, benchmarks, candidates, a profile
+    python bench/gpu.py --out DIR [--wheels DIR] --call 2       at most 180 s: the headline cases once more
 
-makes the package importable, measures the machine's ceilings, tests, times tile shapes, runs the benchmarks beside the
-peers that are installed or lie in ``--wheels``, and profiles a step. The second line takes up to eight minutes more: a
-policy update beside TRL's trainer, which has to be there, and the PRM's cost. No network is needed. Every step is a
-process of its own with a time limit; ``DIR/gpu.json`` is written after each, so one that dies or is cut short costs the
-others nothing. ``--device cpu --quick`` runs what can run without a GPU, in about a minute, to try the script itself.
+No network is needed. What is most telling comes first. Every step is a process of its own with a time limit, so one
+that dies, hangs or is cut short costs the others nothing; what it has recorded by then counts. ``DIR`` gets three
+files, each written again every two seconds: ``gpu.json`` (all steps), ``ops.json`` (the benchmark, as ``bench.run``
+writes it) and ``logs.tar.gz``. No process outlives this one, however it ends. ``--device cpu`` runs what can run
+without a GPU, on tiny shapes, to try the script itself.
 """
 
 import argparse
 import contextlib
-import csv
-import functools
-import importlib.util
+import io
 import json
 import os
-import platform
-import re
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+if os.fspath(ROOT) not in sys.path:  # as a script, its own folder is what Python looks in
+    sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "kernels")]
 
-# Seconds that each step may take, in the order in which they run.
-LIMITS = {
-    "install": 50,
-    "machine": 25,
-    "tests": 135,
-    "large": 45,
-    "tiles": 100,
-    "benchmark": 120,
-    "profile": 30,
-    "counters": 30,
-    "trainers": 480,
-}
-GPU_ONLY = ("large", "counters")
-ON_REQUEST = ("trainers",)
+from bench.turns import VARIABLE, go_file, ready_file  # noqa: E402
 
-Record = Callable[..., None]
+RESULT = "{result}"
+# A step that has less time than this left is not begun.
+SHORTEST = 8.0
+WRITE_EVERY = 2.0
+MAX_RUNNING = 12
+# Of the steps that take turns, how many are loaded at the same time, and how long one may wait for its turn.
+MAX_LOADED = 5
+# Of bench/candidates.py, most telling first.
+CANDIDATES = (
+    "forward-pointer",
+    "forward-flat-128x256x64x4",
+    "forward-gluon-128x256x64x4",
+    "forward-cublas-32",
+    "dlogits-pointer-128",
+    "dlogits-quarters-128",
+    "dlogits-tma-128",
+    "dlogits-tmastore-128",
+    "products-128",
+    "products-256",
+    "backward-128",
+    "backward-256",
+    "backward-512",
+    "forward-flat-128x256x64x3",
+    "forward-flat-256x128x64x3",
+    "forward-flat-128x128x64x4",
+    "forward-cublas-64",
+    "forward-cublas-16",
+    "dlogits-cublas-32",
+    "dlogits-tma-256",
+    "forward-nested-128x256x64x4",
+)
+CANDIDATES_ON_CPU = ("forward-pointer", "forward-flat-128x256x64x4", "dlogits-quarters-128")
+LONGEST_LOADING = 180.0
+
+# Runs a command in its own process group, and ends that group when the reading end of the pipe closes: then the process
+# that started it is gone.
+SUPERVISOR = """
+import os, select, signal, subprocess, sys
+pipe, command = int(sys.argv[1]), sys.argv[2:]
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+process = subprocess.Popen(command)
+poll = select.poll()
+poll.register(pipe, select.POLLHUP)
+while process.poll() is None:
+    if poll.poll(200):
+        os.killpg(0, signal.SIGKILL)
+sys.exit(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+"""
+
+
+class Step(NamedTuple):
+    """A command of Python, in which ``RESULT`` stands for the file of its results, and the seconds it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float
+    """Seconds; for a step that takes turns, of its turn."""
+    needs_gpu: bool = False
+    takes_turns: bool = False
+    """Whether it calls ``wait_for_turn`` (``bench/turns.py``): of these, one at a time has the GPU."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    if options.child:
-        return _child(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "command": "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": options.device,
-        "quick": options.quick,
-        "steps": {},
-    }
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    options.seconds = options.seconds or {1: 470.0, 2: 170.0}[options.call]
+    stages = plan(options)
+    if options.steps:
+        names = [step.name for stage in stages for step in stage]
+        unknown = [word for word in options.steps if not any(word in name for name in names)]
+        if unknown:
+            parser.error(f"--steps: no step's name has {unknown[0]!r}; there are {', '.join(names)}")
+        stages = [[step for step in stage if any(word in step.name for word in options.steps)] for stage in stages]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("gpu.py: ended by a signal"))
     with tempfile.TemporaryDirectory() as work:
-        environment = _environment(options, Path(work))
-        for step in options.steps:
-            if step in GPU_ONLY and options.device == "cpu":
-                results["steps"][step] = {"status": "skipped", "reason": "needs a GPU"}
-            else:
-                results["steps"][step] = run_step(step, options, environment, Path(work))
-            _write(options.out / "gpu.json", results)
-            print(_summary(step, results["steps"][step]), flush=True)
-    print(f"written to {options.out / 'gpu.json'}")
-    return int(any(step["status"] not in ("ok", "skipped") for step in results["steps"].values()))
-
-
-def run_step(
-    step: str, options: argparse.Namespace, environment: dict[str, str], work: Path, limit: float | None = None
-) -> dict[str, Any]:
-    """Run a step in a process group of its own; what it has recorded counts however it ends."""
-    limit = limit or LIMITS[step]
-    result, log = work / f"{step}.json", options.out / f"{step}.log"
-    command = [sys.executable, os.fspath(Path(__file__).resolve()), "--child", step, "--result", os.fspath(result)]
-    command += ["--out", os.fspath(options.out), "--device", options.device, "--work", os.fspath(work)]
-    command += ["--quick"] * options.quick + (["--wheels", os.fspath(options.wheels)] if options.wheels else [])
-    if options.device == "cpu" and step in ("tests", "tiles"):
-        environment = {**environment, "TRITON_INTERPRET": "1"}
-    start = time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        runner = Runner(options, Path(work), sys.argv[1:] if arguments is None else arguments)
         try:
-            code = process.wait(timeout=limit)
-            status = "ok" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            code, status = None, "out of time"
+            for stage in stages:
+                runner.run(stage)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    outcome: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1), "limit": limit}
-    if status != "ok":
-        outcome |= {"exit_code": code, "end_of_log": log.read_text(errors="replace")[-2000:]}
-    if result.exists():
-        outcome |= json.loads(result.read_text())
-    return outcome
-
-
-def _environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
-    paths = [work / "site", work / "wheels", ROOT / "kernels", ROOT]
-    given = os.environ.get("PYTHONPATH")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(os.fspath, paths), *([given] if given else [])]),
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _child(options: argparse.Namespace) -> int:
-    """One step, in its own process; it records as it goes, in the file that the parent reads."""
-    recorded: dict[str, Any] = {}
-
-    def record(**values: Any) -> None:
-        recorded.update(values)
-        _write(options.result, recorded)
-
-    steps = {
-        "install": install,
-        "machine": machine,
-        "tests": tests,
-        "large": large,
-        "tiles": time_tiles,
-        "benchmark": benchmark,
-        "profile": profile,
-        "counters": counters,
-        "trainers": trainers,
-        "forward": forward_once,
-    }
-    return steps[options.child](options, record) or 0
-
-
-def install(options: argparse.Namespace, record: Record) -> None:
-    """Peers from wheels; then the package with its C++ module where it can be built, else from the sources."""
-    wheels = sorted(options.wheels.glob("*.whl")) if options.wheels else []
-    if wheels:
-        command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--find-links", options.wheels]
-        target = ["--quiet", "--target", options.work / "wheels"]
-        done = subprocess.run([*command, *target, *wheels], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        record(wheels=[wheel.name for wheel in wheels], wheels_installed=done.returncode == 0)
-        print(done.stdout)
-    if subprocess.run([sys.executable, "-c", "import repirl_kernels._native"], capture_output=True).returncode == 0:
-        record(package="installed already, with its C++ module")
-        return
-    missing = [name for name in ("cmake", "c++") if shutil.which(name) is None]
-    missing += [] if importlib.util.find_spec("nanobind") else ["nanobind"]
-    if missing:
-        record(package=f"from the sources, without the C++ module: no {', '.join(missing)} here")
-        return
-    record(package="from the sources, without the C++ module: it did not build")
-    build_extension(options.work / "site", options.work / "build")
-    record(package="built, with its C++ module")
-
-
-def build_extension(site: Path, build: Path) -> None:
-    """A copy of the package in ``site``, with the C++ module in it."""
-    command = [sys.executable, "-m", "nanobind", "--cmake_dir"]
-    nanobind = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    definitions = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={nanobind}"]
-    subprocess.run(["cmake", "-S", ROOT, "-B", build, *definitions], check=True)
-    subprocess.run(["cmake", "--build", build, "--parallel", str(len(os.sched_getaffinity(0)))], check=True)
-    # Only now: a package without its module would hide the sources.
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "kernels" / "repirl_kernels", site / "repirl_kernels", ignore=ignore)
-    subprocess.run(["cmake", "--install", build, "--prefix", site], check=True)
-
-
-def machine(options: argparse.Namespace, record: Record) -> None:
-    """What this runs on, and its two ceilings: bytes copied and multiply-adds."""
-    import torch
-    import triton
-    from repirl_kernels import choose_backend
-
-    record(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        backend=choose_backend(options.device, torch.bfloat16),
-        cores=len(os.sched_getaffinity(0)),
-    )
-    on_gpu = options.device == "cuda"
-    if on_gpu:
-        properties = torch.cuda.get_device_properties(0)
-        record(
-            gpu=properties.name,
-            gpu_memory_gib=round(properties.total_memory / 2**30, 1),
-            multiprocessors=properties.multi_processor_count,
-            capability=f"{properties.major}.{properties.minor}",
-            cuda=torch.version.cuda,
-        )
-        if shutil.which("nvidia-smi"):
-            fields = "driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
-            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-            values = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
-            record(nvidia_smi=dict(zip(fields.split(","), values, strict=False)))
-    source = torch.randn(2**30 if on_gpu else 2**18, device=options.device)
-    seconds = median_seconds(functools.partial(torch.empty_like(source).copy_, source), options)
-    record(copy={"bytes": 8 * source.numel(), "seconds": seconds, "gb_per_s": 8 * source.numel() / seconds / 1e9})
-    size = 8192 if on_gpu else 256
-    products = {}
-    for name, dtype, out_dtype in (
-        ("bf16", torch.bfloat16, None),
-        ("bf16 to fp32", torch.bfloat16, torch.float32),
-        ("fp32", torch.float32, None),
-    ):
-        if out_dtype is not None and not on_gpu:
-            continue  # torch has it on CUDA only
-        a, b = (torch.randn(size, size, device=options.device).to(dtype) for _ in range(2))
-        keywords = {} if out_dtype is None else {"out_dtype": out_dtype}
-        seconds = median_seconds(functools.partial(torch.mm, a, b, **keywords), options)
-        products[name] = {"size": size, "seconds": seconds, "tflop_per_s": 2 * size**3 / seconds / 1e12}
-        record(products=products)
-
-
-def tests(options: argparse.Namespace, record: Record) -> int:
-    """``tests/gpu`` but for the largest shapes; on a CPU a few of them in Triton's interpreter."""
-    if options.device == "cpu":
-        return _pytest(options, record, ["tests/gpu/test_edge_cases_on_gpu.py", "-k", "edge_case_10 or edge_case_14"])
-    workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
-    return _pytest(options, record, ["tests/gpu", "--ignore=tests/gpu/test_large_shapes.py", *workers])
-
-
-def large(options: argparse.Namespace, record: Record) -> int:
-    """The tests that want the whole memory, one after the other."""
-    return _pytest(options, record, ["tests/gpu/test_large_shapes.py"])
-
-
-def _pytest(options: argparse.Namespace, record: Record, arguments: list[str]) -> int:
-    # The machine's pytest may be older than the one that the project asks for.
-    flags = ["-v", "-p", "no:cacheprovider", "--tb=short", "-o", "minversion=7.0"]
-    command = [sys.executable, "-m", "pytest", *flags, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
-    unsuccessful: list[str] = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="")
-        test, outcome = outcome_of(line)
-        if outcome:
-            counts[outcome] += 1
-            unsuccessful += [test] * (outcome in ("failed", "error"))
-            record(**counts, unsuccessful=unsuccessful)
-    return process.wait()
-
-
-def outcome_of(line: str) -> tuple[str, str]:
-    """``(test, outcome)`` from a line that pytest prints for a test, by itself or by one of several workers."""
-    words = "PASSED|FAILED|ERROR|SKIPPED"
-    alone = re.match(rf"(tests/\S+::.*?) ({words})\b", line)
-    worker = re.match(rf"\[gw\d+\] \[ *\d+%\] ({words}) (tests/\S+::.*)", line)
-    if alone:
-        return alone[1], alone[2].lower()
-    return (worker[2].strip(), worker[1].lower()) if worker else ("", "")
-
-
-def time_tiles(options: argparse.Namespace, record: Record) -> None:
-    """What tile shapes and sizes cost, fastest first. Nothing is changed by it: those in use stand in ``tiles.py``."""
-    import torch
-    from repirl_kernels import linear_token_loss
-    from repirl_kernels import triton as kernels
-    from repirl_kernels.triton import tiles
-
-    on_gpu = options.device == "cuda"
-    used = tiles.architecture(torch.device(options.device), interpreted=not on_gpu)
-    tables: dict[str, list[dict[str, Any]]] = {}
-
-    def normal(*shape: int) -> Any:
-        return torch.randn(*shape, device=options.device)
-
-    def rank(title: str, candidates: Sequence[Any], run: Callable, work: float, in_use: Any, check: Callable) -> None:
-        """Time ``run(candidate)``, which does ``work`` (1e12 operations or bytes); compare ``check(candidate)``."""
-        table = tables[title] = []
-        expected = None
-        for candidate in candidates:
-            row: dict[str, Any] = {"candidate": _plain(candidate), "in_use": candidate == in_use}
-            try:
-                result = check(candidate).float()
-                expected = result if expected is None else expected
-                row["difference"] = float((result - expected).abs().max() / expected.abs().max())
-                row["seconds"] = median_seconds(functools.partial(run, candidate), options)
-                row["tera_per_s"] = work / row["seconds"]
-            except Exception as error:  # a shape that the compiler or the GPU refuses is a result
-                row["error"] = f"{type(error).__name__}: {error}"[:300]
-            table.append(row)
-            table.sort(key=lambda row: row.get("seconds", float("inf")))
-            record(tables=tables)
-
-    linear = tiles.CANDIDATES if on_gpu else (tiles.LinearTile(16, 32, 32, 1, 1), tiles.LinearTile(32, 32, 32, 1, 1))
-    tile = tiles.forward_tile(used, torch.bfloat16, 8, False, False)
-    for num_rows, num_features, num_columns in (
-        [(8192, 4096, 128256), (8192, 2048, 151936)] if on_gpu else [(20, 64, 99)]
-    ):
-        case = f"{num_rows}x{num_features}x{num_columns} bf16"
-        operations = 2e-12 * num_rows * num_features * num_columns
-        hidden = normal(num_rows, num_features).bfloat16().requires_grad_()
-        weight = normal(num_columns, num_features).mul_(3 / num_features**0.5).bfloat16().requires_grad_()
-        targets = torch.randint(num_columns, (num_rows,), device=options.device)
-        upstream = [normal(num_rows) for _ in range(4)]
-        operands = (hidden.detach(), weight.detach(), targets, None)
-        _, logsumexp, _, _, mean_logit = kernels.linear_forward(*operands, 1.0, None, num_columns)
-        saved = (logsumexp.float(), mean_logit, 1.0, None, num_columns)
-
-        def forward(candidate: Any, operands=operands, num_columns=num_columns) -> Any:
-            with _replaced(tiles, "forward_tile", lambda *_: candidate):
-                return kernels.linear_forward(*operands, 1.0, None, num_columns)[0]
-
-        def forward_in_groups(candidate: int, operands=operands, num_columns=num_columns) -> Any:
-            with _replaced(tiles, "GROUP_ROWS", candidate):
-                return kernels.linear_forward(*operands, 1.0, None, num_columns)[0]
-
-        def backward(candidate: Any, needed=True, upstream=upstream, operands=operands, saved=saved) -> Any:
-            with _replaced(tiles, "backward_tile", lambda *_: candidate):
-                return kernels.linear_backward(*upstream, *operands, *saved, needed, False, False)[0]
-
-        def backward_in_slabs(slab_bytes: int, upstream=upstream, operands=operands, saved=saved) -> Any:
-            arguments = (*upstream, *operands, *saved, True, True, False)
-            return kernels.linear_backward(*arguments, slab_bytes=slab_bytes)[0]
-
-        def loss_in_chunks(chunk_bytes: int, hidden=hidden, weight=weight, targets=targets) -> Any:
-            arguments = (hidden, weight, targets, lambda stats, rows: stats.logprob)
-            return linear_token_loss(*arguments, chunk_bytes=chunk_bytes, backend="triton").token_loss
-
-        # Without gradients that need a product, what is left of the backward pass is the kernel.
-        kernel_alone = functools.partial(backward, needed=False)
-        groups = (4, 8, 16, 32)
-        slabs = [mib << 20 for mib in ((64, 128, 256, 512) if on_gpu else (1, 128))]
-        chunks = [mib << 20 for mib in ((512, 1024, 2048, 4096) if on_gpu else (1, 2048))]
-        rank(f"forward, tile, {case}", linear, forward, operations, tile, forward)
-        rank(f"gradient of logits, tile, {case}", linear, kernel_alone, operations, tile, backward)
-        rank(
-            f"forward, rows of tiles, {case}",
-            groups,
-            forward_in_groups,
-            operations,
-            tiles.GROUP_ROWS,
-            forward_in_groups,
-        )
-        three = 3 * operations
-        rank(f"backward, slab, {case}", slabs, backward_in_slabs, three, tiles.SLAB_BYTES, backward_in_slabs)
-        rank(f"loss, chunk, {case}", chunks, loss_in_chunks, three, 2 << 30, loss_in_chunks)
-
-    num_rows, num_columns = (8192, 128256) if on_gpu else (20, 300)
-    case = f"{num_rows}x{num_columns} bf16"
-    logits = normal(num_rows, num_columns).bfloat16()
-    targets = torch.randint(num_columns, (num_rows,), device=options.device)
-    upstream = [normal(num_rows) for _ in range(4)]
-    _, logsumexp, _, _, mean_logit = kernels.logits_forward(logits, targets, 1.0, None, num_columns)
-
-    def given_forward(candidate: Any) -> Any:
-        with _replaced(tiles, "row_tile", lambda *_: candidate):
-            return kernels.logits_forward(logits, targets, 1.0, None, num_columns)[0]
-
-    def given_backward(candidate: Any) -> Any:
-        arguments = (*upstream, logits, targets, logsumexp.float(), mean_logit, 1.0, None, num_columns)
-        with _replaced(tiles, "row_tile", lambda *_: candidate):
-            return kernels.logits_backward(*arguments)[:, :256]
-
-    rows = [tiles.RowTile(block, 32768, warps) for block in (2048, 4096, 8192) for warps in (4, 8)]
-    rows = rows if on_gpu else [tiles.RowTile(64, 256, 1), tiles.RowTile(128, 256, 1)]
-    read = 1e-12 * logits.nbytes
-    row_tile = tiles.row_tile(used, False)
-    rank(f"given logits, forward, tile, {case}", rows, given_forward, read, row_tile, given_forward)
-    rank(f"given logits, backward, tile, {case}", rows, given_backward, 2 * read, row_tile, given_backward)
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _plain(candidate: Any) -> Any:
-    return candidate._asdict() if hasattr(candidate, "_asdict") else candidate
-
-
-def benchmark(options: argparse.Namespace, record: Record) -> int:
-    """``python -m bench.run``, which writes its results after each case."""
-    file = options.out / "benchmark.json"
-    quick = ["--profile", "test", "--seconds", "0.01", "--dtype", "fp32", "--task", "policy+entropy", "logits"]
-    quick += ["--peers", "ours", "eager"]
-    profile = quick if options.quick else ["--profile", "gpu", "--seconds", "0.4"]
-    command = [sys.executable, "-m", "bench.run", "--device", options.device, *profile, "--json", os.fspath(file)]
-    record(command=" ".join(["python", *command[1:-1], file.name]), file=file.name)
-    return subprocess.run(command).returncode
-
-
-def profile(options: argparse.Namespace, record: Record) -> None:
-    """Time by kernel of one forward and backward pass of ``linear_token_stats``."""
-    import torch
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    on_gpu = options.device == "cuda"
-    shape = (8192, 4096, 128256) if on_gpu else (64, 64, 1000)
-    step = _training_step(options, shape)
-    step()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-    kernels = []
-    for event in profiler.key_averages():
-        # An operator's row repeats the time of its kernels, which have rows of their own.
-        if event.device_type != (DeviceType.CUDA if on_gpu else DeviceType.CPU):
-            continue
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if microseconds > 0:
-            kernels.append({"name": event.key[:120], "calls": event.count, "milliseconds": microseconds / 1e3})
-    kernels.sort(key=lambda row: -row["milliseconds"])
-    total = sum(row["milliseconds"] for row in kernels)
-    for row in kernels:
-        row["share"] = row["milliseconds"] / total
-    record(shape=shape, total_milliseconds=total, kernels=kernels[:25])
-
-
-def _training_step(options: argparse.Namespace, shape: tuple[int, int, int]) -> Callable[[], None]:
-    import torch
-    from repirl_kernels import linear_token_stats
-
-    num_rows, num_features, num_columns = shape
-    torch.manual_seed(0)
-    hidden = torch.randn(num_rows, num_features, device=options.device).bfloat16().requires_grad_()
-    weight = torch.randn(num_columns, num_features, device=options.device).mul_(3 / num_features**0.5).bfloat16()
-    weight.requires_grad_()
-    targets = torch.randint(num_columns, (num_rows,), device=options.device)
-
-    def step() -> None:
-        stats = linear_token_stats(hidden, weight, targets)
-        (stats.logprob + 0.01 * stats.entropy).sum().backward()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
-    return step
-
-
-def counters(options: argparse.Namespace, record: Record) -> int:
-    """Nsight Compute's counters of the forward kernel, where ``ncu`` is installed. It leaves the clocks alone."""
-    if shutil.which("ncu") is None:
-        record(reason="ncu is not installed")
-        return 0
-    child = [sys.executable, os.fspath(Path(__file__).resolve()), "--child", "forward", "--device", "cuda"]
-    child += ["--out", os.fspath(options.out), "--result", os.fspath(options.work / "forward.json")]
-    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats", "WarpStateStats")
-    command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:linear_forward_kernel", "--launch-count", "1"]
-    command += [word for section in sections for word in ("--section", section)] + ["--csv", "--page", "details"]
-    done = subprocess.run([*command, *child], capture_output=True, text=True)
-    print(done.stdout, done.stderr)
-    record(counters=counters_of(done.stdout))
-    return done.returncode
-
-
-def trainers(options: argparse.Namespace, record: Record) -> int:
-    """``python -m bench.trainers``, which writes its results after each case."""
-    needed = ("trl", "datasets", "pydantic", "rich", "yaml")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        record(reason=f"not installed: {', '.join(missing)}")
-        return 0
-    file = options.out / "trainers.json"
-    full = ["--shape", "llama-3.2-1b", "--compute-dtype", "bfloat16", "--prompt", "512", "--response", "1024"]
-    quick = ["--shape", "tiny", "--rounds", "1", "--steps", "1", "--response", "24", "--threads", "1"]
-    cases = ["--cases", "spread lengths"] if options.quick else []
-    command = [sys.executable, "-m", "bench.trainers", "--device", options.device, *(quick if options.quick else full)]
-    command += [*cases, "--json", os.fspath(file)]
-    record(command=" ".join(["python", *command[1:-1], file.name]), file=file.name)
-    return subprocess.run(command).returncode
-
-
-def counters_of(output: str) -> dict[str, str]:
-    """``{"section: metric": "value unit"}`` from the CSV that ``ncu`` prints among other lines."""
-    lines = [line for line in output.splitlines() if line.startswith('"')]
-    return {
-        f"{row['Section Name']}: {row['Metric Name']}": f"{row['Metric Value']} {row['Metric Unit']}".strip()
-        for row in csv.DictReader(lines)
-        if row.get("Metric Name")
-    }
-
-
-def forward_once(options: argparse.Namespace, record: Record) -> None:
-    """What ``counters`` looks at."""
-    import torch
-    from repirl_kernels import linear_token_stats
-
-    hidden = torch.randn(8192, 4096, device=options.device).bfloat16()
-    weight = torch.randn(128256, 4096, device=options.device).bfloat16().mul_(3 / 64)
-    linear_token_stats(hidden, weight, torch.randint(128256, (8192,), device=options.device))
-    torch.cuda.synchronize()
-
-
-def median_seconds(function: Callable[[], Any], options: argparse.Namespace) -> float:
-    """Median of at least five runs, and of as many as fit in 0.3 s (in quick runs: of two)."""
-    import torch
-
-    if options.device == "cpu":
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
-    for _ in range(2):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    times = []
-    while len(times) < 5 or (sum(times) < 0.3 and len(times) < 100):
-        events[0].record()
-        function()
-        events[1].record()
-        events[1].synchronize()
-        times.append(events[0].elapsed_time(events[1]) / 1e3)
-    return statistics.median(times)
-
-
-def _summary(step: str, outcome: dict[str, Any]) -> str:
-    words = [f"{step:10} {outcome['status']:12}"]
+            runner.close()
+    return int(any(step["status"] not in ("ok", "skipped") for step in runner.results["steps"].values()))
+
+
+def plan(options: argparse.Namespace) -> list[list[Step]]:
+    """The steps, in the order in which they run; those of one stage run at the same time."""
+    gpu = options.device == "cuda"
+    here = ("--device", options.device)
+
+    def child(name: str, limit: float, needs_gpu: bool = False) -> Step:
+        return Step(name, ("-m", "bench.gpu_steps", name, "--result", RESULT, *here), limit, needs_gpu)
+
+    def case(only: str, limit: float, peers: str, of: str = "") -> Step:
+        profile = ("--profile", "gpu" if gpu else "test", "--seconds", "0.4" if gpu else "0.01")
+        words = ("-m", "bench.run", *here, *profile, "--only", only, "--peers", *peers.split(), "--json", RESULT)
+        return Step(f"benchmark {only}{of}", words, limit, takes_turns=True)
+
+    def candidate(name: str, limit: float, *sizes: int, kind: str = "candidate") -> Step:
+        sizes = sizes if gpu else (20, 64, 99)
+        words = ("-m", "bench.candidates", name, *here, "--json", RESULT)
+        words += tuple(f"--{axis}={size}" for axis, size in zip(("rows", "features", "columns"), sizes, strict=True))
+        return Step(f"{kind} {name}", words, limit, takes_turns=kind == "candidate")
+
+    # Liger's kernels are compiled when they are first used: beside ours alone, so that nobody waits for them.
+    headline = [
+        case("4096x131072 16384x4096x131072 bf16 policy+entropy", 60, "ours eager trl"),
+        case("4096x131072 16384x4096x131072 bf16 policy+entropy", 80, "ours liger", of=", beside Liger"),
+        case("4096x131072 16384x4096x131072 bf16 score", 40, "ours eager trl"),
+        case("Qwen2.5-3B 8192x2048x151936 bf16 policy+entropy", 45, "ours eager trl"),
+    ]
+    if not gpu:
+        headline = [case("tiny 32x64x1000 fp32 policy+entropy", 60, "ours eager")]
+    # In bfloat16 with float32 weights; sampling is left out, as it takes the longest.
+    update = ("-m", "bench.trainers", *here, "--shape", "qwen3-0.6b", "--compute-dtype", "bfloat16", "--no-rollout")
+    update += ("--prompt", "512", "--response", "1024", "--rounds", "1", "--cases", "spread lengths")
+    trainers = Step("trainers", (*update, "--json", RESULT), 110, needs_gpu=True)
+    if options.call == 2:
+        return [[child("machine", 25)], headline, [trainers]]
+    return [
+        [child("machine", 30)],
+        # The candidates are compiled meanwhile, all at once; what hangs is known then.
+        [child("tests", 100 if gpu else 240)]
+        + [candidate(name, 60, 512, 256, 4096, kind="try") for name in CANDIDATES if gpu],
+        headline,
+        [candidate(name, 25, 16384, 4096, 131072) for name in (CANDIDATES if gpu else CANDIDATES_ON_CPU)],
+        [child("profile", 30)],
+        [child("counters", 30, needs_gpu=True)],
+        [child("large", 60, needs_gpu=True), child("training", 90, needs_gpu=True)],
+        [
+            case("Llama-3-8B 8192x4096x128256 bf16 policy+entropy, 60% masked", 40, "ours trl"),
+            case("Llama-3-8B 8192x4096x128256 bf16 logits", 35, "ours eager trl"),
+            case("4096x131072 16384x4096x131072 bf16 sft", 60, "ours eager liger cut"),
+            case("SmolLM2-135M 65536x576x49152 bf16 policy+entropy", 40, "ours eager trl"),
+        ]
+        * gpu,
+        [trainers],
+    ]
+
+
+@dataclass
+class Running:
+    step: Step
+    process: subprocess.Popen
+    start: float
+    deadline: float
+    has_turn: bool = False
+
+
+class Runner:
+    """Runs stages, and keeps the files in ``options.out`` up to date while it does."""
+
+    def __init__(self, options: argparse.Namespace, work: Path, arguments: Sequence[str]) -> None:
+        self.options, self.work = options, work
+        self.deadline = time.monotonic() + options.seconds
+        self.results: dict[str, Any] = {
+            "command": " ".join(["python bench/gpu.py", *arguments]),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "device": options.device,
+            "seconds": options.seconds,
+            "steps": {},
+        }
+        options.out.mkdir(parents=True, exist_ok=True)
+        self._lifeline = os.pipe()
+        self._running: dict[str, Running] = {}
+        self._written = 0.0
+        self.environment = self._environment()
+        self._install_wheels()
+
+    def run(self, stage: Sequence[Step]) -> None:
+        """Run the steps of a stage side by side; those that take turns are loaded a few ahead."""
+        waiting = list(stage)
+        while waiting or self._running:
+            loading = sum(running.step.takes_turns for running in self._running.values())
+            while (
+                waiting and len(self._running) < MAX_RUNNING and not (waiting[0].takes_turns and loading >= MAX_LOADED)
+            ):
+                step = waiting.pop(0)
+                if step.needs_gpu and self.options.device == "cpu":
+                    self._finish(step.name, {"status": "skipped", "reason": "needs a GPU"})
+                elif self._time_left() < SHORTEST:
+                    self._finish(step.name, {"status": "not reached", "reason": "no time was left"})
+                else:
+                    self._start(step)
+                    loading += step.takes_turns
+            self._give_turn()
+            time.sleep(0.05)
+            for name in list(self._running):
+                self._look_at(name)
+            if time.monotonic() - self._written > WRITE_EVERY:
+                self.write()
+        self.write()
+
+    def _time_left(self) -> float:
+        return self.deadline - time.monotonic() - 2
+
+    def _give_turn(self) -> None:
+        """To the first step that is ready, if no other has it; the seconds before its turn do not count."""
+        takers = [running for running in self._running.values() if running.step.takes_turns]
+        if any(running.has_turn for running in takers):
+            return
+        for running in takers:
+            if ready_file(self._prefix(running.step)).exists():
+                running.start = time.monotonic()
+                running.deadline = running.start + min(running.step.limit, self._time_left())
+                running.has_turn = True
+                go_file(self._prefix(running.step)).touch()
+                return
+
+    def close(self) -> None:
+        """End what runs, and write the files once more."""
+        for name in list(self._running):
+            self._end(name, "interrupted")
+        os.close(self._lifeline[1])
+        os.close(self._lifeline[0])
+        self.write()
+        print(f"written to {self.options.out / 'gpu.json'}")
+
+    def write(self) -> None:
+        """``gpu.json``, ``ops.json`` and ``logs.tar.gz`` as things stand."""
+        self._written = time.monotonic()
+        results = {**self.results, "steps": dict(self.results["steps"])}
+        for name, running in self._running.items():
+            seconds = round(time.monotonic() - running.start, 1)
+            results["steps"][name] = {"status": "running", "seconds": seconds, **self._recorded(name)}
+        out = self.options.out
+        _replace(out / "gpu.json", (json.dumps(results, indent=1) + "\n").encode())
+        benchmarks = [step for name, step in results["steps"].items() if name.startswith("benchmark ")]
+        benchmarks = [step["result"] for step in benchmarks if step.get("result", {}).get("cases")]
+        if benchmarks:
+            cases = [case for result in benchmarks for case in result["cases"]]
+            merged = {**benchmarks[0], "command": self.results["command"], "cases": cases}
+            _replace(out / "ops.json", (json.dumps(merged, indent=1) + "\n").encode())
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=3) as tar:
+            for log in sorted(self.work.glob("*.log")):
+                tar.add(log, arcname=log.name)
+        _replace(out / "logs.tar.gz", archive.getvalue())
+
+    def _environment(self) -> dict[str, str]:
+        archives = self.work / "archives"
+        # nvidia-cutlass-dsl puts its second folder on the path by a .pth file, which is read in site-packages only.
+        paths = [self.work / "wheels", archives, archives / "nvidia_cutlass_dsl" / "dsl_packages"]
+        paths += [ROOT / "kernels", ROOT]
+        given = os.environ.get("PYTHONPATH")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([*map(os.fspath, paths), *([given] if given else [])]),
+            "PYTHONUNBUFFERED": "1",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            # Liger's check of the targets waits for the GPU; ours is not made either.
+            "LIGER_SCALED_CE_SM90_VALIDATE_TARGETS": "0",
+        }
+        if self.options.device == "cpu":
+            environment |= {"TRITON_INTERPRET": "1"}
+        return environment
+
+    def _install_wheels(self) -> None:
+        """Peers from wheels, and from archives of packages that are too large as wheels."""
+        found = sorted(self.options.wheels.iterdir()) if self.options.wheels else []
+        wheels = [file for file in found if file.suffix == ".whl"]
+        archives = [file for file in found if file.name.endswith(".tar.xz")]
+        installs = []
+        with (self.work / "wheels.log").open("w") as log:
+            if wheels:
+                target = ["--no-compile", "--quiet", "--target", self.work / "wheels", *wheels]
+                installs.append([sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", *target])
+            for archive in archives:
+                code = "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='fully_trusted')"
+                installs.append([sys.executable, "-c", code, archive, self.work / "archives"])
+            running = [subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) for command in installs]
+            codes = [process.wait() for process in running]
+        if installs:
+            self.results["wheels"] = {"names": [file.name for file in wheels + archives], "installed": not any(codes)}
+
+    def _prefix(self, step: Step) -> str:
+        return os.fspath(self.work / _key(step.name))
+
+    def _start(self, step: Step) -> None:
+        key = _key(step.name)
+        environment = {**self.environment, VARIABLE: self._prefix(step)} if step.takes_turns else self.environment
+        words = [os.fspath(self.work / f"{key}.json") if word == RESULT else word for word in step.arguments]
+        supervisor = [sys.executable, "-I", "-S", "-c", SUPERVISOR, str(self._lifeline[0]), sys.executable, *words]
+        with (self.work / f"{key}.log").open("w") as log:
+            process = subprocess.Popen(
+                supervisor,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self._lifeline[0]],
+            )
+        now = time.monotonic()
+        limit = LONGEST_LOADING if step.takes_turns else step.limit
+        self._running[step.name] = Running(step, process, now, now + min(limit, self._time_left()))
+
+    def _look_at(self, name: str) -> None:
+        running = self._running[name]
+        if running.process.poll() is not None:
+            self._end(name, "ok" if running.process.returncode == 0 else "failed")
+        elif time.monotonic() > running.deadline:
+            self._end(name, "out of time")
+
+    def _end(self, name: str, status: str) -> None:
+        running = self._running.pop(name)
+        step, process, start, deadline = running.step, running.process, running.start, running.deadline
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in a driver's call can take its time
+            process.wait(timeout=10)
+        outcome: dict[str, Any] = {
+            "status": status,
+            "seconds": round(time.monotonic() - start, 1),
+            "limit": round(deadline - start, 1),
+            "command": " ".join(["python", *step.arguments]),
+            **self._recorded(name),
+        }
+        if status != "ok":
+            log = (self.work / f"{_key(name)}.log").read_text(errors="replace")
+            outcome |= {"exit_code": process.returncode, "end_of_log": log[-2000:]}
+        self._finish(name, outcome)
+
+    def _recorded(self, name: str) -> dict[str, Any]:
+        try:
+            return {"result": json.loads((self.work / f"{_key(name)}.json").read_text())}
+        except (OSError, ValueError):  # not written yet, or not whole
+            return {}
+
+    def _finish(self, name: str, outcome: dict[str, Any]) -> None:
+        self.results["steps"][name] = outcome
+        print(summary(name, outcome), flush=True)
+
+
+def summary(name: str, outcome: dict[str, Any]) -> str:
+    """A step in a few lines of text."""
+    words = [f"{name:44} {outcome['status']:12}"]
     if "seconds" in outcome:
         words.append(f"{outcome['seconds']:6.1f} s")
-    words += [str(outcome[key]) for key in ("reason", "package", "gpu", "backend") if key in outcome]
-    words += [f"{outcome[key]} {key}" for key in ("passed", "failed", "error", "skipped") if outcome.get(key)]
-    if "copy" in outcome:
-        words.append(f"copy {outcome['copy']['gb_per_s']:.0f} GB/s")
-    words += [f"{name} {row['tflop_per_s']:.1f} TFLOP/s" for name, row in outcome.get("products", {}).items()]
-    for title, rows in outcome.get("tables", {}).items():
-        if rows and "seconds" in rows[0]:
-            speed = f"{1e3 * rows[0]['seconds']:.2f} ms, {rows[0]['tera_per_s']:.2f} T/s"
-            places = [f"number {1 + index} of {len(rows)}" for index, row in enumerate(rows) if row["in_use"]]
-            best = rows[0]["candidate"]
-            best = "x".join(map(str, best.values())) if isinstance(best, dict) else best
-            words.append(f"\n    {title}: {speed} by {best}; in use: {''.join(places) or 'none of these'}")
-    for row in outcome.get("kernels", [])[:6]:
-        words.append(f"\n    {row['milliseconds']:9.3f} ms {row['share']:6.1%}  {row['name'][:80]}")
-    if outcome["status"] in ("failed", "out of time"):
-        words.append("\n    " + outcome["end_of_log"][-600:].replace("\n", "\n    "))
+    result = outcome.get("result", {})
+    words += [str(value) for value in (outcome.get("reason"), *(result.get(key) for key in ("gpu", "reason"))) if value]
+    words += [f"{result[key]} {key}" for key in ("passed", "failed", "error", "skipped") if result.get(key)]
+    words += [f"\n    unsuccessful: {test}" for test in result.get("unsuccessful", [])[:12]]
+    if "copy" in result:
+        words.append(f"copy {result['copy']['gb_per_s']:.0f} GB/s")
+        for title, row in result.get("products", {}).items():
+            words.append(f"{title} {row['tflop_per_s']:.1f} TFLOP/s")
+    if name.startswith(("candidate", "try")):
+        shown = ("median_ms", "products", "errors", "registers", "spills", "pieces", "error")
+        words += [f"{key} {_short(result[key])}" for key in shown if key in result]
+    for case in result.get("cases", []):
+        for row in case["rows"]:
+            figures = row.get("reason") or f"{1e3 * row['median']:8.2f} ms {row['products']:6.2f}"
+            memory = f" {row['extra_bytes'] / 2**20:7.0f} MiB" if "extra_bytes" in row else ""
+            words.append(f"\n    {row['contender']:28} {figures}{memory}")
+    for op, found in result.get("ops", {}).items():
+        words.append(f"\n    {op}: {found['total_milliseconds']:.1f} ms")
+        for row in found["kernels"][:7]:
+            words.append(f"\n    {row['milliseconds']:9.3f} ms {row['share']:6.1%}  {row['name'][:80]}")
+    if outcome["status"] not in ("ok", "skipped", "not reached"):
+        words.append("\n    " + outcome["end_of_log"][-500:].replace("\n", "\n    "))
     return "  ".join(words)
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_short(entry)}" for key, entry in value.items())
+    return str(value)[:200]
+
+
+def _key(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _replace(file: Path, content: bytes) -> None:
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_bytes(content)
     partial.replace(file)
 
 
@@ -558,14 +418,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench/gpu.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results and logs go")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="the benchmark of tiny shapes only")
+    parser.add_argument("--call", type=int, choices=[1, 2], default=1, help="which plan; default 1")
+    parser.add_argument("--seconds", type=float, help="for all steps together; default 470, of --call 2: 170")
     parser.add_argument(
         "--wheels", type=Path, metavar="DIR", help="wheels of peers, installed without their dependencies"
     )
-    usual = [step for step in LIMITS if step not in ON_REQUEST]
-    parser.add_argument("--steps", nargs="+", choices=list(LIMITS), default=usual, help="only these")
-    for hidden in ("--child", "--result", "--work"):
-        parser.add_argument(hidden, type=str if hidden == "--child" else Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs="+", metavar="WORD", help="only steps with such a word in their name")
     return parser
 
 

@@ -22,8 +22,9 @@ import torch
 from repirl_kernels import choose_backend, native
 
 from bench.cases import DTYPES, PROFILES, SHAPES, TASKS, Case
-from bench.contenders import CONTENDERS, Contender, versions
+from bench.contenders import CONTENDERS, Contender, preload, versions
 from bench.measure import errors_of, memory_of, reason_of, spread, times_of, truth_of
+from bench.turns import wait_for_turn
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = "python -m bench.run " + shlex.join(sys.argv[1:] if arguments is None else list(arguments))
     result: dict[str, Any] = {**_environment(device), "command": command.strip(), "profile": profile, "cases": []}
+    preload(contenders, device)
+    wait_for_turn()
     for case in cases:
         measured = measure_case(case, contenders, device, options.seconds, memory_only=profile == "memory")
         result["cases"].append(measured)
@@ -163,6 +166,7 @@ def _selected(case: Case, options: argparse.Namespace) -> bool:
         and (not options.dtype or case.dtype in options.dtype)
         and (not options.task or case.task in options.task)
         and (not options.rows or case.num_rows in options.rows)
+        and (not options.only or case.name in options.only)
     )
 
 
@@ -174,6 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", type=int, help="only cases with these numbers of rows")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="only these dtypes")
     parser.add_argument("--task", nargs="+", choices=list(TASKS), help="only these tasks")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="only the cases of these names, as the tables have them"
+    )
     parser.add_argument("--peers", nargs="+", metavar="WORD", help="only contenders with such a word in their name")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each contender and case; default 3")

@@ -65,6 +65,16 @@ SHAPES = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 8192,
     },
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+    },
     "tiny": {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -343,7 +353,8 @@ def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[s
     for turn in range(options.rounds):
         first = turn == 0 and case == next(iter(CASES))
         for name in CONTENDERS if turn % 2 == 0 else reversed(CONTENDERS):
-            extra = (["--rollout"] if first else []) + (["--prm"] if first and name == "ours" else [])
+            extra = ["--rollout"] if first and not options.no_rollout else []
+            extra += ["--prm"] if first and name == "ours" else []
             rounds[name].append(run_child(name, case, folder, options, extra))
     equal = CASES[case][0]
     rollouts = json.loads((folder / f"rollouts_{'equal' if equal else 'spread'}.json").read_text())
@@ -431,6 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=96, help="longest prompt")
     parser.add_argument("--response", type=int, default=160, help="longest response")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--no-rollout", action="store_true", help="sampling is not timed: it takes the longest")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", metavar="FILE", help="results; the table goes beside it")
     for name in ("--child", "--recorded", "--out"):
