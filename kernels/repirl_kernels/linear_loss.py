@@ -194,9 +194,12 @@ def _plan(
     return num_chunks, _Memory(buffer, weight_sum, dweight)
 
 
-@torch.compiler.assume_constant_result
 def _has_own_buffer(device: str, dtype: torch.dtype, backend: str | None) -> bool:
     return choose_backend(device, dtype, backend) == "native" and native.has_products(dtype)
+
+
+# What torch.compiler.assume_constant_result does; that decorator imports the whole compiler.
+_has_own_buffer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
