@@ -1,19 +1,22 @@
 """Everything that needs a GPU, on a machine that has nothing but one and PyTorch, within the minutes that there are.
 
-    python bench/gpu.py --out DIR [--wheels DIR] [--call 1]     at most 480 s: tests, benchmarks, candidates, a profile
-    python bench/gpu.py --out DIR [--wheels DIR] --call 2       at most 180 s: the headline cases once more
+    python bench/gpu.py wheels --to WHEELS                       beforehand, with network: see bench/gpu_wheels.py
+    python bench/gpu.py --out DIR [--wheels WHEELS] [--call 1]   at most 480 s: tests, benchmark, candidates, a profile
+    python bench/gpu.py --out DIR [--wheels WHEELS] --call 2     at most 180 s: the headline cases once more
 
-No network is needed. What is most telling comes first. Every step is a process of its own with a time limit, so one
-that dies, hangs or is cut short costs the others nothing; what it has recorded by then counts. ``DIR`` gets three
-files, each written again every two seconds: ``gpu.json`` (all steps), ``ops.json`` (the benchmark, as ``bench.run``
-writes it) and ``logs.tar.gz``. No process outlives this one, however it ends. ``--device cpu`` runs what can run
-without a GPU, on tiny shapes, to try the script itself.
+No network is needed to run. What is most telling comes first: the tests and the headline cases are reached even if
+every step takes as long as it may, what follows only if they do not. Every step is a process of its own with a time
+limit, so one that dies, hangs or is cut short costs the others nothing; what it has recorded by then counts. ``DIR``
+gets three files, each written again every two seconds: ``gpu.json`` (all steps), ``ops.json`` (the benchmark, as
+``bench.run`` writes it) and ``logs.tar.gz``. No process outlives this one, however it ends. ``--device cpu`` runs what
+can run without a GPU, on tiny shapes, to try the script itself.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,15 +33,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if os.fspath(ROOT) not in sys.path:  # as a script, its own folder is what Python looks in
     sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "kernels")]
 
+from bench import gpu_wheels  # noqa: E402
 from bench.turns import VARIABLE, go_file, ready_file  # noqa: E402
 
-RESULT = "{result}"
+# In a step's arguments: the file of its results, and the folder of what is installed.
+RESULT, INSTALLED = "{result}", "{installed}"
 # A step that has less time than this left is not begun.
 SHORTEST = 8.0
 WRITE_EVERY = 2.0
 MAX_RUNNING = 12
-# Of the steps that take turns, how many are loaded at the same time, and how long one may wait for its turn.
+# Of the steps that take turns, how many are loaded at the same time, and the seconds that loading may take.
 MAX_LOADED = 5
+LONGEST_LOADING = 180.0
 # Of bench/candidates.py, most telling first.
 CANDIDATES = (
     "forward-pointer",
@@ -46,7 +52,6 @@ CANDIDATES = (
     "forward-gluon-128x256x64x4",
     "forward-cublas-32",
     "dlogits-pointer-128",
-    "dlogits-quarters-128",
     "dlogits-tma-128",
     "dlogits-tmastore-128",
     "products-128",
@@ -55,7 +60,6 @@ CANDIDATES = (
     "backward-256",
     "backward-512",
     "forward-flat-128x256x64x3",
-    "forward-flat-256x128x64x3",
     "forward-flat-128x128x64x4",
     "forward-cublas-64",
     "forward-cublas-16",
@@ -63,8 +67,7 @@ CANDIDATES = (
     "dlogits-tma-256",
     "forward-nested-128x256x64x4",
 )
-CANDIDATES_ON_CPU = ("forward-pointer", "forward-flat-128x256x64x4", "dlogits-quarters-128")
-LONGEST_LOADING = 180.0
+CANDIDATES_ON_CPU = ("forward-pointer", "forward-flat-128x256x64x4", "dlogits-tma-128")
 
 # Runs a command in its own process group, and ends that group when the reading end of the pipe closes: then the process
 # that started it is gone.
@@ -83,7 +86,7 @@ sys.exit(process.returncode if process.returncode >= 0 else 128 - process.return
 
 
 class Step(NamedTuple):
-    """A command of Python, in which ``RESULT`` stands for the file of its results, and the seconds it may take."""
+    """A command of Python, and the seconds it may take."""
 
     name: str
     arguments: tuple[str, ...]
@@ -92,9 +95,14 @@ class Step(NamedTuple):
     needs_gpu: bool = False
     takes_turns: bool = False
     """Whether it calls ``wait_for_turn`` (``bench/turns.py``): of these, one at a time has the GPU."""
+    after: str = ""
+    """A step without whose success this one is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["wheels"]:
+        return gpu_wheels.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or {1: 470.0, 2: 170.0}[options.call]
@@ -108,13 +116,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit("gpu.py: ended by a signal"))
     with tempfile.TemporaryDirectory() as work:
-        runner = Runner(options, Path(work), sys.argv[1:] if arguments is None else arguments)
+        runner = Runner(options, Path(work), arguments)
         try:
-            for stage in stages:
+            for stage in [installs(options.wheels), *stages]:
                 runner.run(stage)
         finally:
             runner.close()
     return int(any(step["status"] not in ("ok", "skipped") for step in runner.results["steps"].values()))
+
+
+def installs(folder: Path | None) -> list[Step]:
+    """Unpack peers from wheels, and from archives of packages that are too large as wheels."""
+    files = sorted(folder.iterdir()) if folder else []
+    wheels = tuple(os.fspath(file.resolve()) for file in files if file.suffix == ".whl")
+    words = ("-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--quiet", "--target", INSTALLED)
+    steps = [Step("install wheels", words + wheels, 25)] * bool(wheels)
+    code = "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='fully_trusted')"
+    for file in files:
+        if file.name.endswith(".tar.xz"):
+            steps.append(Step(f"install {file.name}", ("-c", code, os.fspath(file.resolve()), INSTALLED), 25))
+    return steps
 
 
 def plan(options: argparse.Namespace) -> list[list[Step]]:
@@ -130,45 +151,51 @@ def plan(options: argparse.Namespace) -> list[list[Step]]:
         words = ("-m", "bench.run", *here, *profile, "--only", only, "--peers", *peers.split(), "--json", RESULT)
         return Step(f"benchmark {only}{of}", words, limit, takes_turns=True)
 
-    def candidate(name: str, limit: float, *sizes: int, kind: str = "candidate") -> Step:
-        sizes = sizes if gpu else (20, 64, 99)
+    def candidate(name: str, limit: float, *sizes: int, first_try: bool = False) -> Step:
+        sizes = sizes if gpu else (20, 64, 104)
         words = ("-m", "bench.candidates", name, *here, "--json", RESULT)
         words += tuple(f"--{axis}={size}" for axis, size in zip(("rows", "features", "columns"), sizes, strict=True))
-        return Step(f"{kind} {name}", words, limit, takes_turns=kind == "candidate")
+        if first_try:
+            return Step(f"try {name}", words, limit)
+        return Step(f"candidate {name}", words, limit, takes_turns=True, after=f"try {name}" if gpu else "")
 
+    largest, qwen = "4096x131072 16384x4096x131072 bf16", "Qwen2.5-3B 8192x2048x151936 bf16"
+    if options.call == 2:
+        peers = "ours eager liger"
+        return [
+            [child("machine", 20)],
+            [case(f"{largest} policy+entropy", 65, peers), case(f"{qwen} policy+entropy", 55, peers)],
+        ]
     # Liger's kernels are compiled when they are first used: beside ours alone, so that nobody waits for them.
     headline = [
-        case("4096x131072 16384x4096x131072 bf16 policy+entropy", 60, "ours eager trl"),
-        case("4096x131072 16384x4096x131072 bf16 policy+entropy", 80, "ours liger", of=", beside Liger"),
-        case("4096x131072 16384x4096x131072 bf16 score", 40, "ours eager trl"),
-        case("Qwen2.5-3B 8192x2048x151936 bf16 policy+entropy", 45, "ours eager trl"),
+        case(f"{largest} policy+entropy", 60, "ours eager trl"),
+        case(f"{largest} policy+entropy", 80, "ours liger", of=", beside Liger"),
+        case(f"{largest} score", 40, "ours eager trl"),
+        case(f"{qwen} policy+entropy", 45, "ours eager trl"),
+        case("Llama-3-8B 8192x4096x128256 bf16 policy+entropy, 60% masked", 40, "ours trl"),
+        case("Llama-3-8B 8192x4096x128256 bf16 logits", 35, "ours eager trl"),
     ]
     if not gpu:
         headline = [case("tiny 32x64x1000 fp32 policy+entropy", 60, "ours eager")]
+    more = [
+        case(f"{largest} sft", 60, "ours eager liger cut"),
+        case("SmolLM2-135M 65536x576x49152 bf16 policy+entropy", 40, "ours eager trl"),
+    ]
     # In bfloat16 with float32 weights; sampling is left out, as it takes the longest.
     update = ("-m", "bench.trainers", *here, "--shape", "qwen3-0.6b", "--compute-dtype", "bfloat16", "--no-rollout")
     update += ("--prompt", "512", "--response", "1024", "--rounds", "1", "--cases", "spread lengths")
-    trainers = Step("trainers", (*update, "--json", RESULT), 110, needs_gpu=True)
-    if options.call == 2:
-        return [[child("machine", 25)], headline, [trainers]]
     return [
         [child("machine", 30)],
-        # The candidates are compiled meanwhile, all at once; what hangs is known then.
+        # The candidates are compiled meanwhile, all at once, and those that fail or hang are left out afterwards.
         [child("tests", 100 if gpu else 240)]
-        + [candidate(name, 60, 512, 256, 4096, kind="try") for name in CANDIDATES if gpu],
+        + [candidate(name, 90, 512, 256, 4096, first_try=True) for name in CANDIDATES if gpu],
         headline,
         [candidate(name, 25, 16384, 4096, 131072) for name in (CANDIDATES if gpu else CANDIDATES_ON_CPU)],
         [child("profile", 30)],
         [child("counters", 30, needs_gpu=True)],
         [child("large", 60, needs_gpu=True), child("training", 90, needs_gpu=True)],
-        [
-            case("Llama-3-8B 8192x4096x128256 bf16 policy+entropy, 60% masked", 40, "ours trl"),
-            case("Llama-3-8B 8192x4096x128256 bf16 logits", 35, "ours eager trl"),
-            case("4096x131072 16384x4096x131072 bf16 sft", 60, "ours eager liger cut"),
-            case("SmolLM2-135M 65536x576x49152 bf16 policy+entropy", 40, "ours eager trl"),
-        ]
-        * gpu,
-        [trainers],
+        [Step("trainers", (*update, "--json", RESULT), 110, needs_gpu=True)],
+        more * gpu,
     ]
 
 
@@ -199,7 +226,6 @@ class Runner:
         self._running: dict[str, Running] = {}
         self._written = 0.0
         self.environment = self._environment()
-        self._install_wheels()
 
     def run(self, stage: Sequence[Step]) -> None:
         """Run the steps of a stage side by side; those that take turns are loaded a few ahead."""
@@ -210,8 +236,11 @@ class Runner:
                 waiting and len(self._running) < MAX_RUNNING and not (waiting[0].takes_turns and loading >= MAX_LOADED)
             ):
                 step = waiting.pop(0)
+                before = self.results["steps"].get(step.after, {}).get("status", "ok")
                 if step.needs_gpu and self.options.device == "cpu":
                     self._finish(step.name, {"status": "skipped", "reason": "needs a GPU"})
+                elif before != "ok":
+                    self._finish(step.name, {"status": "skipped", "reason": f"{step.after}: {before}"})
                 elif self._time_left() < SHORTEST:
                     self._finish(step.name, {"status": "not reached", "reason": "no time was left"})
                 else:
@@ -229,17 +258,22 @@ class Runner:
         return self.deadline - time.monotonic() - 2
 
     def _give_turn(self) -> None:
-        """To the first step that is ready, if no other has it; the seconds before its turn do not count."""
+        """To the first step that is ready, if no other has it. Waiting for it counts towards no limit of the step."""
         takers = [running for running in self._running.values() if running.step.takes_turns]
-        if any(running.has_turn for running in takers):
+        ready = [running for running in takers if ready_file(self._prefix(running.step)).exists()]
+        for running in ready:
+            if not running.has_turn:
+                running.deadline = math.inf
+        if not ready or any(running.has_turn for running in takers):
             return
-        for running in takers:
-            if ready_file(self._prefix(running.step)).exists():
-                running.start = time.monotonic()
-                running.deadline = running.start + min(running.step.limit, self._time_left())
-                running.has_turn = True
-                go_file(self._prefix(running.step)).touch()
-                return
+        first = ready[0]
+        if self._time_left() < SHORTEST:
+            self._end(first.step.name, "not reached")
+            return
+        first.start = time.monotonic()
+        first.deadline = first.start + min(first.step.limit, self._time_left())
+        first.has_turn = True
+        go_file(self._prefix(first.step)).touch()
 
     def close(self) -> None:
         """End what runs, and write the files once more."""
@@ -272,10 +306,9 @@ class Runner:
         _replace(out / "logs.tar.gz", archive.getvalue())
 
     def _environment(self) -> dict[str, str]:
-        archives = self.work / "archives"
         # nvidia-cutlass-dsl puts its second folder on the path by a .pth file, which is read in site-packages only.
-        paths = [self.work / "wheels", archives, archives / "nvidia_cutlass_dsl" / "dsl_packages"]
-        paths += [ROOT / "kernels", ROOT]
+        installed = self.work / "installed"
+        paths = [installed, installed / "nvidia_cutlass_dsl" / "dsl_packages", ROOT / "kernels", ROOT]
         given = os.environ.get("PYTHONPATH")
         environment = {
             **os.environ,
@@ -289,31 +322,14 @@ class Runner:
             environment |= {"TRITON_INTERPRET": "1"}
         return environment
 
-    def _install_wheels(self) -> None:
-        """Peers from wheels, and from archives of packages that are too large as wheels."""
-        found = sorted(self.options.wheels.iterdir()) if self.options.wheels else []
-        wheels = [file for file in found if file.suffix == ".whl"]
-        archives = [file for file in found if file.name.endswith(".tar.xz")]
-        installs = []
-        with (self.work / "wheels.log").open("w") as log:
-            if wheels:
-                target = ["--no-compile", "--quiet", "--target", self.work / "wheels", *wheels]
-                installs.append([sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", *target])
-            for archive in archives:
-                code = "import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter='fully_trusted')"
-                installs.append([sys.executable, "-c", code, archive, self.work / "archives"])
-            running = [subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) for command in installs]
-            codes = [process.wait() for process in running]
-        if installs:
-            self.results["wheels"] = {"names": [file.name for file in wheels + archives], "installed": not any(codes)}
-
     def _prefix(self, step: Step) -> str:
         return os.fspath(self.work / _key(step.name))
 
     def _start(self, step: Step) -> None:
         key = _key(step.name)
         environment = {**self.environment, VARIABLE: self._prefix(step)} if step.takes_turns else self.environment
-        words = [os.fspath(self.work / f"{key}.json") if word == RESULT else word for word in step.arguments]
+        places = {RESULT: self.work / f"{key}.json", INSTALLED: self.work / "installed"}
+        words = [os.fspath(places.get(word, word)) for word in step.arguments]
         supervisor = [sys.executable, "-I", "-S", "-c", SUPERVISOR, str(self._lifeline[0]), sys.executable, *words]
         with (self.work / f"{key}.log").open("w") as log:
             process = subprocess.Popen(
@@ -346,7 +362,7 @@ class Runner:
         outcome: dict[str, Any] = {
             "status": status,
             "seconds": round(time.monotonic() - start, 1),
-            "limit": round(deadline - start, 1),
+            "limit": round(deadline - start, 1) if deadline < math.inf else None,
             "command": " ".join(["python", *step.arguments]),
             **self._recorded(name),
         }
@@ -420,9 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--call", type=int, choices=[1, 2], default=1, help="which plan; default 1")
     parser.add_argument("--seconds", type=float, help="for all steps together; default 470, of --call 2: 170")
-    parser.add_argument(
-        "--wheels", type=Path, metavar="DIR", help="wheels of peers, installed without their dependencies"
-    )
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="what `wheels --to DIR` gathered; default: nothing")
     parser.add_argument("--steps", nargs="+", metavar="WORD", help="only steps with such a word in their name")
     return parser
 
