@@ -1,4 +1,7 @@
-"""Fused token-statistics ops for language-model losses; see the README beside this package."""
+"""Fused token-statistics ops for language-model losses; see README.md in this package."""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
 
 from repirl_kernels.linear_loss import TokenLoss, linear_token_loss
 from repirl_kernels.losses import (
@@ -27,6 +30,12 @@ from repirl_kernels.segments import (
     self_normalize,
     sequence_ids,
 )
+
+try:
+    __version__ = _version("repirl")  # of the distribution that holds this package
+except _PackageNotFoundError:
+    # Run from the sources, where nothing could be installed.
+    __version__ = "unknown"
 
 __all__ = [
     "Coefficients",

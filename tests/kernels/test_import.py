@@ -1,0 +1,92 @@
+"""What ``import repirl_kernels`` brings along, and what the package says of itself."""
+
+import importlib.metadata
+import importlib.resources
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import repirl_kernels
+import torch
+from repirl_kernels import linear_token_loss
+
+import repirl
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "repirl_kernels.triton", "triton", "sympy")
+
+
+def newly_imported(code: str) -> set[str]:
+    """Modules that are loaded after PyTorch, by Python's own account."""
+    command = [sys.executable, "-X", "importtime", "-c", f"import torch; {code}"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    names = [line.rsplit("|", 1)[1].strip() for line in report.splitlines() if line.startswith("import time:")]
+    assert "torch" in names
+    return set(names[names.index("torch") + 1 :])
+
+
+def test_the_import_adds_no_package_to_pytorchs():
+    """Python's own modules aside; time would tell less, as a machine's disk and load decide it."""
+    before = newly_imported("pass")
+    names = newly_imported("import repirl_kernels") - before
+    assert "repirl_kernels.ops" in names
+    packages = {name.split(".")[0] for name in names}
+    assert packages - set(sys.stdlib_module_names) <= {"repirl_kernels", "torch"}
+    assert [name for name in names if name.startswith(HEAVY)] == []
+
+
+def test_the_account_finds_what_is_heavy():
+    names = newly_imported("torch.compiler.assume_constant_result(lambda: None)")
+    assert "torch._dynamo" in names
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_the_loss_is_one_graph_without_the_compilers_decorator(backend):
+    """On any other path the choice of the memory would be a break in it."""
+    hidden, weight, targets = torch.randn(7, 16), torch.randn(33, 16), torch.randint(33, (7,))
+
+    def loss(hidden, weight):
+        return linear_token_loss(hidden, weight, targets, lambda stats, rows: -stats.logprob, backend=backend).loss
+
+    found = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        function(*leaves).backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_one_version():
+    assert repirl_kernels.__version__ == repirl.__version__ == importlib.metadata.version("repirl")
+
+
+def test_the_sources_alone_have_no_version():
+    code = (
+        "import importlib.metadata as m\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "import repirl_kernels\n"
+        "print(repirl_kernels.__version__)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "unknown\n"
+
+
+def test_the_readme_is_in_the_package():
+    assert "README.md in this package" in repirl_kernels.__doc__
+    text = (Path(repirl_kernels.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert text == (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_wheel_holds_the_readme_and_no_tests(tmp_path):
+    pytest.importorskip("scikit_build_core")
+    code = "import scikit_build_core.build as b, sys; b.build_wheel(sys.argv[1], {'wheel.cmake': 'false'})"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        assert files.read("repirl_kernels/README.md").startswith(b"# repirl_kernels\n")
+    assert "repirl_kernels/py.typed" in names
+    packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert packages == {"repirl", "repirl_kernels"}
