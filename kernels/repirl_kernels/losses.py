@@ -17,6 +17,8 @@ from torch import Tensor
 
 from repirl_kernels.segments import (
     check_choice,
+    check_finite,
+    check_number,
     check_packed,
     irl_coefficients,
     log_importance_weights,
@@ -70,9 +72,12 @@ def token_rewards(
     | `logprob`  | logprob_t                                        | logprob                             |
     | `implicit` | beta (logprob_t - ref_logprob_t)                 | logprob, ref_logprob                |
 
-    ValueError for an unknown kind or a missing input.
+    What is NaN or infinite stays so: `log_importance_weights` refuses it, and takes -inf.
+
+    ValueError for an unknown kind, a missing input, or a gamma or beta out of range.
     """
     check_choice("kind", kind, REWARD_KINDS)
+    check_number("beta", beta)
     if kind == "value":
         return _needed(kind, "value", value)
     if kind == "logit":
@@ -109,6 +114,7 @@ def policy_loss(
     entropy: Tensor | None = None,
     sampler_logprob: Tensor | None = None,
     ref_logprob: Tensor | None = None,
+    row_mask: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     sampler_ratio_cap: float | None = None,
@@ -123,33 +129,54 @@ def policy_loss(
 
     logprob is the trained policy's, old_logprob what the trainer computed before the update, sampler_logprob
     what the engine that sampled reported; the last ratio corrects for their mismatch and is off where the cap
-    is None. All [T]. Gradients flow through logprob and entropy only.
+    is None. All [T]. Gradients flow through logprob and entropy only. Rows where row_mask [T] is false may hold
+    anything: their loss is 0, they pass no gradient, and ratio and sampler_ratio are 1.
 
     KL_t estimates KL(pi || pi_ref) from d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d.
     As a loss, k1's own derivative has mean zero under pi and would do nothing, so k1 carries the
     score-function gradient d * grad logprob: on policy it and k2's (the same) are unbiased for the gradient
     of KL(pi || pi_ref), and k3's is that of KL(pi_ref || pi).
 
-    ValueError for unequal shapes, options out of range, or a term that is switched on without its input.
+    What is known beforehand has to be finite in the rows that count: old_logprob, advantage, ref_logprob, and, where
+    the cap is set, sampler_logprob (engines report NaN for tokens near probability 1: put old_logprob there). What is
+    trained may be NaN or infinite, and so is the loss then, by which trainers know an update that is to be skipped.
+
+    ValueError for such values (not under `torch.compile`, `torch.func` or in the capture of a CUDA graph, where none
+    can be read), unequal shapes, options out of range, or a term that is switched on without its input.
     """
     check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     inputs = {"old_logprob": old_logprob, "advantage": advantage, "entropy": entropy}
-    inputs |= {"sampler_logprob": sampler_logprob, "ref_logprob": ref_logprob}
+    inputs |= {"sampler_logprob": sampler_logprob, "ref_logprob": ref_logprob, "row_mask": row_mask}
     for name, tensor in inputs.items():
         if tensor is not None and tensor.shape != logprob.shape:
-            raise ValueError(
-                f"{name} must have logprob's shape {tuple(logprob.shape)}, got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must have logprob's shape {tuple(logprob.shape)}, got {tuple(tensor.shape)}")
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(f"clip_low must lie in [0, 1], got {clip_low!r}")
     if not clip_high >= 0.0:
         raise ValueError(f"clip_high must be at least 0, got {clip_high!r}")
     if sampler_ratio_cap is not None and not sampler_ratio_cap > 0.0:
-        raise ValueError(
-            f"sampler_ratio_cap must be positive, or None for no correction; got {sampler_ratio_cap!r}"
-        )
+        raise ValueError(f"sampler_ratio_cap must be positive, or None for no correction; got {sampler_ratio_cap!r}")
+    check_number("entropy_coefficient", entropy_coefficient)
+    check_number("kl_coefficient", kl_coefficient)
+    if row_mask is not None and row_mask.dtype != torch.bool:
+        raise TypeError(f"row_mask must be bool, got {row_mask.dtype}")
 
     advantage = advantage.detach().to(logprob.dtype)
+    check_finite(
+        row_mask,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        sampler_logprob=None if sampler_ratio_cap is None else sampler_logprob,
+        ref_logprob=ref_logprob,
+    )
+    if row_mask is not None:
+        logprob, old_logprob, advantage = (
+            torch.where(row_mask, values, 0.0) for values in (logprob, old_logprob, advantage)
+        )
+        entropy, sampler_logprob, ref_logprob = (
+            None if values is None else torch.where(row_mask, values, 0.0)
+            for values in (entropy, sampler_logprob, ref_logprob)
+        )
     ratio = (logprob - old_logprob.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     unclipped = ratio * advantage
     bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
@@ -230,12 +257,13 @@ def irl_token_loss(
     """Second pass of the IRL gradient: c_t r_t + reward_l2 r_t^2 / num_tokens, [T]; its sum is to be
     differentiated.
 
-    coefficient [T] from `segments.irl_coefficients`; num_tokens of the whole batch, experts and rollouts.
+    coefficient [T] from `segments.irl_coefficients`; num_tokens of the whole batch, experts and rollouts. ValueError
+    for unequal shapes and for coefficients that are NaN or infinite; where a reward is, so is the loss.
     """
     if coefficient.shape != reward.shape:
-        raise ValueError(
-            f"coefficient must have reward's shape {tuple(reward.shape)}, got {tuple(coefficient.shape)}"
-        )
+        raise ValueError(f"coefficient must have reward's shape {tuple(reward.shape)}, got {tuple(coefficient.shape)}")
+    check_number("reward_l2", reward_l2)
+    check_finite(coefficient=coefficient)
     loss = coefficient.detach().to(reward.dtype) * reward
     if reward_l2 != 0.0:
         if num_tokens is None or num_tokens < 1:
@@ -294,9 +322,7 @@ def irl_loss(
     if smooth == "psis":
         shaped = pareto_smooth(shaped, log_weights.bucket_ids)[0]
     weights = self_normalize(shaped, log_weights.bucket_ids, truncate=truncate)
-    coefficients = irl_coefficients(
-        weights, log_weights, policy_cu_seqlens, expert_cu_seqlens, normalize=normalize
-    )
+    coefficients = irl_coefficients(weights, log_weights, policy_cu_seqlens, expert_cu_seqlens, normalize=normalize)
     expert_term = (coefficients.expert * expert_reward.double()).sum()
     if kind in ("trajectory", "token") and smooth == "none" and truncate is None:
         log_z = log_partition(log_weights.log_weight, log_weights.bucket_ids) / log_weights.alpha

@@ -84,6 +84,36 @@ def check_packed(cu_seqlens: Tensor, **values: Tensor | None) -> None:
             )
 
 
+def check_finite(row_mask: Tensor | None = None, **values: Tensor | None) -> None:
+    """ValueError that names the first value that is NaN or infinite in a row that counts; one read for all of them.
+
+    Nothing is read where that would end a graph or a transform: under `torch.compile`, `torch.func` and while a CUDA
+    graph is captured.
+    """
+    given = {name: value.detach() for name, value in values.items() if value is not None}
+    if torch.compiler.is_compiling() or not given or torch._C._are_functorch_transforms_active():
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    wrong = {name: ~value.isfinite() for name, value in given.items()}
+    if row_mask is not None:
+        wrong = {name: rows & row_mask for name, rows in wrong.items()}
+    found = torch.stack([rows.any() for rows in wrong.values()]).tolist()
+    for name in [name for name, is_wrong in zip(wrong, found, strict=True) if is_wrong]:
+        first = tuple(wrong[name].nonzero()[0].tolist())
+        index = first[0] if len(first) == 1 else first
+        raise ValueError(
+            f"{name} must be finite; {int(wrong[name].sum())} values are not, first {float(given[name][first])} at "
+            f"index {index}"
+        )
+
+
+def check_number(name: str, value: float) -> None:
+    """ValueError unless the option is finite."""
+    if not abs(value) < math.inf:
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
 def sequence_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
     """The sequence of each token, [T] int64. `num_tokens`, if known, spares a device synchronisation."""
     index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
@@ -241,15 +271,11 @@ def log_importance_weights(
     check_choice("kind", kind, WEIGHT_KINDS)
     check_packed(cu_seqlens, reward=reward, sampler_logprob=sampler_logprob, base_logprob=base_logprob)
     if not 0.0 < temper <= 1.0:
-        raise ValueError(
-            f"temper must lie in (0, 1] (weights that are all equal: kind='uniform'), got {temper!r}"
-        )
+        raise ValueError(f"temper must lie in (0, 1] (weights that are all equal: kind='uniform'), got {temper!r}")
     if target_ess is not None and not 0.0 < target_ess <= 1.0:
         raise ValueError(f"target_ess must lie in (0, 1], a fraction of the samples; got {target_ess!r}")
     if target_ess is not None and temper != 1.0:
-        raise ValueError(
-            f"give temper or target_ess, not both; got temper={temper!r}, target_ess={target_ess!r}"
-        )
+        raise ValueError(f"give temper or target_ess, not both; got temper={temper!r}, target_ess={target_ess!r}")
     groups, num_groups = _dense_ids(group_ids, cu_seqlens, group_by)
     lengths = cu_seqlens.diff().long()
     token_groups = groups.repeat_interleave(lengths)
@@ -406,9 +432,7 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
     if bucket_ids is None:
         bucket_ids = torch.zeros(raw.shape, dtype=torch.int64, device=raw.device)
     if bool((raw.isnan() | (raw == math.inf)).any()):
-        raise ValueError(
-            "log_weight holds NaN or +inf; smoothing needs finite weights (or -inf for weight 0)"
-        )
+        raise ValueError("log_weight holds NaN or +inf; smoothing needs finite weights (or -inf for weight 0)")
     num_buckets = _num_buckets(bucket_ids)
     k_hat = torch.full((num_buckets,), math.nan, dtype=torch.float64, device=raw.device)
     if num_buckets == 0:
@@ -492,7 +516,8 @@ def irl_coefficients(
     changes nothing. For weights of sequences of one group the rollouts' side is then
     sum_j w_j R_j / sum_j w_j T_j with the denominator constant to autograd.
 
-    ValueError where a side has no tokens: the loss has no minimum without both.
+    ValueError where a side has no tokens: the loss has no minimum without both; and for weights that are NaN or
+    infinite.
     """
     check_choice("normalize", normalize, NORMALIZATIONS)
     check_packed(policy_cu_seqlens)
@@ -510,6 +535,7 @@ def irl_coefficients(
         raise ValueError(
             f"weights must have shape [E] = {tuple(log_weights.bucket_ids.shape)}, got {tuple(weights.shape)}"
         )
+    check_finite(weights=weights)
     mass = log_weights.mass[log_weights.bucket_ids]
     policy = (weights.detach().double() * mass)[element]
     num_experts = expert_cu_seqlens.numel() - 1
@@ -606,11 +632,13 @@ def rloo_advantages(
     reward may be None where its coefficient is 0. Constant to autograd.
 
     ValueError where a sequence has no other in its group to be compared with (for process rewards: no other
-    with tokens), as a baseline of 0 would silently mix raw rewards into the advantages; and for NaN or
-    infinite rewards.
+    with tokens), as a baseline of 0 would silently mix raw rewards into the advantages; and for rewards or
+    coefficients that are NaN or infinite.
     """
     check_packed(cu_seqlens, reward=reward)
     _check_gamma(gamma)
+    check_number("outcome_coefficient", outcome_coefficient)
+    check_number("process_coefficient", process_coefficient)
     groups, num_groups = _dense_ids(group_ids, cu_seqlens, "prompt")
     num_tokens = int(cu_seqlens[-1])
     ids = sequence_ids(cu_seqlens, num_tokens)
@@ -621,10 +649,8 @@ def rloo_advantages(
         if outcome is None:
             raise ValueError(f"outcome_coefficient is {outcome_coefficient!r} but outcome is None")
         if outcome.shape != lengths.shape:
-            raise ValueError(
-                f"outcome must have shape [S] = {tuple(lengths.shape)}, got {tuple(outcome.shape)}"
-            )
-        _check_finite("outcome", outcome)
+            raise ValueError(f"outcome must have shape [S] = {tuple(lengths.shape)}, got {tuple(outcome.shape)}")
+        check_finite(outcome=outcome)
         everyone = torch.ones_like(groups, dtype=torch.bool)
         baseline = _others_mean(outcome.detach().double(), everyone, groups, num_groups, group_ids)
         advantage = advantage + outcome_coefficient * (outcome.detach().double() - baseline)[ids]
@@ -632,7 +658,7 @@ def rloo_advantages(
     if process_coefficient != 0.0:
         if reward is None:
             raise ValueError(f"process_coefficient is {process_coefficient!r} but reward is None")
-        _check_finite("reward", reward)
+        check_finite(reward=reward)
         means = segment_mean(reward.detach().double(), cu_seqlens)
         baseline = _others_mean(means, lengths > 0, groups, num_groups, group_ids)
         centred = reward.detach().double() - baseline[ids]
@@ -643,9 +669,7 @@ def rloo_advantages(
     return advantage.to(torch.float64 if torch.float64 in dtypes else torch.float32)
 
 
-def _others_mean(
-    values: Tensor, counted: Tensor, groups: Tensor, num_groups: int, group_ids: Tensor
-) -> Tensor:
+def _others_mean(values: Tensor, counted: Tensor, groups: Tensor, num_groups: int, group_ids: Tensor) -> Tensor:
     """Mean of the other counted sequences of the group, [S]; 0 for a sequence that is not counted itself."""
     values = torch.where(counted, values, 0.0)
     others = _bucket_sum(counted, groups, num_groups)[groups] - counted.double()
@@ -657,12 +681,3 @@ def _others_mean(
         )
     total = _bucket_sum(values, groups, num_groups)[groups] - values
     return torch.where(counted, total / others.clamp(min=1), 0.0)
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    wrong = (~values.detach().isfinite()).nonzero()[:, 0]
-    if wrong.numel():
-        raise ValueError(
-            f"{name} must be finite; {wrong.numel()} values are not, first "
-            f"{float(values.detach()[wrong[0]])} at index {int(wrong[0])}"
-        )

@@ -73,6 +73,8 @@ def test_reward_errors() -> None:
             losses.token_rewards(kind)
     with pytest.raises(ValueError, match="gamma must lie in"):
         losses.token_rewards("soft_q", gamma=2.0)
+    with pytest.raises(ValueError, match="beta must be finite, got inf"):
+        losses.token_rewards("implicit", logprob=torch.zeros(1), ref_logprob=torch.zeros(1), beta=math.inf)
 
 
 # Policy loss ------------------------------------------------------------------------------------------------
@@ -179,6 +181,95 @@ def test_policy_loss_survives_a_policy_far_away() -> None:
     assert far.grad.isfinite().all()
 
 
+BEFOREHAND = ("old_logprob", "advantage", "sampler_logprob", "ref_logprob")
+ALL_TERMS = {"sampler_ratio_cap": 2.0, "entropy_coefficient": 0.01, "kl_coefficient": 0.1}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", BEFOREHAND)
+def test_what_is_known_beforehand_has_to_be_finite(name: str, value: float) -> None:
+    inputs = policy_inputs()
+    inputs[name][[7, 30]] = value
+    expected = rf"^{name} must be finite; 2 values are not, first {value} at index 7$"
+    with pytest.raises(ValueError, match=expected):
+        losses.policy_loss(**inputs, **ALL_TERMS)
+    matrix = {key: values.view(6, 10) for key, values in inputs.items()}
+    with pytest.raises(ValueError, match=r"at index \(0, 7\)"):
+        losses.policy_loss(**matrix, **ALL_TERMS)
+
+
+def test_a_token_of_probability_zero_is_refused_by_name() -> None:
+    inputs = policy_inputs()
+    inputs["logprob"][3] = inputs["old_logprob"][3] = -math.inf
+    with pytest.raises(ValueError, match="old_logprob must be finite; 1 values are not, first -inf at index 3"):
+        losses.policy_loss(**inputs)
+
+
+def test_a_sampler_that_is_not_asked_may_report_anything() -> None:
+    inputs = policy_inputs()
+    expected = losses.policy_loss(**inputs).loss
+    inputs["sampler_logprob"][:] = math.nan
+    close(losses.policy_loss(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("name", ["logprob", "entropy"])
+def test_what_is_trained_makes_the_loss_nan_and_is_not_refused(name: str) -> None:
+    """Learner.step, and a gradient scaler, skip such an update."""
+    inputs = policy_inputs()
+    inputs[name][3] = math.nan
+    loss = losses.policy_loss(**inputs, **ALL_TERMS).loss
+    assert loss.isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("estimator", losses.KL_ESTIMATORS)
+def test_rows_that_do_not_count_may_hold_anything(estimator: str) -> None:
+    inputs = policy_inputs()
+    counts = torch.arange(60) % 3 > 0
+    leaves = [inputs[name].requires_grad_() for name in ("logprob", "entropy")]
+    out = losses.policy_loss(**inputs, **ALL_TERMS, kl_estimator=estimator)
+    expected = torch.autograd.grad(out.loss[counts].sum(), leaves)
+    with torch.no_grad():
+        for i, values in enumerate(inputs.values()):
+            values[~counts] = (math.nan, math.inf, -math.inf)[i % 3]
+    masked = losses.policy_loss(**inputs, **ALL_TERMS, kl_estimator=estimator, row_mask=counts)
+    for actual, other in zip(torch.autograd.grad(masked.loss.sum(), leaves), expected, strict=True):
+        close(actual, other)
+    for column, other in zip(masked, out, strict=True):
+        close(column[counts].double(), other[counts].double())
+    for column, nothing in zip(masked, (0.0, 1.0, 0.0, 0.0, 1.0, 0.0), strict=True):
+        assert (column[~counts].double() == nothing).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_policy_loss_is_one_graph(masked: bool) -> None:
+    """Where it is traced no value can be read: it does not ask, whatever the coefficients of a call are."""
+    inputs = policy_inputs()
+    leaf = inputs["logprob"].requires_grad_()
+    options = {"row_mask": torch.arange(60) % 3 > 0} if masked else {}
+    compiled = torch.compile(losses.policy_loss, fullgraph=True, backend="aot_eager")
+    for coefficient in (0.1, 0.2, 0.3):
+        terms = ALL_TERMS | {"kl_coefficient": coefficient}
+        gradients = [
+            torch.autograd.grad(function(**inputs, **options, **terms).loss.sum(), leaf)[0]
+            for function in (losses.policy_loss, compiled)
+        ]
+        close(*gradients)
+
+
+def test_policy_loss_under_transforms() -> None:
+    inputs = policy_inputs()
+    logprob = inputs.pop("logprob")
+
+    def loss(logprob: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return losses.policy_loss(logprob, **inputs, **ALL_TERMS).loss.sum()
+
+    leaf = logprob.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, inputs), leaf)
+    close(torch.func.grad(loss)(logprob, inputs), expected)
+    rows = {name: values.view(6, 10) for name, values in inputs.items()}
+    close(torch.func.vmap(torch.func.grad(loss))(logprob.view(6, 10), rows).flatten(), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -190,12 +281,21 @@ def test_policy_loss_survives_a_policy_far_away() -> None:
         ({"entropy_coefficient": 0.1}, "entropy is None"),
         ({"kl_coefficient": 0.1}, "ref_logprob is None"),
         ({"entropy": torch.zeros(3)}, r"entropy must have logprob's shape \(2,\), got \(3,\)"),
+        ({"row_mask": torch.ones(3) > 0}, r"row_mask must have logprob's shape \(2,\), got \(3,\)"),
+        ({"entropy_coefficient": math.nan}, "entropy_coefficient must be finite, got nan"),
+        ({"kl_coefficient": math.inf}, "kl_coefficient must be finite, got inf"),
     ],
 )
 def test_policy_loss_errors(options: dict, message: str) -> None:
     zero = torch.zeros(2)
     with pytest.raises(ValueError, match=message):
         losses.policy_loss(zero, zero, zero, **options)
+
+
+def test_policy_loss_refuses_a_mask_of_numbers() -> None:
+    zero = torch.zeros(2)
+    with pytest.raises(TypeError, match=r"row_mask must be bool, got torch.float32"):
+        losses.policy_loss(zero, zero, zero, row_mask=zero)
 
 
 @pytest.mark.parametrize("aggregation", losses.AGGREGATIONS)
@@ -359,6 +459,10 @@ def test_irl_loss_keeps_float32() -> None:
 def test_irl_token_loss_errors() -> None:
     with pytest.raises(ValueError, match=r"coefficient must have reward's shape \(2,\), got \(3,\)"):
         losses.irl_token_loss(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match="coefficient must be finite; 1 values are not, first nan at index 1"):
+        losses.irl_token_loss(torch.zeros(2), torch.tensor([0.0, math.nan]))
+    with pytest.raises(ValueError, match="reward_l2 must be finite, got nan"):
+        losses.irl_token_loss(torch.zeros(2), torch.zeros(2), reward_l2=math.nan, num_tokens=2)
     with pytest.raises(ValueError, match="reward_l2 needs num_tokens >= 1"):
         losses.irl_token_loss(torch.zeros(2), torch.zeros(2), reward_l2=0.1)
     with pytest.raises(ValueError, match="smooth must be one of"):

@@ -410,6 +410,8 @@ def test_coefficients_need_both_sides() -> None:
         segments.irl_coefficients(weights, lw, cu, cu, normalize="tokens")
     with pytest.raises(ValueError, match=r"weights must have shape \[E\]"):
         segments.irl_coefficients(weights[:1], lw, cu, cu)
+    with pytest.raises(ValueError, match="weights must be finite; 1 values are not, first inf at index 0"):
+        segments.irl_coefficients(torch.cat([torch.tensor([math.inf]), weights[1:]]), lw, cu, cu)
 
 
 def test_diagnostics() -> None:
@@ -480,6 +482,9 @@ def test_rloo_refuses_what_it_cannot_compare() -> None:
     groups = torch.tensor([4, 4, 4])
     with pytest.raises(ValueError, match=r"outcome must be finite; 1 values are not, first nan at index 1"):
         segments.rloo_advantages(torch.tensor([1.0, math.nan, 0.0]), reward, cu, groups, **both)
+    for name in both:
+        with pytest.raises(ValueError, match=f"{name} must be finite, got nan"):
+            segments.rloo_advantages(outcome, reward, cu, groups, **(both | {name: math.nan}))
     with pytest.raises(ValueError, match="outcome is None"):
         segments.rloo_advantages(None, reward, cu, groups, **both)
     with pytest.raises(ValueError, match="reward is None"):
