@@ -1,7 +1,7 @@
 """What ``import repirl_kernels`` brings along, and what the package says of itself."""
 
 import importlib.metadata
-import importlib.resources
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import repirl_kernels
 import torch
-from repirl_kernels import linear_token_loss
+from repirl_kernels import linear_token_loss, linear_token_stats
 
 import repirl
 
@@ -77,6 +77,45 @@ def test_the_readme_is_in_the_package():
     assert "README.md in this package" in repirl_kernels.__doc__
     text = (Path(repirl_kernels.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert text == (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
+def test_lora_on_the_head_trains_as_the_readme_says():
+    """Given by hand, the weight of an adapted head is the frozen one below it."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    adapter = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(adapter, model)
+    ids = torch.randint(61, (2, 9))
+    targets = ids[:, 1:]
+    leaves = [matrix.default.weight for matrix in (model.lm_head.lora_A, model.lm_head.lora_B)]
+    logits = model(ids).logits[:, :-1]
+    expected = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    hidden = model.model(ids).last_hidden_state[:, :-1]
+
+    by_hand = linear_token_stats(hidden, model.lm_head.weight, targets).logprob
+    assert not torch.allclose(by_hand, expected, atol=1e-3)
+    assert torch.autograd.grad(by_hand.sum(), leaves, retain_graph=True, allow_unused=True) == (None, None)
+
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    section = text.split("### LoRA on the head\n")[1].split("\n##")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    namespace: dict = {}
+    exec(block, namespace)
+    logprob = namespace["lora_head_stats"](model.lm_head, hidden, targets).logprob
+    torch.testing.assert_close(logprob, expected)
+    gradients = [torch.autograd.grad(found.sum(), leaves, retain_graph=True) for found in (logprob, expected)]
+    torch.testing.assert_close(*gradients)
+    model.lm_head.merge()
+    torch.testing.assert_close(linear_token_stats(hidden, model.lm_head.weight, targets).logprob, expected)
 
 
 def test_the_wheel_holds_the_readme_and_no_tests(tmp_path):
