@@ -30,6 +30,30 @@ rounding; one that cannot do a case says why.
 A run that was ended early holds the cases that it got to.
 """
 
+ON_A_GPU = """## On a GPU
+
+{measured}`bench/gpu.py` measures on a machine that has a GPU, PyTorch and Triton, and no network:
+
+    python bench/gpu.py wheels --to WHEELS                     beforehand: peers, 58 MiB; packing takes 5 to 10 minutes
+    python bench/gpu.py --out OUT --wheels WHEELS              at most 480 s
+    python bench/gpu.py --out OUT --wheels WHEELS --call 2     at most 180 s
+
+The first call measures what the card can copy and multiply, runs the ops' tests on it while the candidates compile, and
+then, most telling first: the headline cases beside their peers, the candidates at D = 4096, a profile and hardware
+counters of a step, the large shapes, the trainer's tests, a policy update beside TRL's, and further cases. The tests
+and the headline are reached even if every step takes as long as it may. The second call is the card's ceilings and the
+two largest cases beside Liger's kernel for Hopper. A step that fails, hangs or is cut short costs the others nothing.
+
+`OUT` gets three files, whole at any moment: `gpu.json` (each step with its status, seconds, limit, results and, if it
+failed, the end of its log), `ops.json` (for `bench/results`, from which this page is made) and `logs.tar.gz`.
+`--steps WORD` runs a part, and `--device cpu` tries the script itself, in about a minute.
+
+`bench/candidates.py` holds other ways to run `linear_token_stats` on a Hopper GPU: loads by TMA, one flat loop, a
+warp-specialised kernel, cuBLAS in blocks that stay in the L2 cache, other slabs. Each is compared with float64, then
+timed in turns with the bare product. `python -m bench.candidates --list` has their names,
+`python -m bench.candidates NAME` runs one.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
@@ -52,8 +76,10 @@ def page(files: list[Path], folder: Path, others: Sequence[Path] = ()) -> str:
     if others:
         links = [f"* [{title(other)}]({os.path.relpath(other, folder)})" for other in others]
         parts.append("\n".join(["Of the trainer:", "", *links, ""]))
-    for file in files:
-        result = json.loads(file.read_text())
+    results = {file: json.loads(file.read_text()) for file in files}
+    on_gpu = any(result["device"] == "cuda" for result in results.values())
+    parts.append(ON_A_GPU.format(measured="" if on_gpu else "No figure on this page was measured on a GPU.\n\n"))
+    for file, result in results.items():
         link = os.path.relpath(file, folder)
         parts.append(f"## {heading(result)}\n\n{environment(result)}\n\n`{result['command']}`: [{link}]({link})\n")
         if any("median" in row for measured in result["cases"] for row in measured["rows"]):
