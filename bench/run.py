@@ -53,8 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["cases"].append(measured)
         print(table(measured), flush=True)
         if options.json:  # after each case: a run that is cut short keeps what it has
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+            file = Path(options.json)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(file.name + ".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            partial.replace(file)
     if options.json:
         print(f"written to {options.json}")
     return 0

@@ -356,6 +356,8 @@ def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[s
             extra = ["--rollout"] if first and not options.no_rollout else []
             extra += ["--prm"] if first and name == "ours" else []
             rounds[name].append(run_child(name, case, folder, options, extra))
+            # A run that is cut short has this in its log.
+            print(f"{case}, round {turn + 1}, {name}: {json.dumps(rounds[name][-1])}", flush=True)
     equal = CASES[case][0]
     rollouts = json.loads((folder / f"rollouts_{'equal' if equal else 'spread'}.json").read_text())
     lengths = [len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"]]
