@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,19 +33,21 @@ def add_adapters(
     """Freeze a fused causal LM and add adapters of the given names to it, in place; value_head: also a one-output head
     `value_head`, for a PRM that reads its reward there. `init_adapters` has to follow, once they have memory.
 
-    ConfigError where `target_modules` are not in the model.
+    ConfigError where `target_modules` name what is not in the model, or is no linear layer below its head.
     """
-    from peft import LoraConfig
+    # Not by the model's own add_adapter: transformers then asks for a peft that may not be out yet.
+    from peft import LoraConfig, inject_adapter_in_model
 
+    _check_targets(model, config.target_modules)
     model.requires_grad_(False)
-    targets = config.target_modules
     for name in names:
-        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
-        try:
-            model.add_adapter(lora, adapter_name=name)
-        except ValueError as error:
-            first_line = str(error).splitlines()[0]
-            raise ConfigError(f"adapters.target_modules {targets!r} do not fit the model: {first_line}") from error
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, lora_dropout=0.0
+        )
+        with warnings.catch_warnings():
+            # That there are several is meant.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(lora, model, adapter_name=name)
     device = next(model.parameters()).device
     if value_head:
         model.value_head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=dtype)
@@ -52,6 +55,36 @@ def add_adapters(
         for part in _LORA:
             getattr(layer, part).to(dtype)
     select_adapter(model, None)
+
+
+def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
+    """peft itself minds only if no name at all fits, and what it would add to an embedding or to the head, which
+    computes no logits, would not be trained."""
+    if targets == "all-linear":
+        return
+    found: dict[str, list[tuple[str, nn.Module]]] = {
+        target: [(n, m) for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
+        for target in targets
+    }
+    wrong = [target for target, modules in found.items() if not modules]
+    if wrong or not targets:
+        linear = sorted({n.rpartition(".")[2] for n, m in _linear_layers(model)})
+        what = f"the model has no layer {wrong[0]!r}" if wrong else "it is empty"
+        raise ConfigError(f"adapters.target_modules {targets!r}: {what}; its linear layers are {linear}")
+    trainable = {name for name, _ in _linear_layers(model)}
+    for target, modules in found.items():
+        for name, module in modules:
+            if name not in trainable:
+                raise ConfigError(
+                    f"adapters.target_modules {targets!r}: {target!r} is of type {type(module).__name__}, "
+                    "expected linear layers below the head"
+                )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """What can get an adapter: all linear layers but the head, of which no logits are ever asked."""
+    head = model.get_output_embeddings()
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def select_adapter(model: nn.Module, name: str | None) -> None:

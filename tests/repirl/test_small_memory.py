@@ -310,10 +310,46 @@ def test_switches_that_do_not_go_together_say_so(tmp_path, changes, message):
         tiny_config(tmp_path, **changes)
 
 
-def test_adapters_for_layers_that_are_not_there_say_so(tmp_path):
-    config = tiny_config(tmp_path, adapters={"target_modules": ["no_such_layer"]})
-    with pytest.raises(ConfigError, match=r"adapters.target_modules \['no_such_layer'\]"):
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["no_such_layer"],
+            r"adapters.target_modules \['no_such_layer'\]: the model has no layer 'no_such_layer'; its",
+        ),
+        (["q_proj", "v_prj"], r"the model has no layer 'v_prj'; its linear layers are \[.*'v_proj'\]"),
+        ([], r"adapters.target_modules \[\]: it is empty"),
+        (["embed_tokens"], r"'embed_tokens' is of type Embedding, expected linear layers below the head"),
+        (["q_proj", "lm_head"], r"'lm_head' is of type FusedHead, expected linear layers below the head"),
+    ],
+)
+def test_adapters_for_layers_that_cannot_have_one_say_so(tmp_path, targets, message):
+    config = tiny_config(tmp_path, adapters={"target_modules": targets})
+    with pytest.raises(ConfigError, match=message):
         build(config)
+
+
+def test_adapters_ask_nothing_of_the_version_of_peft(tmp_path, monkeypatch):
+    """transformers' own way of adding them refuses a peft that is older than it likes, which may be the newest."""
+
+    def refuse(*_, **__):
+        raise ValueError("The version of PEFT you are using is not compatible")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    policy, prm, _ = shared(make_model(tmp_path / "model"))
+    assert policy.trained
+    assert prm.trained
+    assert not any("lm_head" in name for name in (*policy.trained, *prm.trained))
+
+
+def test_what_goes_wrong_inside_peft_is_not_blamed_on_the_layers(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("something else")
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", fail)
+    with pytest.raises(ValueError, match="something else") as caught:
+        shared(make_model(tmp_path / "model"))
+    assert not isinstance(caught.value, ConfigError)
 
 
 def test_moving_activations_needs_a_gpu(tmp_path):
