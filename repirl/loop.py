@@ -11,8 +11,10 @@ from repirl.evaluate import evaluate
 from repirl.learner import TrainingError
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
+from repirl.rollout.engine import MismatchError
 from repirl.sampling import (
     begin_rollouts,
+    check_sampler,
     finish_rollouts,
     sample_experts,
     write_expert_streams,
@@ -32,7 +34,7 @@ def train(config: Config, *, resume: bool = False) -> int:
         raise ConfigError(f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run")
     try:
         _train(run, resume=goes_on)
-    except TrainingError:
+    except (TrainingError, MismatchError):
         # On all processes alike: a checkpoint that is being written can be completed.
         run.checkpointer.finish()
         run.abort()
@@ -102,6 +104,7 @@ def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dic
         rollouts.write("old_logprob", outputs["logprob"])
         write_reference(run, rollouts)
     mismatch = (rollouts.read("old_logprob") - rollouts.read("sampler_logprob")).abs()
+    check_sampler(run, mismatch)
     metrics |= {
         "policy/entropy": float(outputs["entropy"].mean()),
         "rollout/sampler_mismatch_max": float(mismatch.max()),

@@ -7,16 +7,52 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError
 from repirl.data.prompts import Prompt
 from repirl.models import forward_flops
-from repirl.rollout.engine import Response, Sampling, sequence_seed
+from repirl.rollout.engine import MismatchError, Response, Sampling, sequence_seed
 
 if TYPE_CHECKING:
     from repirl.setup import Run
+
+# How far log-probabilities of one model may be apart between padded decoding with a KV cache and the trainer's packed
+# pass, at temperature 1. What is bounded, and by how much:
+# float32: rounding made 5e-5 at most over 1500 tokens of SmolLM2-135M, a sampler without a cache 26 (4 in the mean).
+# Half precision has tails that no bound on single tokens can tell from a fault (0.3 at temperature 1, 0.6 at 0.3), but its
+# mean was 0.04 at either, vLLM's up to 0.08. TensorFloat-32 on a GPU has half precision's digits, and float32's range.
+SAMPLER_BOUNDS = {"float32": ("max", 1e-2), "TensorFloat-32": ("mean", 2e-2), "bfloat16": ("mean", 0.25)}
+
+
+def check_sampler(run: Run, mismatch: Tensor) -> None:
+    """MismatchError where the policy's own sampler is further from the trainer than rounding explains. The vLLM engines
+    are checked whenever they are given weights, and may sample from older ones than those that are asked here.
+
+    mismatch: |log pi_old - log mu| of each response token, equal on all processes.
+    """
+    config = run.config
+    if config.rollout.engine != "transformers":
+        return
+    precision = "bfloat16" if "bfloat16" in (config.dtype, config.computes_in) else "float32"
+    if precision == "float32" and run.world.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        precision = "TensorFloat-32"
+    measure, bound = SAMPLER_BOUNDS[precision]
+    # Logits, and so their rounding, are divided by it.
+    bound /= min(1.0, config.rollout.temperature)
+    largest, mean = float(mismatch.max()), float(mismatch.mean())
+    # What is not finite on both sides is the trainer's to find.
+    if not (mean if measure == "mean" else largest) > bound:
+        return
+    raise MismatchError(
+        f"the sampler (rollout.engine: transformers) does not sample from the policy: its log-probabilities are "
+        f"{mean:.3g} off in the mean over {mismatch.numel()} tokens and {largest:.3g} at most, and rounding in "
+        f"{precision} explains {bound:.3g} {'in the mean' if measure == 'mean' else 'at most'}. transformers "
+        f"{transformers.__version__} and {type(run.policy.model).__name__} do not decode with a KV cache as repirl "
+        "expects: install a release of transformers that the extra repirl[train] allows, or choose rollout.engine: vllm"
+    )
 
 
 def write_reference(run: Run, rollouts: PackedBatch) -> None:

@@ -17,6 +17,10 @@ class EngineError(RunError):
     """An engine does not sample from the weights that it was given, or does not answer at all."""
 
 
+class MismatchError(EngineError):
+    """What was sampled does not come from the policy. It is found by all processes alike."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. temperature 0 is greedy. end_ids: the tokens that end a response (kept in it)."""

@@ -6,12 +6,15 @@ generator of its own, so a response does not depend on what is sampled beside it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from repirl.config import ConfigError
 from repirl.learner import Learner
 from repirl.rollout.engine import Response, Sampling
 
@@ -38,7 +41,8 @@ class TransformersEngine:
         """Nothing to do."""
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See Engine.generate. ValueError for an empty prompt or a count of seeds that is not that of prompts."""
+        """See Engine.generate. ValueError for an empty prompt or a count of seeds that is not that of prompts;
+        ConfigError for a model that takes no KV cache."""
         if len(prompts) != len(seeds):
             raise ValueError(f"one seed a prompt is needed, got {len(prompts)} prompts and {len(seeds)} seeds")
         if any(len(prompt) == 0 for prompt in prompts):
@@ -63,7 +67,8 @@ class TransformersEngine:
         ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in unique], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
         cache = DynamicCache(config=model.config)
-        logits = _forward(model, ids, mask, cache)
+        options: dict[str, Any] = {cache_argument(type(model)): cache, "use_cache": True, "logits_to_keep": 1}
+        logits = _forward(model, ids, mask, options)
         rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
         cache.batch_select_indices(rows)
         logits, mask = logits[rows], mask[rows]
@@ -90,19 +95,33 @@ class TransformersEngine:
                 cache.batch_select_indices(keep)
                 alive, mask, chosen = alive[keep], mask[keep], chosen[keep]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = _forward(model, chosen[:, None], mask, cache)
+            logits = _forward(model, chosen[:, None], mask, options)
         return [
             Response(tokens[i, :n].tolist(), logprobs[i, :n].tolist(), e)
             for i, (n, e) in enumerate(zip(lengths.tolist(), ended.tolist(), strict=True))
         ]
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-    output = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+def cache_argument(model_class: type) -> str:
+    """What a model's `forward` calls its KV cache: `cache`, or `past_key_values` as older releases and models do. The
+    wrong one would be taken by **kwargs without a word, and every token be sampled without what stands before it.
+    ConfigError where there is neither."""
+    for base in model_class.__mro__:
+        # The first forward that names it: those of mixed-in classes hand on what they do not know.
+        if (forward := vars(base).get("forward")) is not None:
+            parameters = inspect.signature(forward).parameters
+            for name in ("cache", "past_key_values"):
+                if name in parameters:
+                    return name
+    raise ConfigError(
+        f"{model_class.__name__}.forward takes no KV cache, neither as `cache` nor as `past_key_values`: it cannot be "
+        "sampled from in this process; choose another rollout.engine, or another model"
     )
-    return output.logits[:, -1]
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+    positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+    return model(ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

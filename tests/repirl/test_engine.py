@@ -1,15 +1,18 @@
 """The sampling engine: right log-probs, seeded per sequence, and the distribution that it claims."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 from tiny import make_model
 
 from repirl.batch import pack
-from repirl.config import OptimizerConfig
+from repirl.config import ConfigError, OptimizerConfig
 from repirl.learner import Learner
 from repirl.models import load_model
 from repirl.rollout.engine import Sampling, sequence_seed
-from repirl.rollout.transformers import TransformersEngine, _sample
+from repirl.rollout.transformers import TransformersEngine, _sample, cache_argument
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 4], [3, 4], [10, 11, 12]]
 END = 1
@@ -95,3 +98,39 @@ def test_bad_calls_are_named(model):
         engine(model).generate(PROMPTS, [0], Sampling(4, 1.0, (END,)))
     with pytest.raises(ValueError, match="no tokens"):
         engine(model).generate([[]], [0], Sampling(4, 1.0, (END,)))
+
+
+def test_nothing_that_is_deprecated_is_asked_of_the_model(model, caplog):
+    """transformers warns, once a process, of arguments that a release to come will take no more."""
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            engine(model).generate(PROMPTS, list(range(5)), Sampling(4, 1.0, (END,)))
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "deprecated" not in caplog.text
+
+
+class Newer:
+    def forward(self, input_ids, cache=None, **kwargs): ...
+
+
+class Older:
+    def forward(self, input_ids, past_key_values=None, **kwargs): ...
+
+
+class Neither:
+    def forward(self, input_ids, **kwargs): ...
+
+
+class Mixed(Neither, Older): ...
+
+
+def test_the_cache_goes_by_the_name_that_the_model_knows(model):
+    assert cache_argument(Newer) == "cache"
+    assert cache_argument(Older) == cache_argument(Mixed) == "past_key_values"
+    assert cache_argument(type(model)) in ("cache", "past_key_values")
+    with pytest.raises(ConfigError, match=r"Neither.forward takes no KV cache, neither as `cache` nor"):
+        cache_argument(Neither)

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiny import tiny_config, tiny_values
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from repirl.batch import EXPERT, pack
+from repirl.cli import main
 from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
 from repirl.dist.checkpoint import list_checkpoints, resolve_checkpoint
 from repirl.dist.world import World
@@ -23,6 +26,8 @@ from repirl.learner import Learner
 from repirl.loop import train
 from repirl.objectives import irl, rloo
 from repirl.report.metrics import read_metrics
+from repirl.rollout.engine import MismatchError
+from repirl.sampling import check_sampler
 from repirl.setup import build, needs_reference
 
 SECONDS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
@@ -85,6 +90,52 @@ def test_options_run(tmp_path, changes):
     assert last["step"] == 2
     assert last["policy/grad_norm"] > 0
     assert "nonfinite" not in last
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sampler_without_a_cache_ends_the_run(tmp_path, capsys, monkeypatch, dtype):
+    """As where a model's forward swallows the cache under a name that it does not know."""
+    changes = {"compute_dtype": dtype, "rollout": {"prompts_per_step": 8}}
+    train(tiny_config(tmp_path, steps=1, output_dir=str(tmp_path / "sound"), **changes))
+    monkeypatch.setattr("repirl.rollout.transformers.cache_argument", lambda _: "no_such_cache")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(tmp_path, **changes)))
+    capsys.readouterr()
+    assert main(["train", "--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "does not sample from the policy" in error
+    assert f"rounding in {dtype} explains {'0.01 at most' if dtype == 'float32' else '0.25 in the mean'}" in error
+    assert "repirl[train]" in error
+    assert "Traceback" not in error
+    # Nothing was trained on it: of the steps, only the evaluation before the first is there.
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mismatch", "ends"),
+    [
+        ({}, [5e-4, 9e-3], False),
+        ({}, [0.0, 1.1e-2], True),
+        ({}, [0.0, float("inf")], True),
+        # What is not finite is the trainer's to find.
+        ({}, [0.0, float("nan")], False),
+        # Rounding of logits is divided by the temperature as they are.
+        ({"rollout": {"temperature": 0.1}}, [0.0, 9e-2], False),
+        ({"rollout": {"temperature": 0.1}}, [0.0, 0.11], True),
+        # bfloat16: single tokens are far off, all of them together are not.
+        ({"compute_dtype": "bfloat16"}, [0.4, 0.0, 0.0, 0.0], False),
+        ({"compute_dtype": "bfloat16"}, [0.4, 0.2], True),
+        # These are checked when they take weights, and their rollouts may come from older ones.
+        ({"rollout": {"engine": "vllm"}}, [0.4, 0.2], False),
+        ({"rollout": {"engine": "vllm_server", "overlap": "step"}}, [5.0], False),
+    ],
+)
+def test_how_far_a_sampler_may_be_from_the_trainer(tmp_path, changes, mismatch, ends):
+    run = SimpleNamespace(
+        config=tiny_config(tmp_path, **changes), world=World(torch.device("cpu")), policy=SimpleNamespace(model=None)
+    )
+    with pytest.raises(MismatchError) if ends else nullcontext():
+        check_sampler(run, torch.tensor(mismatch))
 
 
 def test_training_with_experts_raises_their_likelihood(tmp_path):
