@@ -7,9 +7,35 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from repirl import __version__
-from repirl.config import Config, ConfigError, RunError, describe, list_presets, load_config
+
+# What the extra `train` brings, by the names under which it is imported.
+NEEDED = (
+    "accelerate gguf jinja2 math_verify peft pydantic rich safetensors tensorboard tokenizers torchao transformers yaml"
+)
+
+
+def missing_packages() -> list[str]:
+    """Which packages of the extra `train` are not there. Nothing is imported: a package that is there and broken is
+    not missing, and its own error is the one to see."""
+    missing = []
+    for name in NEEDED.split():
+        try:
+            if name not in sys.modules and find_spec(name) is None:
+                missing.append(name)
+        except ModuleNotFoundError:
+            missing.append(name)
+    return missing
+
+
+try:
+    from repirl.config import Config, ConfigError, RunError, describe, list_presets, load_config
+except ModuleNotFoundError:
+    # `main` says what to install, rather than a traceback of whoever imports this.
+    if not missing_packages():
+        raise
 
 OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 
@@ -17,6 +43,13 @@ OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can mend, 1 for what else ended a run in an expected way (one
     message, no traceback, either way); 130 when interrupted."""
+    if missing := missing_packages():
+        print(
+            f"repirl: not installed: {', '.join(missing)}; the command line needs the extra `train`: "
+            "pip install 'repirl[train]' (in a checkout: pip install '.[train]')",
+            file=sys.stderr,
+        )
+        return 2
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if options.command is None:

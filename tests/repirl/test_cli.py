@@ -1,15 +1,33 @@
 """What the user can get wrong costs one clear message, no traceback, and exit code 2."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny import tiny_values
 
+from repirl.cli import NEEDED, main
+
+ROOT = Path(__file__).parents[2]
+BLOCK = """
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
 from repirl.cli import main
+sys.exit(main(["--help"]))
+"""
 
 
 @pytest.fixture
@@ -196,3 +214,47 @@ def test_help_names_the_commands(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in ("train", "demo", "eval", "export"))
     assert main([]) == 2
+
+
+def run_python(*arguments, path=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
+
+
+@pytest.mark.parametrize("name", NEEDED.split())
+def test_a_package_of_the_extra_that_is_missing_is_named(name):
+    result = run_python("-c", BLOCK, name)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"repirl: not installed: {name}; ")
+    assert "pip install 'repirl[train]'" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_without_any_package_there_is_one_line():
+    # -S: no installed packages at all.
+    result = run_python("-S", "-m", "repirl.cli", "--help")
+    assert result.returncode == 2
+    assert result.stderr.startswith("repirl: not installed: accelerate, gguf, ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", ["import no_such_module_inside", "raise ImportError('it is broken')"])
+def test_a_broken_package_shows_its_own_error(tmp_path, error):
+    (tmp_path / "yaml").mkdir()
+    (tmp_path / "yaml" / "__init__.py").write_text(error)
+    result = run_python("-m", "repirl.cli", "--help", path=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert result.returncode == 1
+    assert "not installed" not in result.stderr
+    assert "Traceback" in result.stderr
+    assert "no_such_module_inside" in result.stderr or "it is broken" in result.stderr
+
+
+def test_all_packages_of_the_extra_are_looked_for():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
+    names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in extra}
+    owners = packages_distributions()
+    found = {owner.lower().replace("_", "-") for name in NEEDED.split() for owner in owners[name]}
+    assert names <= found
+    assert len(NEEDED.split()) == len(names)
