@@ -29,9 +29,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import ForwardResult, RowGradients
+from repirl_kernels.rows import fold_upstream
 from repirl_kernels.triton import tiles
 from repirl_kernels.triton.linear_backward import linear_backward, linear_dlogits_kernel
 from repirl_kernels.triton.linear_forward import (
+    Flags,
     block_indices,
     halves,
     linear_constants,
@@ -58,6 +62,8 @@ CHECKED_ROWS = 256
 LARGEST_ERROR = {"forward": 1e-4, "dlogits": 1e-2, "backward": 1e-2}
 SEED = 20
 TEMPERATURE = 0.7
+# Arguments that the production kernels have and the candidates' do not.
+NOT_IN_CANDIDATES = ("uniform_ptr", "inverse_temperatures_ptr")
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 40, 0.6
 MAX_PRODUCT_BYTES = 12 * 2**30
 MIB = 2**20
@@ -460,10 +466,9 @@ def quarters_dlogits_kernel(
     hidden_desc,
     weight_desc,
     output,
-    g_logprob_ptr,
-    g_logsumexp_ptr,
-    g_target_logit_ptr,
-    g_entropy_ptr,
+    mass_ptr,
+    onehot_ptr,
+    slope_ptr,
     targets_ptr,
     logsumexp_ptr,
     mean_logit_ptr,
@@ -492,10 +497,9 @@ def quarters_dlogits_kernel(
         w = weight_desc.load([slab_start + first_column, first])
         s = tl.dot(h, w.T, s, input_precision="ieee")
     targets = tl.load(targets_ptr + safe_rows).to(tl.int32) - slab_start
-    g_logprob = tl.load(g_logprob_ptr + safe_rows)
-    g_logsumexp = tl.load(g_logsumexp_ptr + safe_rows)
-    g_target_logit = tl.load(g_target_logit_ptr + safe_rows)
-    g_entropy = tl.load(g_entropy_ptr + safe_rows)
+    mass = tl.load(mass_ptr + safe_rows)
+    onehot = tl.load(onehot_ptr + safe_rows)
+    slope = tl.load(slope_ptr + safe_rows)
     logsumexp = tl.load(logsumexp_ptr + safe_rows)
     mean_logit = tl.load(mean_logit_ptr + safe_rows)
     quarter_vocab: tl.constexpr = BLOCK_VOCAB // 4
@@ -508,13 +512,13 @@ def quarters_dlogits_kernel(
             dlogits = inverse_temperature * logit_gradient(
                 first_quarter if quarter == 0 else second_quarter,
                 columns[None, :] == targets[:, None],
-                g_logprob[:, None],
-                g_logsumexp[:, None],
-                g_target_logit[:, None],
-                g_entropy[:, None],
+                mass[:, None],
+                onehot[:, None],
+                slope[:, None],
                 logsumexp[:, None],
                 mean_logit[:, None],
                 inverse_temperature,
+                True,
             )
             if TMA_STORES:
                 output.store([first_row, first], dlogits.to(output.dtype))
@@ -534,9 +538,7 @@ class Problem:
     weight: Tensor
     targets: Tensor
     inverse_temperature: float = 1 / TEMPERATURE
-    upstream: dict[str, Tensor] = field(default_factory=dict)
-    logsumexp: Tensor | None = None
-    mean_logit: Tensor | None = None
+    gradients: RowGradients | None = None
 
     @property
     def rows(self) -> int:
@@ -558,13 +560,27 @@ class Problem:
     def interpreted(self) -> bool:
         return self.device.type == "cpu"
 
+    @property
+    def options(self) -> Options:
+        return Options(TEMPERATURE, None, -100, self.columns, 0.0, True, False, "triton")
+
     def gradient_arguments(self) -> dict[str, Any]:
+        """Of the production kernels; the candidates' have no ``uniform`` and no temperatures of rows."""
+        assert self.gradients is not None
         return {
-            **{f"g_{name}_ptr": value for name, value in self.upstream.items()},
-            "logsumexp_ptr": self.logsumexp,
-            "mean_logit_ptr": self.mean_logit,
-            "inverse_temperature": self.inverse_temperature,
+            **tiles.gradient_arguments(self.gradients),
+            **tiles.temperature_arguments(self.options, None, False, self.hidden),
         }
+
+    def partials(self, num_splits: int) -> dict[str, Tensor]:
+        """The sums that the candidates' forward kernels leave."""
+        found = tiles.empty_partials(num_splits, self.rows, self.device, False)
+        return {name: found[name] for name in ("maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr")}
+
+    def merged(self, partials: dict[str, Tensor], num_splits: int) -> ForwardResult:
+        argmax = torch.empty((1, 1), dtype=torch.int32, device=self.device)
+        unused = {"shifted_ptr": partials["total_ptr"], "argmax_ptr": argmax}
+        return merge_splits({**partials, **unused}, self.rows, num_splits, self.options, False, 0)
 
 
 @dataclass
@@ -593,14 +609,18 @@ def make_problem(rows: int, features: int, columns: int, device: str) -> Problem
 
 def add_upstream(problem: Problem) -> None:
     """Random gradients of the four statistics; the statistics themselves come from the production forward."""
-    for name in ("logprob", "logsumexp", "target_logit", "entropy"):
-        problem.upstream[name] = torch.randn(problem.rows, device=problem.device)
-    _, logsumexp, _, _, mean_logit = production_forward(problem)
-    problem.logsumexp, problem.mean_logit = logsumexp.float(), mean_logit
+    g_logprob, g_logsumexp, g_target_logit, g_entropy = torch.randn(4, problem.rows, device=problem.device)
+    found = production_forward(problem)
+    logsumexp, entropy = found.logsumexp.float(), found.entropy
+    upstream, stats = (
+        (g_logprob, g_logsumexp, g_target_logit, g_entropy),
+        (logsumexp, entropy, torch.zeros_like(logsumexp)),
+    )
+    problem.gradients = fold_upstream(upstream, stats, None, 0.0, problem.columns)
 
 
-def production_forward(problem: Problem) -> tuple[Tensor, ...]:
-    return linear_forward(problem.hidden, problem.weight, problem.targets, None, TEMPERATURE, None, problem.columns)
+def production_forward(problem: Problem) -> ForwardResult:
+    return linear_forward(problem.hidden, problem.weight, problem.targets, None, problem.options)
 
 
 def forward_pointer(problem: Problem) -> Prepared:
@@ -615,8 +635,8 @@ def forward_descriptors(problem: Problem, flat: bool, tile: Sequence[int]) -> Pr
     tiles_per_split, num_splits = tiles.split_tiles(problem.columns, block_vocab, arch)
     grid = (triton.cdiv(problem.rows, block_rows) * num_splits,)
 
-    def run() -> tuple[Tensor, ...]:
-        partials = tiles.empty_partials(num_splits, problem.rows, problem.device)
+    def run() -> ForwardResult:
+        partials = problem.partials(num_splits)
         descriptor_forward_kernel[grid](
             hidden_desc,
             weight_desc,
@@ -638,7 +658,7 @@ def forward_descriptors(problem: Problem, flat: bool, tile: Sequence[int]) -> Pr
             num_stages=stages,
             enable_fp_fusion=False,
         )
-        return merge_splits(partials, problem.rows, num_splits)
+        return problem.merged(partials, num_splits)
 
     return Prepared(run, descriptor_forward_kernel)
 
@@ -658,8 +678,8 @@ def forward_gluon(problem: Problem, tile: Sequence[int]) -> Prepared:
     work = triton.cdiv(problem.rows, block_rows) * num_splits
     grid = (min(work, torch.cuda.get_device_properties(problem.device).multi_processor_count),)
 
-    def run() -> tuple[Tensor, ...]:
-        partials = tiles.empty_partials(num_splits, problem.rows, problem.device)
+    def run() -> ForwardResult:
+        partials = problem.partials(num_splits)
         specialised_forward_kernel[grid](
             hidden_desc,
             weight_desc,
@@ -679,7 +699,7 @@ def forward_gluon(problem: Problem, tile: Sequence[int]) -> Prepared:
             num_warps=4,
             enable_fp_fusion=True,
         )
-        return merge_splits(partials, problem.rows, num_splits)
+        return problem.merged(partials, num_splits)
 
     return Prepared(run, specialised_forward_kernel)
 
@@ -704,8 +724,8 @@ def forward_cublas(problem: Problem, mib: int) -> Prepared:
     block = torch.empty(height * width, dtype=torch.float32, device=problem.device)
     num_blocks = triton.cdiv(problem.columns, width)
 
-    def run() -> tuple[Tensor, ...]:
-        partials = tiles.empty_partials(num_blocks, problem.rows, problem.device)
+    def run() -> ForwardResult:
+        partials = problem.partials(num_blocks)
         for top in range(0, problem.rows, height):
             bottom = min(top + height, problem.rows)
             for index in range(num_blocks):
@@ -727,7 +747,7 @@ def forward_cublas(problem: Problem, mib: int) -> Prepared:
                     num_warps=4,
                     enable_fp_fusion=False,
                 )
-        return merge_splits(partials, problem.rows, num_blocks)
+        return problem.merged(partials, num_blocks)
 
     return Prepared(run, block_statistics_kernel, graph=True)
 
@@ -760,7 +780,7 @@ def all_slabs(problem: Problem, width: int, slab: Callable[[int, int], Tensor], 
 def dlogits_pointer(problem: Problem, mib: int) -> Prepared:
     tile, width = gradient_tile(problem, mib)
     align = 4 if problem.hidden.dtype == torch.float32 else 8
-    constants = linear_constants(tile, align, False, False, problem.interpreted)
+    constants = linear_constants(tile, align, Flags(False, False, True, False), problem.interpreted)
     buffer = torch.empty(problem.rows, width, dtype=problem.hidden.dtype, device=problem.device)
     no_bias = torch.empty(1, device=problem.device)
 
@@ -803,7 +823,7 @@ def dlogits_descriptors(problem: Problem, mib: int, tma_stores: bool) -> Prepare
             hidden_desc,
             weight_desc,
             output,
-            **problem.gradient_arguments(),
+            **{name: x for name, x in problem.gradient_arguments().items() if name not in NOT_IN_CANDIDATES},
             targets_ptr=problem.targets,
             num_rows=problem.rows,
             hidden_size=problem.features,
@@ -856,6 +876,7 @@ def dlogits_cublas(problem: Problem, mib: int) -> Prepared:
                     stride_dlogits=width,
                     **tiles.softcap_arguments(None),
                     HAS_SOFTCAP=False,
+                    EXTRAS=False,
                     ALIGN=align,
                     BLOCK_VOCAB=block_vocab,
                     num_warps=1 if problem.interpreted else 8,
@@ -872,16 +893,12 @@ def dlogits_cublas(problem: Problem, mib: int) -> Prepared:
 def whole_backward(problem: Problem, mib: int) -> Prepared:
     def run() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return linear_backward(
-            *problem.upstream.values(),
+            problem.gradients,
             problem.hidden,
             problem.weight,
             problem.targets,
             None,
-            problem.logsumexp,
-            problem.mean_logit,
-            TEMPERATURE,
-            None,
-            problem.columns,
+            problem.options,
             True,
             True,
             False,
@@ -961,14 +978,14 @@ def exact_logits(problem: Problem, rows: slice, columns: slice) -> Tensor:
 def exact_gradient(problem: Problem, rows: slice, columns: slice) -> Tensor:
     """The gradient of the logits in float64, from the statistics that the kernels are given."""
     z = exact_logits(problem, rows, columns)
-    assert problem.logsumexp is not None
-    assert problem.mean_logit is not None
-    g = {name: value[rows].double()[:, None] for name, value in problem.upstream.items()}
-    logsumexp, mean_logit = (x[rows].double()[:, None] for x in (problem.logsumexp, problem.mean_logit))
-    dz = torch.exp(z - logsumexp) * ((mean_logit - z) * g["entropy"] + g["logsumexp"] - g["logprob"])
+    assert problem.gradients is not None
+    mass, onehot, slope, _, logsumexp, mean_logit = (
+        None if x is None else x[rows].double()[:, None] for x in problem.gradients
+    )
+    dz = torch.exp(z - logsumexp) * ((mean_logit - z) * slope + mass)
     first, last, _ = columns.indices(problem.columns)
     is_target = problem.targets[rows][:, None] == torch.arange(first, last, device=problem.device)
-    return (dz + is_target * (g["target_logit"] + g["logprob"])) * problem.inverse_temperature
+    return (dz + is_target * onehot) * problem.inverse_temperature
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -980,7 +997,8 @@ def check(kind: str, prepared: Prepared, problem: Problem) -> dict[str, float]:
     rows = slice(0, min(CHECKED_ROWS, problem.rows))
     everything = slice(0, problem.columns)
     if kind == "forward":
-        _, logsumexp, target_logit, entropy, _ = prepared.run()
+        found = prepared.run()
+        logsumexp, target_logit, entropy = found.logsumexp, found.target_logit, found.entropy
         z = exact_logits(problem, rows, everything)
         expected = torch.logsumexp(z, dim=1)
         exact = {

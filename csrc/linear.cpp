@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -117,9 +116,10 @@ struct Problem {
     return std::max(1, static_cast<int>(std::min<double>(num_threads, work / kMinWork)));
   }
 
-  Transform transform(int64_t first_column) const {
+  Transform transform(int64_t row, int64_t first_column) const {
     Transform result = operands.transform;
     if (result.bias != nullptr) result.bias += first_column;
+    if (operands.temperatures != nullptr) result.temperature = operands.temperatures[row];
     return result;
   }
 };
@@ -170,8 +170,10 @@ class LogitTile {
 };
 
 void merge(const RowState &part, RowState &state) {
-  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  constexpr float kNothing = kNoColumns.maximum;
+  state.sum += part.sum;
   if (part.maximum > state.maximum) {
+    state.argmax = part.argmax;
     if (state.maximum != kNothing) {
       const double change = static_cast<double>(state.maximum) - part.maximum, factor = std::exp(change);
       state.weighted = factor * (state.weighted + change * state.total);
@@ -282,7 +284,6 @@ class SlabBackward {
     LogitTile &tile = scratch.logits;
     const int64_t column = group * problem_.group_columns;
     const int64_t count = std::min(problem_.group_columns, num_columns - column);
-    const Transform transform = problem_.transform(first + column);
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
     if (row_chunk == 0 && gradients_.weight != nullptr && problem_.rows_in_gradient == 0)
@@ -300,7 +301,7 @@ class SlabBackward {
           std::fill_n(out, round_up(count, kPanelColumns), 0.0f);
           continue;
         }
-        compute_row(row + r, first + column, count, transform, out);
+        compute_row(row + r, first + column, count, out);
         std::fill(out + count, out + round_up(count, kPanelColumns), 0.0f);
         if (bias_sums)
           for (int64_t i = 0; i < count; ++i) bias_sums[i] += out[i];
@@ -316,8 +317,9 @@ class SlabBackward {
   }
 
   // The gradient of one row's logits in a group, from what was kept of it, or else from the logits in `out`.
-  void compute_row(int64_t row, int64_t column, int64_t count, const Transform &transform, float *out) {
+  void compute_row(int64_t row, int64_t column, int64_t count, float *out) {
     const int64_t target = operands_.targets[row] - column;
+    const Transform transform = problem_.transform(row, column);
     if (problem_.recompute()) {
       problem_.kernels.gradient_f32(out, out, count, transform, target, rows_[row]);
       return;
@@ -435,8 +437,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
   const int64_t split_columns = problem.whole_groups(kSplitColumns);
   const int64_t num_rows = operands.num_rows, num_splits = divide_up(operands.num_columns, split_columns);
   const int64_t num_row_chunks = divide_up(num_rows, kTaskRows);
-  const RowState nothing{-std::numeric_limits<float>::infinity(), 0.0, 0.0};
-  std::vector<RowState> parts(static_cast<size_t>(num_splits * num_rows), nothing);
+  std::vector<RowState> parts(static_cast<size_t>(num_splits * num_rows), kNoColumns);
   const int num_workers = problem.num_workers(num_threads);
   std::vector<LogitTile> tiles;
   for (int worker = 0; worker < num_workers; ++worker) tiles.emplace_back(problem);
@@ -452,22 +453,23 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
                (end - begin) * (num_rows - problem.rows_in_gradient) * operands.kept.value_bytes());
     for (int64_t column = begin; column < end; column += problem.group_columns) {
       const int64_t count = std::min(problem.group_columns, end - column);
-      const Transform transform = problem.transform(column);
       tile.pack(column, count, end, divide_up(last_row - row_chunk * kTaskRows, kTileRows));
       for (int64_t first = row_chunk * kTaskRows; first < last_row; first += kTileRows) {
         tile.multiply(first);
         for (int64_t row = first; row < std::min(first + kTileRows, last_row); ++row) {
           const float *x = tile.row(row - first);
           const int64_t target = operands.targets[row] - column;
+          const Transform transform = problem.transform(row, column);
           RowState &state = parts[static_cast<size_t>(split * num_rows + row)];
           void *kept = problem.recompute() ? nullptr : problem.kept(row, column, count);
           if (kept != nullptr && operands.kept.powers) {
-            kernels.update_keeping(x, count, transform, target, state, target_logits[row], static_cast<uint16_t *>(kept));
+            kernels.update_keeping(x, count, transform, operands.wanted, column, target, state, target_logits[row],
+                                   static_cast<uint16_t *>(kept));
             problem.kept_maximum(row, column) = state.maximum;
             continue;
           }
           if (kept != nullptr) std::copy_n(x, count, static_cast<float *>(kept));
-          kernels.update_f32(x, count, transform, target, state, target_logits[row]);
+          kernels.update_f32(x, count, transform, operands.wanted, column, target, state, target_logits[row]);
         }
       }
     }
@@ -479,7 +481,7 @@ void linear_forward(const Kernels &kernels, const ProductKernels &products, cons
     });
     phases.run(num_running, divide_up(num_rows, kMergedRows), [&](int64_t task) {
       for (int64_t row = task * kMergedRows; row < std::min((task + 1) * kMergedRows, num_rows); ++row) {
-        states[row] = nothing;
+        states[row] = kNoColumns;
         for (int64_t split = 0; split < num_splits; ++split)
           merge(parts[static_cast<size_t>(split * num_rows + row)], states[row]);
       }

@@ -88,6 +88,8 @@ struct LinearOperands {
   int64_t weight_stride;
   int64_t num_rows, num_features, num_columns;
   Transform transform;
+  const float *temperatures;  // one a row, in place of the transform's, or null
+  Wanted wanted;
   const int64_t *targets;
   Kept kept;
 };

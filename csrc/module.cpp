@@ -28,12 +28,14 @@ using repirl::ProductKernels;
 using repirl::RowGradient;
 using repirl::RowState;
 using repirl::Transform;
+using repirl::Wanted;
 
 template <class T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 template <class T>
 using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bias = std::optional<Column<const float>>;
+using Temperatures = std::optional<Column<const float>>;  // one a row, in place of the one of all rows
 
 // Those that this machine can run, the best one last.
 std::vector<const Kernels *> available_kernels() {
@@ -107,57 +109,102 @@ Transform make_transform(const Bias &bias, float temperature, float softcap) {
   return {bias ? bias->data() : nullptr, temperature, softcap};
 }
 
+// Where the rows' running statistics are kept; of those that are not wanted, nowhere.
+struct States {
+  float *maximum, *target_logit;
+  double *total, *weighted, *sum;
+  int64_t *argmax;
+
+  Wanted wanted() const { return {weighted != nullptr, sum != nullptr, argmax != nullptr}; }
+
+  RowState get(size_t row) const {
+    return {maximum[row], total[row], weighted ? weighted[row] : 0.0, sum ? sum[row] : 0.0, argmax ? argmax[row] : -1};
+  }
+
+  void set(size_t row, const RowState &state) const {
+    maximum[row] = state.maximum;
+    total[row] = state.total;
+    if (weighted) weighted[row] = state.weighted;
+    if (sum) sum[row] = state.sum;
+    if (argmax) argmax[row] = state.argmax;
+  }
+};
+
+using Doubles = std::optional<Column<double>>;
+using Indices = std::optional<Column<int64_t>>;
+
+States make_states(size_t num_rows, const Column<float> &maximum, const Column<double> &total, const Doubles &weighted,
+                   const Column<float> &target_logit, const Doubles &sum, const Indices &argmax) {
+  for (size_t length : {maximum.shape(0), total.shape(0), target_logit.shape(0)}) check_length(length, num_rows);
+  for (const Doubles *column : {&weighted, &sum})
+    if (*column) check_length((*column)->shape(0), num_rows);
+  if (argmax) check_length(argmax->shape(0), num_rows);
+  return {maximum.data(), target_logit.data(), total.data(), weighted ? weighted->data() : nullptr,
+          sum ? sum->data() : nullptr, argmax ? argmax->data() : nullptr};
+}
+
+const float *make_temperatures(const Temperatures &temperatures, size_t num_rows) {
+  if (temperatures) check_length(temperatures->shape(0), num_rows);
+  return temperatures ? temperatures->data() : nullptr;
+}
+
+Transform of_row(Transform transform, const float *temperatures, size_t row) {
+  if (temperatures != nullptr) transform.temperature = temperatures[row];
+  return transform;
+}
+
 template <class T, class Update>
-void update(const Matrix<const T> &slab, const Bias &bias, float temperature, float softcap,
-            const Column<const int64_t> &targets, int64_t first_column, const Column<float> &maximum,
-            const Column<double> &total, const Column<double> &weighted, const Column<float> &target_logit,
-            int num_threads, Update update_row) {
+void update(const Matrix<const T> &slab, const Bias &bias, float temperature, const Temperatures &temperatures,
+            float softcap, const Column<const int64_t> &targets, int64_t first_column, const Column<float> &maximum,
+            const Column<double> &total, const Doubles &weighted, const Column<float> &target_logit, const Doubles &sum,
+            const Indices &argmax, int num_threads, Update update_row) {
   check_slab(slab, bias);
   const size_t num_rows = slab.shape(0), num_columns = slab.shape(1);
-  for (size_t length : {targets.shape(0), maximum.shape(0), total.shape(0), weighted.shape(0), target_logit.shape(0)})
-    check_length(length, num_rows);
+  check_length(targets.shape(0), num_rows);
+  const States states = make_states(num_rows, maximum, total, weighted, target_logit, sum, argmax);
+  const float *row_temperatures = make_temperatures(temperatures, num_rows);
   const Transform transform = make_transform(bias, temperature, softcap);
   const T *x = slab.data();
   const int64_t stride = slab.stride(0);
   const int64_t *target = targets.data();
-  float *m = maximum.data(), *z = target_logit.data();
-  double *a = total.data(), *b = weighted.data();
   nb::gil_scoped_release release;
   parallel_rows(num_rows, num_columns, num_threads, [&](size_t row) {
-    RowState state{m[row], a[row], b[row]};
-    update_row(x + static_cast<int64_t>(row) * stride, static_cast<int64_t>(num_columns), transform,
-               target[row] - first_column, state, z[row]);
-    m[row] = state.maximum;
-    a[row] = state.total;
-    b[row] = state.weighted;
+    RowState state = states.get(row);
+    update_row(x + static_cast<int64_t>(row) * stride, static_cast<int64_t>(num_columns),
+               of_row(transform, row_temperatures, row), states.wanted(), first_column, target[row] - first_column,
+               state, states.target_logit[row]);
+    states.set(row, state);
   });
 }
 
 template <class T, class Gradient>
-void gradient(const Matrix<const T> &slab, const Matrix<T> &out, const Bias &bias, float temperature, float softcap,
-              const Column<const int64_t> &targets, int64_t first_column, const Column<const float> &logsumexp,
-              const Column<const float> &mean_logit, const Column<const float> &mass,
-              const Column<const float> &onehot, const Column<const float> &slope, int num_threads,
-              Gradient gradient_row) {
+void gradient(const Matrix<const T> &slab, const Matrix<T> &out, const Bias &bias, float temperature,
+              const Temperatures &temperatures, float softcap, const Column<const int64_t> &targets,
+              int64_t first_column, const Column<const float> &logsumexp, const Column<const float> &mean_logit,
+              const Column<const float> &mass, const Column<const float> &onehot, const Column<const float> &slope,
+              const Column<const float> &uniform, int num_threads, Gradient gradient_row) {
   check_slab(slab, bias);
   const size_t num_rows = slab.shape(0), num_columns = slab.shape(1);
   check_length(out.shape(0), num_rows);
   check_length(out.shape(1), num_columns);
   if (num_columns > 1 && out.stride(1) != 1) throw nb::value_error("the result's columns must be contiguous");
   for (size_t length : {targets.shape(0), logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0),
-                        slope.shape(0)})
+                        slope.shape(0), uniform.shape(0)})
     check_length(length, num_rows);
+  const float *row_temperatures = make_temperatures(temperatures, num_rows);
   const Transform transform = make_transform(bias, temperature, softcap);
   const T *x = slab.data();
   T *dx = out.data();
   const int64_t stride = slab.stride(0), out_stride = out.stride(0);
   const int64_t *target = targets.data();
   const float *L = logsumexp.data(), *b = mean_logit.data(), *g = mass.data(), *one = onehot.data(), *s = slope.data();
+  const float *every = uniform.data();
   nb::gil_scoped_release release;
   parallel_rows(num_rows, num_columns, num_threads, [&](size_t row) {
     const int64_t r = static_cast<int64_t>(row);
-    gradient_row(x + r * stride, dx + r * out_stride, static_cast<int64_t>(num_columns), transform,
-                 target[row] - first_column, RowGradient{L[row], b[row], g[row], one[row], s[row]});
+    gradient_row(x + r * stride, dx + r * out_stride, static_cast<int64_t>(num_columns),
+                 of_row(transform, row_temperatures, row), target[row] - first_column,
+                 RowGradient{L[row], b[row], g[row], one[row], s[row], every[row]});
   });
 }
 
@@ -194,8 +241,8 @@ void check_gradient(const std::optional<Matrix<T>> &result, size_t num_rows, siz
 
 template <class T>
 LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias,
-                             float temperature, float softcap, const Column<const int64_t> &targets,
-                             const Kept &kept) {
+                             float temperature, const Temperatures &temperatures, float softcap, const Wanted &wanted,
+                             const Column<const int64_t> &targets, const Kept &kept) {
   if ((hidden.shape(1) > 1 && hidden.stride(1) != 1) || (weight.shape(1) > 1 && weight.stride(1) != 1))
     throw nb::value_error("the operands' columns must be contiguous");
   // A row of hidden states may be followed by a 0 that fills its last word.
@@ -213,39 +260,37 @@ LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T
           static_cast<int64_t>(num_features),
           static_cast<int64_t>(weight.shape(0)),
           make_transform(bias, temperature, softcap),
+          make_temperatures(temperatures, hidden.shape(0)),
+          wanted,
           targets.data(),
           kept};
 }
 
 template <class T>
 void linear_forward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
-                    float softcap, const Column<const int64_t> &targets, const Column<float> &maximum,
-                    const Column<double> &total, const Column<double> &weighted, const Column<float> &target_logit,
-                    const Buffer &buffer, const std::optional<Matrix<T>> &dweight, int num_threads) {
+                    const Temperatures &temperatures, float softcap, const Column<const int64_t> &targets,
+                    const Column<float> &maximum, const Column<double> &total, const Doubles &weighted,
+                    const Column<float> &target_logit, const Doubles &sum, const Indices &argmax, const Buffer &buffer,
+                    const std::optional<Matrix<T>> &dweight, int num_threads) {
   const ProductKernels &products = require_products<T>();
   check_gradient(dweight, weight.shape(0), weight.shape(1));
   const Kept kept = make_kept<T>(buffer, dweight, hidden.shape(0), weight.shape(1), weight.shape(0), softcap);
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, kept);
   const size_t num_rows = hidden.shape(0);
-  for (size_t length : {maximum.shape(0), total.shape(0), weighted.shape(0), target_logit.shape(0)})
-    check_length(length, num_rows);
-  float *m = maximum.data(), *z = target_logit.data();
-  double *a = total.data(), *b = weighted.data();
+  const States states = make_states(num_rows, maximum, total, weighted, target_logit, sum, argmax);
+  const LinearOperands operands =
+      make_operands(hidden, weight, bias, temperature, temperatures, softcap, states.wanted(), targets, kept);
   nb::gil_scoped_release release;
-  std::vector<RowState> states(num_rows);
-  repirl::linear_forward(*g_kernels, products, operands, states.data(), z, num_threads);
-  for (size_t row = 0; row < num_rows; ++row) {
-    m[row] = states[row].maximum;
-    a[row] = states[row].total;
-    b[row] = states[row].weighted;
-  }
+  std::vector<RowState> found(num_rows);
+  repirl::linear_forward(*g_kernels, products, operands, found.data(), states.target_logit, num_threads);
+  for (size_t row = 0; row < num_rows; ++row) states.set(row, found[row]);
 }
 
 template <class T>
 void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weight, const Bias &bias, float temperature,
-                     float softcap, const Column<const int64_t> &targets, const Column<const float> &logsumexp,
-                     const Column<const float> &mean_logit, const Column<const float> &mass,
-                     const Column<const float> &onehot, const Column<const float> &slope,
+                     const Temperatures &temperatures, float softcap, const Column<const int64_t> &targets,
+                     const Column<const float> &logsumexp, const Column<const float> &mean_logit,
+                     const Column<const float> &mass, const Column<const float> &onehot,
+                     const Column<const float> &slope, const Column<const float> &uniform,
                      const std::optional<Matrix<float>> &dhidden, const std::optional<Matrix<T>> &dweight,
                      const std::optional<Matrix<float>> &dweight_sum, const std::optional<Column<float>> &dbias,
                      const Buffer &buffer, int64_t num_buffer_rows,
@@ -265,8 +310,10 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   } else if (buffer) {
     check_length(num_rows, static_cast<size_t>(num_buffer_rows));
   }
-  const LinearOperands operands = make_operands(hidden, weight, bias, temperature, softcap, targets, kept);
-  for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0)})
+  const LinearOperands operands =
+      make_operands(hidden, weight, bias, temperature, temperatures, softcap, Wanted{}, targets, kept);
+  for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0),
+                        uniform.shape(0)})
     check_length(length, num_rows);
   if (dbias) check_length(dbias->shape(0), weight.shape(0));
   if (skip_below) check_length(skip_below->shape(0), num_rows);
@@ -275,28 +322,31 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   std::vector<RowGradient> rows(num_rows);
   for (size_t row = 0; row < num_rows; ++row)
     rows[row] = {logsumexp.data()[row], mean_logit.data()[row], mass.data()[row], onehot.data()[row],
-                 slope.data()[row]};
+                 slope.data()[row], uniform.data()[row]};
   const repirl::SkipLimits limits = skip_below ? skip_below->data() : nullptr;
   nb::gil_scoped_release release;
   repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, limits, workspace_bytes, num_threads);
 }
+
+// An array as it is: nanobind would else convert one of another dtype, and results would go into the copy.
+auto array(const char *name) { return nb::arg(name).noconvert(); }
 
 template <class T>
 void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
   module.def(forward_name, &linear_forward<T>,
              "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
              "of computed again.",
-             nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
-             nb::arg("targets"), nb::arg("maximum"), nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"),
-             nb::arg("buffer").none(), nb::arg("dweight").none(), nb::arg("num_threads"));
+             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
+             array("targets"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
+             array("buffer").none(), array("dweight").none(), nb::arg("num_threads"));
   module.def(backward_name, &linear_backward<T>,
              "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
              "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
-             nb::arg("hidden"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"),
-             nb::arg("targets"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
-             nb::arg("slope"), nb::arg("dhidden").none(), nb::arg("dweight").none(), nb::arg("dweight_sum").none(),
-             nb::arg("dbias").none(), nb::arg("buffer").none(), nb::arg("num_buffer_rows"),
-             nb::arg("buffer_rows").none(), nb::arg("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
+             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
+             array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
+             array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(), array("dweight_sum").none(),
+             array("dbias").none(), array("buffer").none(), nb::arg("num_buffer_rows"),
+             array("buffer_rows").none(), array("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
 }
 
 }  // namespace
@@ -309,52 +359,54 @@ NB_MODULE(_native, module) {
              "Run with another instruction set of instruction_sets() from now on (for tests).");
   module.def(
       "update_f32",
-      [](Matrix<const float> slab, Bias bias, float temperature, float softcap, Column<const int64_t> targets,
-         int64_t first_column, Column<float> maximum, Column<double> total, Column<double> weighted,
-         Column<float> target_logit, int num_threads) {
-        update<float>(slab, bias, temperature, softcap, targets, first_column, maximum, total, weighted, target_logit,
-                      num_threads, g_kernels->update_f32);
+      [](Matrix<const float> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
+         Column<const int64_t> targets,
+         int64_t first_column, Column<float> maximum, Column<double> total, Doubles weighted,
+         Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
+        update<float>(slab, bias, temperature, temperatures, softcap, targets, first_column, maximum, total, weighted,
+                      target_logit, sum, argmax, num_threads, g_kernels->update_f32);
       },
-      "Take a slab of float32 logits into the rows' running statistics.", nb::arg("slab"), nb::arg("bias").none(),
-      nb::arg("temperature"), nb::arg("softcap"), nb::arg("targets"), nb::arg("first_column"), nb::arg("maximum"),
-      nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"), nb::arg("num_threads"));
+      "Take a slab of float32 logits into the rows' running statistics.", array("slab"), array("bias").none(),
+      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"), array("maximum"),
+      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
   module.def(
       "update_bf16",
-      [](Matrix<const uint16_t> slab, Bias bias, float temperature, float softcap, Column<const int64_t> targets,
-         int64_t first_column, Column<float> maximum, Column<double> total, Column<double> weighted,
-         Column<float> target_logit, int num_threads) {
-        update<uint16_t>(slab, bias, temperature, softcap, targets, first_column, maximum, total, weighted,
-                         target_logit, num_threads, g_kernels->update_bf16);
+      [](Matrix<const uint16_t> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
+         Column<const int64_t> targets,
+         int64_t first_column, Column<float> maximum, Column<double> total, Doubles weighted,
+         Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
+        update<uint16_t>(slab, bias, temperature, temperatures, softcap, targets, first_column, maximum, total,
+                         weighted, target_logit, sum, argmax, num_threads, g_kernels->update_bf16);
       },
-      "The same for bfloat16 logits, passed as their bits.", nb::arg("slab"), nb::arg("bias").none(),
-      nb::arg("temperature"), nb::arg("softcap"), nb::arg("targets"), nb::arg("first_column"), nb::arg("maximum"),
-      nb::arg("total"), nb::arg("weighted"), nb::arg("target_logit"), nb::arg("num_threads"));
+      "The same for bfloat16 logits, passed as their bits.", array("slab"), array("bias").none(),
+      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"), array("maximum"),
+      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
   module.def(
       "gradient_f32",
-      [](Matrix<const float> slab, Matrix<float> out, Bias bias, float temperature, float softcap,
-         Column<const int64_t> targets, int64_t first_column, Column<const float> logsumexp,
+      [](Matrix<const float> slab, Matrix<float> out, Bias bias, float temperature, Temperatures temperatures,
+         float softcap, Column<const int64_t> targets, int64_t first_column, Column<const float> logsumexp,
          Column<const float> mean_logit, Column<const float> mass, Column<const float> onehot,
-         Column<const float> slope, int num_threads) {
-        gradient<float>(slab, out, bias, temperature, softcap, targets, first_column, logsumexp, mean_logit, mass,
-                        onehot, slope, num_threads, g_kernels->gradient_f32);
+         Column<const float> slope, Column<const float> uniform, int num_threads) {
+        gradient<float>(slab, out, bias, temperature, temperatures, softcap, targets, first_column, logsumexp,
+                        mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_f32);
       },
-      "Write the gradient of a slab of float32 logits to `out`, which may be the slab.", nb::arg("slab"),
-      nb::arg("out"), nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"), nb::arg("targets"),
-      nb::arg("first_column"), nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"),
-      nb::arg("slope"), nb::arg("num_threads"));
+      "Write the gradient of a slab of float32 logits to `out`, which may be the slab.", array("slab"),
+      array("out"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      nb::arg("first_column"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
+      array("slope"), array("uniform"), nb::arg("num_threads"));
   module.def(
       "gradient_bf16",
-      [](Matrix<const uint16_t> slab, Matrix<uint16_t> out, Bias bias, float temperature, float softcap,
-         Column<const int64_t> targets, int64_t first_column, Column<const float> logsumexp,
+      [](Matrix<const uint16_t> slab, Matrix<uint16_t> out, Bias bias, float temperature, Temperatures temperatures,
+         float softcap, Column<const int64_t> targets, int64_t first_column, Column<const float> logsumexp,
          Column<const float> mean_logit, Column<const float> mass, Column<const float> onehot,
-         Column<const float> slope, int num_threads) {
-        gradient<uint16_t>(slab, out, bias, temperature, softcap, targets, first_column, logsumexp, mean_logit, mass,
-                           onehot, slope, num_threads, g_kernels->gradient_bf16);
+         Column<const float> slope, Column<const float> uniform, int num_threads) {
+        gradient<uint16_t>(slab, out, bias, temperature, temperatures, softcap, targets, first_column, logsumexp,
+                           mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_bf16);
       },
-      "The same for bfloat16 logits and gradients, passed as their bits.", nb::arg("slab"), nb::arg("out"),
-      nb::arg("bias").none(), nb::arg("temperature"), nb::arg("softcap"), nb::arg("targets"), nb::arg("first_column"),
-      nb::arg("logsumexp"), nb::arg("mean_logit"), nb::arg("mass"), nb::arg("onehot"), nb::arg("slope"),
-      nb::arg("num_threads"));
+      "The same for bfloat16 logits and gradients, passed as their bits.", array("slab"), array("out"),
+      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"),
+      array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"), array("slope"),
+      array("uniform"), nb::arg("num_threads"));
   module.def("has_products", [] { return choose_products<float>() != nullptr; },
              "Whether linear_forward and linear_backward run with the instruction set in use.");
   bind_linear<float>(module, "linear_forward_f32", "linear_backward_f32");

@@ -143,9 +143,19 @@ inline void store_tail(T *x, Vector v, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) x[lane] = lanes[lane];
 }
 
-template <bool kIdentity, bool kKeep, class T>
-void update_row_as(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
-                   float &target_logit, uint16_t *powers) {
+// The sum of a block's logits, of which none is above `maximum`: of differences to that, as logits may share an offset.
+inline double sum_of(const float *block, int64_t count, float maximum) {
+  const int64_t full = count / kLanes * kLanes;
+  Vector differences{};
+  for (int64_t i = 0; i < full; i += kLanes) differences += load(block + i) - maximum;
+  double result = sum(differences) + static_cast<double>(maximum) * static_cast<double>(full);
+  for (int64_t i = full; i < count; ++i) result += static_cast<double>(block[i]);
+  return result;
+}
+
+template <bool kIdentity, bool kKeep, bool kEntropy, class T>
+void update_row_as(const T *x, int64_t num_columns, const Transform &transform, const Wanted &wanted,
+                   int64_t first_column, int64_t target, RowState &state, float &target_logit, uint16_t *powers) {
   const float infinity = __builtin_inff();
   alignas(64) float block[kBlock];
   for (int64_t start = 0; start < num_columns; start += kBlock) {
@@ -170,7 +180,13 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
 
     float maximum = -infinity;
     for (int lane = 0; lane < kLanes; ++lane) maximum = largest[lane] > maximum ? largest[lane] : maximum;
+    if (wanted.sum) state.sum += maximum == -infinity ? (double)maximum : sum_of(block, count, maximum);
     if (maximum > state.maximum) {
+      if (wanted.argmax) {
+        int64_t i = 0;
+        while (block[i] != maximum) ++i;
+        state.argmax = first_column + start + i;
+      }
       if (state.maximum != -infinity) {
         const double change = (double)state.maximum - (double)maximum;
         const double factor = __builtin_exp(change);
@@ -193,7 +209,7 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
     for (int64_t i = 0; i < padded; i += kLanes) {
       const Power p = power(load(block + i) - state.maximum);
       total += p.exp;
-      weighted += p.exp * p.x;
+      if (kEntropy) weighted += p.exp * p.x;
       if (!kKeep) continue;
       if (i < full) {
         store(powers + start + i, p.exp);
@@ -202,49 +218,59 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
       }
     }
     state.total += sum(total);
-    state.weighted += sum(weighted);
+    if (kEntropy) state.weighted += sum(weighted);
   }
 }
 
+template <bool kKeep, class T>
+void update_row_of(const T *x, int64_t num_columns, const Transform &transform, const Wanted &wanted,
+                   int64_t first_column, int64_t target, RowState &state, float &target_logit, uint16_t *powers) {
+  const bool identity = is_identity(transform);
+  const auto function =
+      identity ? (wanted.entropy ? update_row_as<true, kKeep, true, T> : update_row_as<true, kKeep, false, T>)
+               : (wanted.entropy ? update_row_as<false, kKeep, true, T> : update_row_as<false, kKeep, false, T>);
+  function(x, num_columns, transform, wanted, first_column, target, state, target_logit, powers);
+}
+
 template <class T>
-void update_row(const T *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
-                float &target_logit) {
-  const auto function = is_identity(transform) ? update_row_as<true, false, T> : update_row_as<false, false, T>;
-  function(x, num_columns, transform, target, state, target_logit, nullptr);
+void update_row(const T *x, int64_t num_columns, const Transform &transform, const Wanted &wanted, int64_t first_column,
+                int64_t target, RowState &state, float &target_logit) {
+  update_row_of<false>(x, num_columns, transform, wanted, first_column, target, state, target_logit, nullptr);
 }
 
-void update_keeping(const float *x, int64_t num_columns, const Transform &transform, int64_t target, RowState &state,
-                    float &target_logit, uint16_t *powers) {
-  const auto function = is_identity(transform) ? update_row_as<true, true, float> : update_row_as<false, true, float>;
-  function(x, num_columns, transform, target, state, target_logit, powers);
+void update_keeping(const float *x, int64_t num_columns, const Transform &transform, const Wanted &wanted,
+                    int64_t first_column, int64_t target, RowState &state, float &target_logit, uint16_t *powers) {
+  update_row_of<true>(x, num_columns, transform, wanted, first_column, target, state, target_logit, powers);
 }
 
-template <bool kIdentity>
-inline Vector gradient(const Logits &logits, const Transform &transform, const RowGradient &row, Vector onehot) {
+// `added` is what does not depend on the logit: the target's share, and every column's.
+template <bool kIdentity, bool kSlope>
+inline Vector gradient(const Logits &logits, const Transform &transform, const RowGradient &row, Vector added) {
   const Power p = power(logits.z - row.logsumexp);
+  Vector dz = p.exp * row.mass + added;
   // z - mean_logit in two steps, both between numbers that lie close together.
-  const Vector slope = row.mass - row.slope * (p.x + (row.logsumexp - row.mean_logit));
-  Vector dz = p.exp * slope + onehot;
+  if (kSlope) dz = p.exp * (row.mass - row.slope * (p.x + (row.logsumexp - row.mean_logit))) + added;
   if (kIdentity) return dz;
   if (transform.temperature != 1.0f) dz = dz / transform.temperature;
   if (transform.softcap != 0.0f) dz = dz * (1.0f - logits.tanh * logits.tanh);
   return dz;
 }
 
-template <bool kIdentity, class T>
+template <bool kIdentity, bool kSlope, class T>
 void gradient_row_as(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
                      const RowGradient &row) {
   const int64_t full = num_columns / kLanes * kLanes;
   for (int64_t i = 0; i < num_columns; i += kLanes) {
-    Vector onehot{};
-    if (target >= i && target < i + kLanes) onehot[target - i] = row.onehot;
+    Vector added = splat(row.uniform);
+    if (target >= i && target < i + kLanes) added[target - i] += row.onehot;
     const Vector bias = load_bias(transform.bias, i, num_columns);
     if (i < full) {
-      store(out + i, gradient<kIdentity>(final_logits<kIdentity>(load(x + i), bias, transform), transform, row, onehot));
+      const Logits logits = final_logits<kIdentity>(load(x + i), bias, transform);
+      store(out + i, gradient<kIdentity, kSlope>(logits, transform, row, added));
     } else {
       const int64_t count = num_columns - i;
       const Logits logits = final_logits<kIdentity>(load_tail(x + i, count, 0.0f), bias, transform);
-      store_tail(out + i, gradient<kIdentity>(logits, transform, row, onehot), count);
+      store_tail(out + i, gradient<kIdentity, kSlope>(logits, transform, row, added), count);
     }
   }
 }
@@ -252,7 +278,9 @@ void gradient_row_as(const T *x, T *out, int64_t num_columns, const Transform &t
 template <class T>
 void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &transform, int64_t target,
                   const RowGradient &row) {
-  const auto function = is_identity(transform) ? gradient_row_as<true, T> : gradient_row_as<false, T>;
+  const bool identity = is_identity(transform), slope = row.slope != 0.0f;
+  const auto function = identity ? (slope ? gradient_row_as<true, true, T> : gradient_row_as<true, false, T>)
+                                 : (slope ? gradient_row_as<false, true, T> : gradient_row_as<false, false, T>);
   function(x, out, num_columns, transform, target, row);
 }
 
@@ -276,12 +304,12 @@ void gradient_of_kept_as(const uint16_t *powers, float maximum, float *out, int6
                          const Transform &transform, int64_t target, const RowGradient &row) {
   const float shift = maximum - row.logsumexp, scale = __builtin_expf(shift) / transform.temperature;
   const float above_mean = maximum == -__builtin_inff() ? 0.0f : maximum - row.mean_logit;
-  const float onehot = row.onehot / transform.temperature;
+  const float onehot = row.onehot / transform.temperature, uniform = row.uniform / transform.temperature;
   const int64_t full = num_columns / kLanes * kLanes;
   for (int64_t i = 0; i < num_columns; i += kLanes) {
     const Vector power = i < full ? load(powers + i) : load_tail(powers + i, num_columns - i, 0.0f);
-    Vector dz = power * (scale * row.mass);
-    if (kSlope) dz = power * scale * (row.mass - row.slope * (logarithm(power) + above_mean));
+    Vector dz = power * (scale * row.mass) + uniform;
+    if (kSlope) dz = power * scale * (row.mass - row.slope * (logarithm(power) + above_mean)) + uniform;
     if (target >= i && target < i + kLanes) dz[target - i] += onehot;
     if (i < full) {
       store(out + i, dz);

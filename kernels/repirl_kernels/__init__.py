@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from repirl_kernels.backends import choose_backend
 from repirl_kernels.linear_loss import TokenLoss, linear_token_loss
 from repirl_kernels.losses import (
     PolicyLoss,
@@ -12,7 +13,7 @@ from repirl_kernels.losses import (
     policy_loss,
     token_rewards,
 )
-from repirl_kernels.ops import TokenStats, choose_backend, linear_token_stats, token_stats
+from repirl_kernels.ops import TokenStats, TokenStatsWithArgmax, linear_token_stats, token_stats
 from repirl_kernels.segments import (
     Coefficients,
     LogWeights,
@@ -43,6 +44,7 @@ __all__ = [
     "PolicyLoss",
     "TokenLoss",
     "TokenStats",
+    "TokenStatsWithArgmax",
     "aggregate_weights",
     "choose_backend",
     "effective_sample_size",

@@ -10,22 +10,24 @@ Axes: N rows (tokens), D features, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repirl_kernels import native
+from repirl_kernels.backends import choose_backend
+from repirl_kernels.operands import LinearOperands, Options, check_main_grad, prepare_linear, statistics_dtype
 from repirl_kernels.ops import (
-    LinearOperands,
-    TokenStats,
-    choose_backend,
+    OPERATOR_TAGS,
+    AnyTokenStats,
+    as_stats,
     linear_backward,
     linear_forward,
-    prepare_linear,
+    linear_token_stats,
+    under_transforms,
 )
-from repirl_kernels.reference import statistics_dtype
-from repirl_kernels.rows import empty_stats, fake_gradients, kept_rows, refuse_double_backward
+from repirl_kernels.rows import RowStats, empty_stats, fake_gradients, kept_rows, refuse_double_backward
 
 # Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
@@ -38,22 +40,28 @@ class TokenLoss(NamedTuple):
     """Sum of ``token_loss``, without axes: the one to call ``backward()`` of."""
     token_loss: Tensor
     """``[*]``, what the loss function returned, 0 in rows that are ignored; detached."""
-    stats: TokenStats
+    stats: AnyTokenStats
     """Statistics ``[*]`` of all rows, detached."""
+
+
+LossFunction = Callable[[Any, slice], Tensor]
 
 
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    loss_fn: Callable[[TokenStats, slice], Tensor],
+    loss_fn: LossFunction,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    with_entropy: bool = True,
+    with_argmax: bool = False,
     main_grad: Tensor | None = None,
     chunk_bytes: int | None = None,
     backend: str | None = None,
@@ -75,12 +83,17 @@ def linear_token_loss(
     ``loss_fn``, where it keeps small gradients from vanishing. If no gradient is wanted (``torch.no_grad()``, no
     argument requires one), none is computed.
 
+    Where a gradient cannot be computed in the forward pass, it is computed in the backward pass, by four products:
+    under ``torch.func`` transforms, and under ``torch.compile`` in a region that is checkpointed.
+
     Args:
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, backend: as in
-            :func:`repirl_kernels.linear_token_stats`.
-        loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are :class:`TokenStats` of ``[R]``, ``rows`` is a
+        hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, label_smoothing,
+            with_entropy, with_argmax, backend: as in :func:`repirl_kernels.linear_token_stats`.
+        loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are the statistics of ``[R]``, ``rows`` is a
             ``slice`` of the flattened rows of length R. Ignored rows hold 0 there, and their losses do not count. It
-            is differentiated with respect to ``stats`` only.
+            is differentiated with respect to ``stats`` only. A row's loss may depend on other rows' statistics as
+            long as all of them are in one chunk: where there are several chunks, ``loss_fn`` is called once more for
+            all rows, and has to give the same losses.
         main_grad: contiguous float32 ``[V, D]`` (float64 for float64 operands), the weight's gradient accumulator where
             one is kept beside ``weight.grad`` (Megatron's ``weight.main_grad``). The weight's gradient is added to it
             in the forward pass, without a buffer of its own, and ``weight`` gets none from autograd. ``backward()``
@@ -103,29 +116,58 @@ def linear_token_loss(
         RuntimeError: in backward, an upstream gradient other than 1 with ``main_grad``; not checked where
             ``torch.compile`` traces the backward.
     """
-    operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
+    operands, options = prepare_linear(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        row_mask=row_mask,
+        vocab_size=vocab_size,
+        label_smoothing=label_smoothing,
+        with_entropy=with_entropy,
+        with_argmax=with_argmax,
+        backend=backend,
+    )
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of statistics and rows, got {loss_fn!r}")
     if chunk_bytes is None:
         chunk_bytes = _CHUNK_BYTES_CPU if hidden.device.type == "cpu" else _CHUNK_BYTES_GPU
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, (int, torch.SymInt)):
+        raise TypeError(f"chunk_bytes must be an integer, got {chunk_bytes!r} of type {type(chunk_bytes).__name__}")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be > 0, got {chunk_bytes}")
     dtype = statistics_dtype(operands.hidden.dtype)
     if main_grad is not None:
-        _check_main_grad(main_grad, weight, dtype)
+        check_main_grad(main_grad, weight, dtype)
     if operands.bias is not None:
         operands = operands._replace(bias=operands.bias.to(dtype))  # sums over chunks are rounded once
-    options = _Options(float(temperature), softcap, ignore_index, operands.vocab_size, backend or "")
     leaves = (operands.hidden, operands.weight, operands.bias)
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    if under_transforms() or (any(needs) and torch.compiler.is_compiling() and not _differentiates_while_traced()):
+        if main_grad is not None:
+            raise ValueError(
+                "main_grad gets the weight's gradient in the forward pass, which cannot compute it under torch.func "
+                "transforms or in a checkpointed region under torch.compile: leave main_grad out"
+            )
+        return _by_autograd(operands, options, loss_fn, targets)
     num_rows = operands.hidden.shape[0]
+    keep = kept_rows(operands.targets, operands.row_mask, options.ignore_index)
     with torch.no_grad():
-        num_chunks, memory = _plan(operands, needs, main_grad, chunk_bytes, softcap, backend)
-        step = -(-num_rows // num_chunks)
+        num_chunks, memory = _plan(operands, options, needs, main_grad, chunk_bytes)
         chunks = []
         for chunk in range(num_chunks):
-            rows = slice(chunk * step, min((chunk + 1) * step, num_rows))
-            chunks.append(_run_chunk(operands, rows, loss_fn, memory, options, needs))
-        token_loss, *stats = (torch.cat(column) for column in zip(*(chunk.values for chunk in chunks), strict=True))
+            rows = slice(chunk * num_rows // num_chunks, (chunk + 1) * num_rows // num_chunks)
+            chunks.append(_run_chunk(operands, rows, keep[rows], loss_fn, memory, options, needs))
+        token_loss = torch.cat([chunk.losses for chunk in chunks])
+        stats = RowStats(*(torch.cat(column) for column in zip(*(chunk.stats for chunk in chunks), strict=True)))
         loss = token_loss.sum()
+        if num_chunks > 1:
+            again = loss_fn(_copied(as_stats(stats, operands.targets, options)), slice(0, num_rows))
+            _check_losses(again, operands.targets, uses_other_leaves=False)
+            loss = _check_chunks(loss, token_loss, torch.where(keep, again, 0).to(token_loss.dtype), num_chunks)
         if any(needs):
             dhidden = torch.cat([chunk.dhidden for chunk in chunks])
             dweight = memory.dweight
@@ -143,8 +185,45 @@ def linear_token_loss(
             dweight,
             dbias,
         )
-    shape = targets.shape
-    return TokenLoss(loss, token_loss.reshape(shape), TokenStats(*(column.reshape(shape) for column in stats)))
+    return TokenLoss(loss, token_loss.reshape(targets.shape), as_stats(stats, targets, options))
+
+
+def _differentiates_while_traced() -> bool:
+    """Whether a loss can be differentiated in the forward pass that ``torch.compile`` traces.
+
+    It is done by ``torch.func.vjp``, which does not go together with hooks on saved tensors, and a checkpointed region,
+    traced as a graph of its own, sets them.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return False
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is None
+
+
+# Called for real where torch.compile traces, and its result taken as a constant.
+_differentiates_while_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _by_autograd(operands: LinearOperands, options: Options, loss_fn: LossFunction, targets: Tensor) -> TokenLoss:
+    """The same loss by way of ``linear_token_stats``, whose backward pass computes the logits again."""
+    hidden, weight, flat_targets, bias, row_mask, row_temperature = operands
+    stats = linear_token_stats(
+        hidden,
+        weight,
+        flat_targets,
+        bias=bias,
+        temperature=options.temperature if row_temperature is None else row_temperature,
+        row_mask=row_mask,
+        **{name: value for name, value in options._asdict().items() if name not in ("temperature", "backend")},
+        backend=options.backend or None,
+    )
+    losses = loss_fn(_copied(stats), slice(0, hidden.shape[0]))
+    _check_losses(losses, flat_targets, uses_other_leaves=False)
+    keep = kept_rows(flat_targets, row_mask, options.ignore_index)
+    losses = torch.where(keep, losses, 0).to(stats.logprob.dtype)
+    columns: list[Any] = [None if column is None else column.detach().reshape(targets.shape) for column in stats]
+    return TokenLoss(losses.sum(), losses.detach().reshape(targets.shape), type(stats)(*columns))
 
 
 class _Memory(NamedTuple):
@@ -157,28 +236,33 @@ class _Memory(NamedTuple):
 
 def _plan(
     operands: LinearOperands,
+    options: Options,
     needs: list[bool],
     main_grad: Tensor | None,
     chunk_bytes: int,
-    softcap: float | None,
-    backend: str | None,
 ) -> tuple[int, _Memory]:
     """The number of chunks, and the memory for one."""
-    (num_rows, num_features), vocab_size = operands.hidden.shape, operands.vocab_size
+    (num_rows, num_features), vocab_size = operands.hidden.shape, options.vocab_size
     device, operand_dtype = operands.hidden.device, operands.hidden.dtype
     dtype = statistics_dtype(operand_dtype)
-    own_buffer = _has_own_buffer(device.type, operand_dtype, backend)
+    own_buffer = _has_own_buffer(device.type, operand_dtype, options.backend or None)
     # The weight's gradient of a single chunk is written once, and its memory is free until then.
     in_gradient = own_buffer and needs[1] and main_grad is None
 
     def bytes_of(rows: int, in_gradient: bool) -> int:
         if own_buffer:
-            return native.buffer_bytes(rows, num_features, vocab_size, operand_dtype, softcap, in_gradient)
+            return native.buffer_bytes(rows, num_features, operand_dtype, options, in_gradient)
         return rows * vocab_size * dtype.itemsize
 
     num_chunks = 1
     if bytes_of(num_rows, in_gradient) > chunk_bytes:
-        num_chunks = max(1, -(-num_rows // max(1, chunk_bytes // bytes_of(1, False))))
+        if torch.compiler.is_compiling():
+            # A graph for each number of chunks: powers of two, as there are few of them.
+            num_chunks = 2
+            while num_chunks < num_rows and bytes_of(-(-num_rows // num_chunks), False) > chunk_bytes:
+                num_chunks *= 2
+        else:
+            num_chunks = max(1, -(-num_rows // max(1, chunk_bytes // bytes_of(1, False))))
     in_gradient = in_gradient and num_chunks == 1
     weight_sum = main_grad
     if needs[1] and main_grad is None and num_chunks > 1:
@@ -198,33 +282,15 @@ def _has_own_buffer(device: str, dtype: torch.dtype, backend: str | None) -> boo
     return choose_backend(device, dtype, backend) == "native" and native.has_products(dtype)
 
 
-# What torch.compiler.assume_constant_result does; that decorator imports the whole compiler.
+# The same as torch.compiler.assume_constant_result, which imports the whole compiler.
 _has_own_buffer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
-    fits = (main_grad.shape, main_grad.dtype, main_grad.device) == (weight.shape, dtype, weight.device)
-    if not fits or not main_grad.is_contiguous():
-        raise ValueError(
-            f"main_grad must be a contiguous {dtype} of the weight's shape {tuple(weight.shape)} on {weight.device}, "
-            f"got {main_grad.dtype} of {tuple(main_grad.shape)}, strides {main_grad.stride()}, on {main_grad.device}"
-        )
-
-
-class _Options(NamedTuple):
-    """The last arguments of the operators on chunks."""
-
-    temperature: float
-    softcap: float | None
-    ignore_index: int
-    vocab_size: int
-    backend: str
-
-
 class _Chunk(NamedTuple):
-    """One chunk's loss and four statistics, each ``[R]``, and gradients; those not needed are empty tensors."""
+    """One chunk's losses and statistics, each ``[R]``, and gradients; those not needed are empty tensors."""
 
-    values: tuple[Tensor, ...]
+    losses: Tensor
+    stats: RowStats
     dhidden: Tensor
     dweight: Tensor
     dbias: Tensor
@@ -233,67 +299,68 @@ class _Chunk(NamedTuple):
 def _run_chunk(
     operands: LinearOperands,
     rows: slice,
-    loss_fn: Callable[[TokenStats, slice], Tensor],
+    keep: Tensor,
+    loss_fn: LossFunction,
     memory: _Memory,
-    options: _Options,
+    options: Options,
     needs: list[bool],
 ) -> _Chunk:
     hidden, targets = operands.hidden[rows], operands.targets[rows]
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
+    row_temperature = None if operands.row_temperature is None else operands.row_temperature[rows]
+    some = (hidden, operands.weight, targets, operands.bias, row_mask, row_temperature)
     logits, weight_sum, dweight_memory = memory
     if logits is not None and logits.dim() == 2:
         logits = logits[: hidden.shape[0]]
-    *stats, logsumexp_low = _chunk_forward(
-        hidden, operands.weight, targets, operands.bias, row_mask, logits, dweight_memory, *options
-    )
-    upstream: tuple[Tensor, ...] = ()
+    row_stats = RowStats(*_chunk_forward(*some, logits, dweight_memory, *options))
+    stats = _copied(as_stats(row_stats, targets, options))
+    upstream: tuple[Tensor | None, ...] = ()
     if any(needs):
-        losses, upstream = _differentiate(loss_fn, TokenStats(*stats), rows)
+        losses, upstream = _differentiate(loss_fn, stats, rows, keep)
     else:
-        losses = loss_fn(TokenStats(*stats), rows)
+        losses = loss_fn(stats, rows)
         _check_losses(losses, targets, uses_other_leaves=False)
-    kept = kept_rows(targets, row_mask, options.ignore_index)
-    values = (torch.where(kept, losses, 0).to(stats[0].dtype), *stats)
+    losses = torch.where(keep, losses, 0).to(row_stats.logprob.dtype)
     if not any(needs):
-        return _Chunk(values, *[hidden.new_empty(0)] * 3)
-    _, logsumexp, _, entropy = stats
+        return _Chunk(losses, row_stats, *[hidden.new_empty(0)] * 3)
+    saved = (row_stats.logsumexp, row_stats.entropy if options.with_entropy else None, row_stats.logsumexp_low)
     dhidden, dweight, dbias = _chunk_backward(
-        *upstream,
-        hidden,
-        operands.weight,
-        targets,
-        operands.bias,
-        row_mask,
-        logsumexp,
-        entropy,
-        logsumexp_low,
-        logits,
-        weight_sum,
-        dweight_memory,
-        *options,
-        *needs,
+        *upstream, *saved, *needs, *some, logits, weight_sum, dweight_memory, *options
     )
-    return _Chunk(values, dhidden, dweight, dbias)
+    return _Chunk(losses, row_stats, dhidden, dweight, dbias)
+
+
+def _copied(stats: AnyTokenStats) -> AnyTokenStats:
+    """For a loss function, which may change what it is given."""
+    columns: list[Any] = [None if column is None else column.clone() for column in stats]
+    return type(stats)(*columns)
 
 
 def _differentiate(
-    loss_fn: Callable[[TokenStats, slice], Tensor], stats: TokenStats, rows: slice
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The losses ``[R]``, and the gradients of their sum with respect to the four statistics."""
+    loss_fn: LossFunction, stats: AnyTokenStats, rows: slice, keep: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The losses ``[R]``, and the gradients of the sum of those that count with respect to the four statistics."""
+    given = [column for column in stats[:4] if column is not None]
+
+    def losses_of(*columns: Tensor) -> Tensor:
+        fields: list[Any] = [*[*columns, None][:4], *stats[4:]]  # the fourth is the entropy
+        return loss_fn(type(stats)(*fields), rows)
+
     with torch.enable_grad():
         if torch.compiler.is_compiling():  # traces vjp, but not autograd.grad
-            losses, pull_back, *_ = torch.func.vjp(lambda *columns: loss_fn(TokenStats(*columns), rows), *stats)
+            losses, pull_back, *_ = torch.func.vjp(losses_of, *given)
             _check_losses(losses, stats.logprob, losses.requires_grad)
-            return losses.detach(), pull_back(torch.ones_like(losses))
+            upstream = pull_back(keep.to(losses.dtype))
+            return losses.detach(), (*upstream, None)[:4]
         # Hooks of a surrounding graph (activation checkpointing, offloading) are not for this one, which ends here.
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            leaves = TokenStats(*(column.detach().requires_grad_() for column in stats))
-            losses = loss_fn(leaves, rows)
+            leaves = [column.detach().requires_grad_() for column in given]
+            losses = losses_of(*leaves)
             _check_losses(losses, stats.logprob, _has_other_leaves(losses, leaves))
             if not losses.requires_grad:
-                return losses, tuple(torch.zeros_like(column) for column in stats)
-            upstream = torch.autograd.grad(losses, leaves, torch.ones_like(losses), materialize_grads=True)
-            return losses.detach(), upstream
+                return losses, (*(torch.zeros_like(column) for column in given), None)[:4]
+            upstream = torch.autograd.grad(losses, leaves, keep.to(losses.dtype), materialize_grads=True)
+            return losses.detach(), (*upstream, None)[:4]
 
 
 def _check_losses(losses: Tensor, expected: Tensor, uses_other_leaves: bool) -> None:
@@ -307,7 +374,7 @@ def _check_losses(losses: Tensor, expected: Tensor, uses_other_leaves: bool) -> 
         )
 
 
-def _has_other_leaves(losses: Tensor, leaves: TokenStats) -> bool:
+def _has_other_leaves(losses: Tensor, leaves: list[Tensor]) -> bool:
     """Whether the graph of ``losses`` ends in leaves that are not among ``leaves``."""
     known = {id(leaf) for leaf in leaves}
     nodes, seen = [getattr(losses, "grad_fn", None)], set()
@@ -323,58 +390,80 @@ def _has_other_leaves(losses: Tensor, leaves: TokenStats) -> bool:
     return False
 
 
-@torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits", "dweight"))
+@torch.library.custom_op("repirl_kernels::check_chunks", mutates_args=(), tags=OPERATOR_TAGS)
+def _check_chunks(loss: Tensor, by_chunk: Tensor, at_once: Tensor, num_chunks: int) -> Tensor:
+    """``loss``, unless rows' losses depend on which other rows are in their chunk: a ValueError then."""
+    size = at_once.abs().nan_to_num(posinf=0.0).amax()
+    # The same numbers by another loop may round in another way, and no more.
+    tolerance = 1e-4 * at_once.abs() + 1e-6 * size
+    same = ((by_chunk - at_once).abs() <= tolerance) | (by_chunk == at_once) | (by_chunk.isnan() & at_once.isnan())
+    if not same.all():
+        row = int((~same).nonzero()[0])
+        raise ValueError(
+            f"loss_fn gives row {row} the loss {float(by_chunk[row]):.6g} in its chunk and {float(at_once[row]):.6g} "
+            f"among all rows: a row's loss may not depend on the rows around it, as there are {num_chunks} chunks. Put "
+            "normalisers into the function from outside, or give a chunk_bytes that holds all rows"
+        )
+    return loss.clone()
+
+
+@_check_chunks.register_fake
+def _check_chunks_fake(loss: Tensor, by_chunk: Tensor, at_once: Tensor, num_chunks: int) -> Tensor:
+    return torch.empty_like(loss)
+
+
+@torch.library.custom_op("repirl_kernels::linear_chunk_forward", mutates_args=("logits", "dweight"), tags=OPERATOR_TAGS)
 def _chunk_forward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
+    row_temperature: Tensor | None,
     logits: Tensor | None,
     dweight: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count."""
-    options = (temperature, softcap, ignore_index, vocab_size, backend)
-    return linear_forward(hidden, weight, targets, bias, row_mask, *options, logits, dweight)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics; the first rows of ``logits`` get those of rows that count."""
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
+    return linear_forward(hidden, weight, targets, bias, row_mask, row_temperature, options, logits, dweight)
 
 
 @_chunk_forward.register_fake
-def _chunk_forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    logits: Tensor | None,
-    dweight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_stats(hidden)
+def _chunk_forward_fake(hidden: Tensor, *rest: Any) -> RowStats:
+    options = Options(*rest[7:])
+    return empty_stats(hidden, options.with_entropy, options.with_argmax)
 
 
-@torch.library.custom_op("repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum", "dweight"))
+@torch.library.custom_op(
+    "repirl_kernels::linear_chunk_backward", mutates_args=("logits", "weight_sum", "dweight"), tags=OPERATOR_TAGS
+)
 def _chunk_backward(
     g_logprob: Tensor,
     g_logsumexp: Tensor,
     g_target_logit: Tensor,
-    g_entropy: Tensor,
+    g_entropy: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor | None,
+    logsumexp_low: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
+    row_temperature: Tensor | None,
     logits: Tensor,
     weight_sum: Tensor | None,
     dweight: Tensor | None,
@@ -382,60 +471,28 @@ def _chunk_backward(
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight (if there is no ``weight_sum`` or ``dweight`` for it) and bias, or empty tensors."""
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
     return linear_backward(
         (g_logprob, g_logsumexp, g_target_logit, g_entropy),
         (logsumexp, entropy, logsumexp_low),
-        hidden,
-        weight,
-        targets,
-        bias,
-        row_mask,
-        temperature,
-        softcap,
-        ignore_index,
-        vocab_size,
-        backend,
-        need_hidden,
-        need_weight,
-        need_bias,
-        logits,
-        weight_sum,
-        dweight,
+        *(hidden, weight, targets, bias, row_mask, row_temperature, options),
+        *(need_hidden, need_weight, need_bias),
+        *(logits, weight_sum, dweight),
     )
 
 
 @_chunk_backward.register_fake
-def _chunk_backward_fake(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-    logits: Tensor,
-    weight_sum: Tensor | None,
-    dweight: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = arguments[7:10]
+    (hidden, weight, _, bias), (weight_sum, dweight) = arguments[10:14], arguments[17:19]
     return fake_gradients(hidden, weight, bias, need_hidden, need_weight and weight_sum is dweight is None, need_bias)
 
 

@@ -10,12 +10,13 @@ Functions have the signatures and meaning of :mod:`repirl_kernels.reference`.
 Axes: N rows (tokens), D features, V vocabulary, C columns of a slab.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from repirl_kernels.reference import ForwardResult, rows_above
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import ForwardResult, RowGradients, at_least_rows, rows_above
 
 try:
     from repirl_kernels import _native
@@ -60,9 +61,7 @@ def has_products(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and is_available() and _native.has_products()
 
 
-def buffer_bytes(
-    num_rows: int, num_features: int, vocab_size: int, dtype: torch.dtype, softcap: float | None, in_gradient: bool
-) -> int:
+def buffer_bytes(num_rows: int, num_features: int, dtype: torch.dtype, options: Options, in_gradient: bool) -> int:
     """What :func:`linear_forward` keeps for the gradients of ``num_rows`` rows, where it :func:`has_products`.
 
     For bfloat16 operands that is exp(z - maximum), in bfloat16: as exact as the gradients that come of it. But the
@@ -70,7 +69,8 @@ def buffer_bytes(
     the operands' own size lie in the memory of the weight's gradient first, which is written after they are read.
     The C++ module says the same, ``kept_bytes``, and checks it; here sizes may be symbols of ``torch.compile``.
     """
-    powers = dtype == torch.bfloat16 and softcap is None
+    vocab_size = options.vocab_size
+    powers = dtype == torch.bfloat16 and options.softcap is None
     value_bytes = 2 if powers else 4
     maxima_bytes = -(-vocab_size // _PANEL_COLUMNS) * num_rows * 4 if powers else 0
     here = num_rows
@@ -80,43 +80,28 @@ def buffer_bytes(
 
 
 def logits_forward(
-    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, vocab_size: int
+    logits: Tensor, targets: Tensor, options: Options, row_temperature: Tensor | None = None
 ) -> ForwardResult:
     """Statistics of the rows of ``logits [N, V]`` at ``targets [N]``, in one pass."""
-    state = _RunningStatistics(targets, temperature, softcap)
+    state = _RunningStatistics(targets, options, row_temperature)
     if logits.dtype == torch.float16:
-        for first, last in _slabs(logits.shape[0], vocab_size):
+        for first, last in _slabs(logits.shape[0], options.vocab_size):
             state.update(logits[:, first:last].float(), None, first)
     else:
-        state.update(logits[:, :vocab_size], None, 0)
+        state.update(logits[:, : options.vocab_size], None, 0)
     return state.result()
 
 
 def logits_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     logits: Tensor,
     targets: Tensor,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
 ) -> Tensor:
     """Gradient of ``logits``: ``[N, V]`` in their dtype; 0 in columns >= ``vocab_size``."""
-    rows = _RowGradients(
-        g_logprob,
-        g_logsumexp,
-        g_target_logit,
-        g_entropy,
-        targets,
-        logsumexp,
-        mean_logit,
-        temperature,
-        softcap,
-    )
+    vocab_size = options.vocab_size
+    rows = _Gradients(gradients, targets, options, row_temperature)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype)
     dlogits[:, vocab_size:] = 0
     if logits.dtype == torch.float16:
@@ -134,9 +119,8 @@ def linear_forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> ForwardResult:
@@ -146,43 +130,40 @@ def linear_forward(
     backend :func:`has_products` it is a uint8 buffer of :func:`buffer_bytes`, and ``dweight`` the memory of the
     weight's gradient, if that is to be used, too.
     """
-    state = _RunningStatistics(targets, temperature, softcap)
+    vocab_size = options.vocab_size
+    state = _RunningStatistics(targets, options, row_temperature)
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
     if has_products(hidden.dtype):
-        function = _native.linear_forward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_forward_f32
+        function: Callable[..., None] = (
+            _native.linear_forward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_forward_f32
+        )
         function(
-            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, state.softcap, state.targets,
-            state.maximum, state.total, state.weighted, state.target_logit, logits,
-            None if dweight is None else _bits(dweight[:vocab_size]), torch.get_num_threads(),
+            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, *state.transform, state.targets,
+            *state.columns, logits, None if dweight is None else _bits(dweight[:vocab_size]), torch.get_num_threads(),
         )  # fmt: skip
         return state.result()
-    hidden_ND = hidden.detach().float()
+    hidden_ND = at_least_rows(hidden.detach().float())
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         buffer = _product(hidden_ND, weight[first:last].detach().float(), buffer)
+        slab = buffer[: hidden.shape[0]]
         if logits is not None:
-            logits[:, first:last] = buffer
-        state.update(buffer, None if bias_V is None else bias_V[first:last], first)
+            logits[:, first:last] = slab
+        state.update(slab, None if bias_V is None else bias_V[first:last], first)
     return state.result()
 
 
 def linear_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
     num_logits_rows: int = 0,
     logits_rows: Tensor | None = None,
@@ -198,17 +179,8 @@ def linear_backward(
     ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``. Of a row whose gradients of
     a range of logits are all below its ``skip_below``, that range is left out.
     """
-    rows = _RowGradients(
-        g_logprob,
-        g_logsumexp,
-        g_target_logit,
-        g_entropy,
-        targets,
-        logsumexp,
-        mean_logit,
-        temperature,
-        softcap,
-    )
+    vocab_size = options.vocab_size
+    rows = _Gradients(gradients, targets, options, row_temperature)
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
     dhidden = torch.empty(hidden.shape, dtype=torch.float32) if need_hidden else None
     if need_weight and dweight_sum is None and dweight is None:
@@ -217,10 +189,12 @@ def linear_backward(
     if dweight is not None:
         dweight[vocab_size:] = 0
     if has_products(hidden.dtype):
-        function = _native.linear_backward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_backward_f32
+        function: Callable[..., None] = (
+            _native.linear_backward_bf16 if hidden.dtype == torch.bfloat16 else _native.linear_backward_f32
+        )
         function(
-            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, temperature, rows.softcap, rows.targets,
-            rows.logsumexp, rows.mean_logit, rows.mass, rows.onehot, rows.slope, dhidden,
+            _bits(_whole_words(hidden)), _bits(weight[:vocab_size]), bias_V, *rows.transform, rows.targets,
+            *rows.columns, dhidden,
             None if dweight is None else _bits(dweight[:vocab_size]),
             None if dweight_sum is None else dweight_sum[:vocab_size],
             None if dbias is None else dbias[:vocab_size],
@@ -238,7 +212,7 @@ def linear_backward(
 
 
 def _backward_by_slabs(
-    rows: "_RowGradients",
+    rows: "_Gradients",
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -254,17 +228,20 @@ def _backward_by_slabs(
     hidden_ND = hidden.detach().float()
     if dhidden is not None:
         dhidden.zero_()
+    padded_ND = at_least_rows(hidden_ND)
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         weight_CD = weight[first:last].detach().float()
-        buffer = _product(hidden_ND, weight_CD, buffer) if logits is None else logits[:, first:last]
-        rows.write(buffer, buffer, None if bias is None else bias[first:last], first)
+        if logits is None:
+            buffer = _product(padded_ND, weight_CD, buffer)
+        dz = buffer[: hidden.shape[0]] if buffer is not None else logits[:, first:last]  # type: ignore[index]
+        rows.write(dz, dz, None if bias is None else bias[first:last], first)
         if dbias is not None:
-            torch.sum(buffer, dim=0, out=dbias[first:last])
-        dz, hidden_part, some = buffer, hidden_ND, None
+            torch.sum(dz, dim=0, out=dbias[first:last])
+        hidden_part, some = hidden_ND, None
         if skip_below is not None:
-            some = rows_above(buffer, skip_below)
-            dz, hidden_part = buffer[some], hidden_ND[some]
+            some = rows_above(dz, skip_below)
+            dz, hidden_part = dz[some], hidden_ND[some]
         if dhidden is not None:
             if some is None:
                 dhidden.addmm_(dz, weight_CD)
@@ -295,7 +272,7 @@ def _slabs(num_rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
 def _product(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
     """``hidden @ weight.T``, into ``buffer`` where the shape is right: every slab but the last one's."""
     if buffer is None or buffer.shape[1] != weight.shape[0]:
-        buffer = torch.empty(hidden.shape[0], weight.shape[0])
+        buffer = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
     return torch.mm(hidden, weight.T, out=buffer)
 
 
@@ -305,70 +282,83 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
+# The temperature, rows' own ones, and the softcap, as the C++ module takes them.
+_Transform = tuple[float, Tensor | None, float]
+
+
+def _transform(options: Options, row_temperature: Tensor | None) -> _Transform:
+    rows = None if row_temperature is None else row_temperature.detach().float().contiguous()
+    return options.temperature, rows, options.softcap or 0.0
+
+
 class _RunningStatistics:
     """Statistics of all rows over the columns seen so far."""
 
-    def __init__(self, targets: Tensor, temperature: float, softcap: float | None) -> None:
+    def __init__(self, targets: Tensor, options: Options, row_temperature: Tensor | None) -> None:
         num_rows = targets.shape[0]
         self.targets = targets.contiguous()
-        self.temperature = temperature
-        self.softcap = softcap or 0.0
-        self.maximum = torch.full((num_rows,), -torch.inf)
+        self.transform = _transform(options, row_temperature)
+        self.vocab_size = options.vocab_size
+        # Not of the default dtype: they are what the C++ module writes.
+        self.maximum = torch.full((num_rows,), -torch.inf, dtype=torch.float32)
         self.total = torch.zeros(num_rows, dtype=torch.float64)
-        self.weighted = torch.zeros(num_rows, dtype=torch.float64)
-        self.target_logit = torch.full((num_rows,), torch.nan)
+        self.weighted = torch.zeros(num_rows, dtype=torch.float64) if options.with_entropy else None
+        self.target_logit = torch.full((num_rows,), torch.nan, dtype=torch.float32)
+        self.sum = torch.zeros(num_rows, dtype=torch.float64) if options.label_smoothing else None
+        self.argmax = torch.full((num_rows,), -1, dtype=torch.int64) if options.with_argmax else None
+
+    @property
+    def columns(self) -> tuple[Tensor | None, ...]:
+        return self.maximum, self.total, self.weighted, self.target_logit, self.sum, self.argmax
 
     def update(self, slab: Tensor, bias: Tensor | None, first_column: int) -> None:
         """Take in ``slab [N, C]``, whose columns begin at ``first_column``."""
-        function = _native.update_bf16 if slab.dtype == torch.bfloat16 else _native.update_f32
-        function(
-            _bits(slab), bias, self.temperature, self.softcap, self.targets, first_column,
-            self.maximum, self.total, self.weighted, self.target_logit, torch.get_num_threads(),
-        )  # fmt: skip
+        function: Callable[..., None] = _native.update_bf16 if slab.dtype == torch.bfloat16 else _native.update_f32
+        function(_bits(slab), bias, *self.transform, self.targets, first_column, *self.columns, torch.get_num_threads())
 
     def result(self) -> ForwardResult:
         """The statistics; NaN for a row whose every column is banned."""
         total = torch.where(self.maximum == -torch.inf, torch.nan, self.total)
         log_total = total.log()
-        mean_shifted = self.weighted / total
         maximum = self.maximum.double()
+        entropy = mean_logprob = None
+        if self.weighted is not None:
+            entropy = (log_total - self.weighted / total).float()
+        if self.sum is not None:
+            mean_logprob = self.sum / self.vocab_size - (maximum + log_total)
         return ForwardResult(
             logprob=((self.target_logit.double() - maximum) - log_total).float(),
             logsumexp=maximum + log_total,
             target_logit=self.target_logit,
-            entropy=(log_total - mean_shifted).float(),
-            mean_logit=maximum + mean_shifted,
+            entropy=entropy,
+            mean_logprob=mean_logprob,
+            argmax=self.argmax,
+            max_logit=None if self.argmax is None else self.maximum,
         )
 
 
-class _RowGradients:
+class _Gradients:
     """What each row's gradient needs beside its logits."""
 
     def __init__(
-        self,
-        g_logprob: Tensor,
-        g_logsumexp: Tensor,
-        g_target_logit: Tensor,
-        g_entropy: Tensor,
-        targets: Tensor,
-        logsumexp: Tensor,
-        mean_logit: Tensor,
-        temperature: float,
-        softcap: float | None,
+        self, gradients: RowGradients, targets: Tensor, options: Options, row_temperature: Tensor | None
     ) -> None:
         self.targets = targets.contiguous()
-        self.temperature = temperature
-        self.softcap = softcap or 0.0
-        self.logsumexp = logsumexp.detach().contiguous()
-        self.mean_logit = mean_logit.detach().contiguous()
-        self.mass = (g_logsumexp - g_logprob).detach()
-        self.onehot = (g_target_logit + g_logprob).detach()
-        self.slope = g_entropy.detach().contiguous()
+        self.transform = _transform(options, row_temperature)
+        nothing = torch.zeros_like(gradients.mass)
+
+        def column(values: Tensor | None) -> Tensor:
+            return (nothing if values is None else values).detach().float().contiguous()
+
+        self.columns = (
+            *(column(gradients.logsumexp), column(gradients.mean_logit), column(gradients.mass)),
+            *(column(gradients.onehot), column(gradients.slope), column(gradients.uniform)),
+        )
 
     def write(self, slab: Tensor, out: Tensor, bias: Tensor | None, first_column: int) -> None:
         """Write the gradient of ``slab [N, C]`` to ``out``, which may be ``slab``."""
-        function = _native.gradient_bf16 if slab.dtype == torch.bfloat16 else _native.gradient_f32
+        function: Callable[..., None] = _native.gradient_bf16 if slab.dtype == torch.bfloat16 else _native.gradient_f32
         function(
-            _bits(slab), _bits(out), bias, self.temperature, self.softcap, self.targets, first_column,
-            self.logsumexp, self.mean_logit, self.mass, self.onehot, self.slope, torch.get_num_threads(),
+            _bits(slab), _bits(out), bias, *self.transform, self.targets, first_column, *self.columns,
+            torch.get_num_threads(),
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""``token_stats`` and ``linear_token_stats``: checks, custom operators, gradients, choice of a backend.
+"""``token_stats`` and ``linear_token_stats``: custom operators and their gradients.
 
-Everything that the backends have in common happens here, so that each of them sees only rows that matter:
-inputs are checked and flattened, ignored rows are removed before the product, rows without an upstream
-gradient are removed before the backward product, and results are scattered back. Rows are removed, never
-zeroed and multiplied: a NaN in a row that does not count must not reach a gradient.
+Everything that the backends have in common happens here, so that each of them sees only rows that matter: inputs
+are checked and flattened (``operands.py``), ignored rows are removed before the product, rows without an upstream
+gradient are removed before the backward product, and results are scattered back. Rows are removed, never zeroed and
+multiplied: a NaN in a row that does not count must not reach a gradient.
 
 How many rows are left depends on the values of the data, so the removal happens inside the custom operators.
 To ``torch.compile`` and to fake tensors they have static shapes.
@@ -11,22 +11,19 @@ To ``torch.compile`` and to fake tensors they have static shapes.
 Axes: N rows (tokens), D features, V vocabulary.
 """
 
-import functools
-import importlib
-import importlib.util
-import math
-import os
-import warnings
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from repirl_kernels import native
-from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.backends import backend_module
+from repirl_kernels.operands import Options, prepare_linear, prepare_logits
 from repirl_kernels.rows import (
-    check_target_values,
+    RowStats,
+    SavedStats,
+    TransformedFunction,
+    Upstream,
+    check_rows,
     compact,
     contiguous,
     empty_stats,
@@ -36,20 +33,22 @@ from repirl_kernels.rows import (
     kept_rows,
     live_rows,
     no_context,
+    one_by_one,
     put,
     put_stats,
     refuse_double_backward,
     row_indices,
     skip_below,
     take,
+    take_some,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-BACKENDS = ("reference", "triton", "native")
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# These operators read values on the host (how many rows count, whether targets are in range): they cannot be part of a
+# CUDA graph, and torch.compile(mode="reduce-overhead") has to know.
+OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 class TokenStats(NamedTuple):
@@ -60,36 +59,59 @@ class TokenStats(NamedTuple):
     """
 
     logprob: Tensor
-    """log p(target), in nats."""
+    """log p(target), in nats. With label smoothing eps: (1 - eps) log p(target) + eps sum_v log p_v / V."""
     logsumexp: Tensor
     """log of the partition function."""
     target_logit: Tensor
-    """The target's final logit."""
-    entropy: Tensor
-    """-sum p log p, in nats."""
+    """The target's final logit, smoothed like ``logprob``."""
+    entropy: Tensor | None
+    """-sum p log p, in nats; ``None`` where it was left out."""
+
+
+class TokenStatsWithArgmax(NamedTuple):
+    """:class:`TokenStats`, and what greedy decoding would have chosen: what ``with_argmax=True`` gives."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    target_logit: Tensor
+    entropy: Tensor | None
+    argmax: Tensor
+    """The first column with the largest logit, int64; -1 in rows that are ignored or hold NaN. No gradient."""
+    max_logit: Tensor
+    """The largest final logit. No gradient."""
+
+
+AnyTokenStats = TokenStats | TokenStatsWithArgmax
 
 
 def token_stats(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    with_entropy: bool = True,
+    with_argmax: bool = False,
     backend: str | None = None,
-) -> TokenStats:
+) -> AnyTokenStats:
     """Log-probability, logsumexp, target logit and entropy of logits that already exist, reading them once.
 
     Args:
         logits: ``[*, V]``, float32, bfloat16, float16 or float64.
         targets: ``[*]``, any integer dtype, each in ``[0, vocab_size)`` or equal to ``ignore_index``.
-        temperature: final logits are divided by it; > 0.
+        temperature: final logits are divided by it; > 0. A tensor ``[*]`` gives each row its own; it gets no gradient.
         softcap: ``c`` in ``c * tanh(logits / c)``, applied before the temperature; > 0, or ``None`` for none.
         ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
         row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever their target and logits hold.
         vocab_size: only the first ``vocab_size`` columns take part; the others (padding) get zero gradient.
+        label_smoothing: the share, in [0, 1), of the target's mass that is spread evenly over the vocabulary, as in
+            ``torch.nn.functional.cross_entropy``. With a banned token (a logit of -inf) the result is -inf, as there.
+        with_entropy: ``False`` leaves the entropy's work out; it is ``None`` then.
+        with_argmax: ``True`` gives a :class:`TokenStatsWithArgmax`.
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
 
     Returns:
@@ -97,29 +119,27 @@ def token_stats(
         and pass zero gradients.
 
     Raises:
-        TypeError: a dtype is not supported, or an argument is a DTensor.
+        TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.
         ValueError: a shape, a device, an option or a target's value is wrong. Values of targets are
             checked when the operator runs, also under ``torch.compile``.
         RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
-    _check_tensor("logits", logits, SUPPORTED_DTYPES)
-    if logits.dim() < 1:
-        raise ValueError("logits must have shape [*, V], got a tensor without axes")
-    _check_rows("logits", logits, targets, row_mask)
-    _check_options(temperature, softcap, backend)
-    num_columns = check_vocab_size(logits.shape[-1], vocab_size)
-    shape = targets.shape
-    outputs = _token_stats(
-        logits.reshape(-1, logits.shape[-1]),
-        targets.reshape(-1).to(torch.int64),
-        None if row_mask is None else row_mask.reshape(-1),
-        float(temperature),
-        None if softcap is None else float(softcap),
-        ignore_index,
-        num_columns,
-        backend or "",
+    rows, options = prepare_logits(
+        logits,
+        targets,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        row_mask=row_mask,
+        vocab_size=vocab_size,
+        label_smoothing=label_smoothing,
+        with_entropy=with_entropy,
+        with_argmax=with_argmax,
+        backend=backend,
     )
-    return TokenStats(*(output.reshape(shape) for output in outputs[:4]))
+    operator = _TokenStatsFunction.apply if under_transforms() else _token_stats
+    return as_stats(operator(*rows, *options), targets, options)
 
 
 def linear_token_stats(
@@ -128,15 +148,18 @@ def linear_token_stats(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     row_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    with_entropy: bool = True,
+    with_argmax: bool = False,
     tp_group: "ProcessGroup | None" = None,
     skip_negligible: bool = False,
     backend: str | None = None,
-) -> TokenStats:
+) -> AnyTokenStats:
     """Token statistics of ``softcap(hidden @ weight.T + bias) / temperature`` without holding the logits.
 
     Statistics are computed in float32 whatever the operands' dtype: with bfloat16 operands the logits are
@@ -151,12 +174,13 @@ def linear_token_stats(
             of the FSDP module that owns the weight, or pass ``weight.full_tensor()``.
         targets: ``[*]``, any integer dtype, each in ``[0, vocab_size)`` or equal to ``ignore_index``.
         bias: ``[V]`` or ``None``; ``-inf`` bans a token.
-        temperature: final logits are divided by it; > 0.
+        temperature: final logits are divided by it; > 0. A tensor ``[*]`` gives each row its own; it gets no gradient.
         softcap: ``c`` in ``c * tanh(z / c)``, applied after the bias, before the temperature; > 0, or
             ``None``.
         ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
         row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever they hold, and cost no product.
         vocab_size: only the first ``vocab_size`` rows of ``weight`` take part; the others get zero gradient.
+        label_smoothing, with_entropy, with_argmax: as in :func:`token_stats`.
         tp_group: a process group whose ranks each hold a part of the vocabulary; see below.
         skip_negligible: leave out of the backward products the parts of a row's vocabulary where every gradient of
             its logits is below the resolution of the operands' dtype (1/32 of its epsilon, relative to the row's
@@ -176,326 +200,140 @@ def linear_token_stats(
         and pass zero gradients.
 
     Raises:
-        TypeError: a dtype is not supported, or an argument is a DTensor.
+        TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.
         ValueError: a shape, a device, an option or a target's value is wrong, or ranks disagree about the rows.
             Values of targets are checked when the operator runs, also under ``torch.compile``.
         RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
+    operands, options = prepare_linear(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        row_mask=row_mask,
+        vocab_size=vocab_size,
+        label_smoothing=label_smoothing,
+        with_entropy=with_entropy,
+        with_argmax=with_argmax,
+        backend=backend,
+        is_shard=tp_group is not None,
+    )
+    if not isinstance(skip_negligible, bool):
+        raise TypeError(f"skip_negligible must be True or False, got {skip_negligible!r}")
     if tp_group is not None:
         # Imported when first used: not every build of torch has process groups.
         from repirl_kernels.parallel import vocab_parallel_token_stats
 
-        operands = prepare_linear(
-            hidden, weight, targets, bias, temperature, softcap, row_mask, None, backend, is_shard=True
-        )
-        stats = vocab_parallel_token_stats(
-            operands, temperature, softcap, ignore_index, vocab_size, skip_negligible, backend, tp_group
-        )
-        return TokenStats(*(output.reshape(targets.shape) for output in stats))
-    operands = prepare_linear(hidden, weight, targets, bias, temperature, softcap, row_mask, vocab_size, backend)
-    outputs = _linear_token_stats(
-        operands.hidden,
-        operands.weight,
-        operands.targets,
-        operands.bias,
-        operands.row_mask,
-        float(temperature),
-        None if softcap is None else float(softcap),
-        ignore_index,
-        operands.vocab_size,
-        skip_negligible,
-        backend or "",
-    )
-    return TokenStats(*(output.reshape(targets.shape) for output in outputs[:4]))
+        outputs = vocab_parallel_token_stats(operands, options, vocab_size, skip_negligible, tp_group)
+        return as_stats(outputs, targets, options)
+    operator = _LinearTokenStatsFunction.apply if under_transforms() else _linear_token_stats
+    return as_stats(operator(*operands, skip_negligible, *options), targets, options)
 
 
-class LinearOperands(NamedTuple):
-    """Checked operands: rows flattened to ``[N, D]`` and ``[N]``, in the dtype of the product."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    bias: Tensor | None
-    row_mask: Tensor | None
-    vocab_size: int
-
-
-def prepare_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    row_mask: Tensor | None,
-    vocab_size: int | None,
-    backend: str | None,
-    is_shard: bool = False,
-) -> LinearOperands:
-    """Check the arguments of a linear op, whose docstring names the errors, and bring them into one form.
-
-    A shard of the vocabulary may be empty.
-    """
-    _check_tensor("hidden", hidden, SUPPORTED_DTYPES)
-    _check_tensor("weight", weight, SUPPORTED_DTYPES)
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"expected hidden [*, D] and weight [V, D], got hidden {tuple(hidden.shape)} and "
-            f"weight {tuple(weight.shape)}"
-        )
-    if weight.shape[1] == 0:
-        raise ValueError("hidden and weight have no features: D = 0")
-    _check_device("weight", weight, "hidden", hidden)
-    _check_rows("hidden", hidden, targets, row_mask)
-    _check_options(temperature, softcap, backend)
-    num_columns = weight.shape[0] if is_shard else check_vocab_size(weight.shape[0], vocab_size)
-    if bias is not None:
-        _check_tensor("bias", bias, SUPPORTED_DTYPES)
-        _check_device("bias", bias, "hidden", hidden)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"expected bias [{weight.shape[0]}] (V of weight), got {tuple(bias.shape)}")
-    dtype = _product_dtype(hidden, weight)
-    if bias is not None and bias.dtype != dtype:
-        # A bias more precise than a half-precision product costs nothing to keep: it is added in float32.
-        bias = bias.to(statistics_dtype(dtype))
-    return LinearOperands(
-        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-        weight.to(dtype),
-        targets.reshape(-1).to(torch.int64),
-        bias,
-        None if row_mask is None else row_mask.reshape(-1),
-        num_columns,
-    )
+def as_stats(outputs: Any, targets: Tensor, options: Options) -> AnyTokenStats:
+    """An operator's outputs in the shape of ``targets``."""
+    row = RowStats(*outputs[: len(RowStats._fields)])
+    entropy = row.entropy if options.with_entropy else None
+    stats = TokenStats(row.logprob, row.logsumexp, row.target_logit, entropy)
+    columns: list[Any] = [None if column is None else column.reshape(targets.shape) for column in stats]
+    if not options.with_argmax:
+        return TokenStats(*columns)
+    # Without a gradient, both.
+    return TokenStatsWithArgmax(*columns, *(x.detach().reshape(targets.shape) for x in (row.argmax, row.max_logit)))
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str | None = None) -> str:
-    """The name of the backend that runs for tensors of this device and dtype.
-
-    float64 always runs ``"reference"``. Else a CUDA or ROCm device runs ``"triton"`` and a CPU ``"native"``;
-    where those are not installed, and on other devices, it is ``"reference"``. ``backend`` forces one.
-
-    Raises:
-        ValueError: ``backend`` is not a backend's name, or does not run on ``device``.
-        TypeError: ``backend`` does not run in ``dtype``.
-        RuntimeError: ``backend`` is not installed.
-    """
-    device = torch.device(device)
-    if backend is None:
-        if dtype == torch.float64:
-            return "reference"
-        if device.type == "cuda" and _triton_installed():
-            return "triton"
-        if device.type == "cpu":
-            if native.is_available():
-                return "native"
-            _warn_once(
-                "repirl_kernels: the native CPU backend is not built, running the slower reference backend. "
-                "Reinstall with a C++17 compiler to get it, or pass backend='reference' to silence this."
-            )
-        elif device.type == "cuda":
-            _warn_once(
-                "repirl_kernels: triton is not installed, running the slower reference backend. "
-                "Install triton to use the GPU kernels, or pass backend='reference' to silence this."
-            )
-        return "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
-    if backend == "reference":
-        return backend
-    if dtype == torch.float64:
-        raise TypeError(f"backend={backend!r} does not run in float64, expected backend='reference' or None")
-    if backend == "native":
-        if device.type != "cpu":
-            raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
-        if not native.is_available():
-            raise RuntimeError("backend='native' is not built: reinstall repirl with a C++17 compiler")
-        return backend
-    if not _triton_installed():
-        raise RuntimeError("backend='triton' needs the triton package: pip install triton")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend='triton' runs on a GPU, got tensors on {device} (for tests on the CPU, "
-            "set TRITON_INTERPRET=1 before the first import of repirl_kernels)"
-        )
-    return backend
+def under_transforms() -> bool:
+    """Whether ``torch.func`` transforms this call: ``grad``, ``vjp``, ``vmap`` and the like."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "full_tensor"):
-        raise TypeError(
-            f"{name} is a DTensor, expected a plain tensor: call this inside the forward of the FSDP "
-            f"module that owns it, where the parameter is gathered, or pass {name}.full_tensor()"
-        )
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(_dtype_name(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} has dtype {_dtype_name(tensor.dtype)}, expected one of {expected}")
-
-
-def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} but {other_name} is on {other.device}; move one of them"
-        )
-
-
-def _check_rows(name: str, rows: Tensor, targets: Tensor, row_mask: Tensor | None) -> None:
-    _check_tensor("targets", targets, _TARGET_DTYPES)
-    _check_device("targets", targets, name, rows)
-    if targets.shape != rows.shape[:-1]:
-        raise ValueError(
-            f"targets must have the shape of {name} without its last axis, {tuple(rows.shape[:-1])}, got "
-            f"{tuple(targets.shape)}"
-        )
-    if row_mask is not None:
-        _check_tensor("row_mask", row_mask, (torch.bool,))
-        _check_device("row_mask", row_mask, name, rows)
-        if row_mask.shape != targets.shape:
-            raise ValueError(
-                f"row_mask must have the shape of targets, {tuple(targets.shape)}, got "
-                f"{tuple(row_mask.shape)}"
-            )
-
-
-def _check_options(temperature: float, softcap: float | None, backend: str | None) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number > 0 or None, got {softcap}")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
-
-
-def check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
-    if num_columns == 0:
-        raise ValueError("the vocabulary is empty: V = 0")
-    if vocab_size is None:
-        return num_columns
-    if not 1 <= vocab_size <= num_columns:
-        raise ValueError(f"vocab_size must lie in [1, {num_columns}] (the number of columns), got {vocab_size}")
-    return vocab_size
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    promoted = torch.promote_types(hidden.dtype, weight.dtype)
-    device_type = hidden.device.type
-    if promoted != torch.float64 and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return promoted
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def backend_module(tensor: Tensor, backend: str) -> ModuleType:
-    name = choose_backend(tensor.device, tensor.dtype, backend or None)
-    # Imported when first used: the Triton kernels are of no use, and slow to import, where there is no GPU.
-    return importlib.import_module(f"repirl_kernels.{name}")
-
-
-@torch.library.custom_op("repirl_kernels::token_stats", mutates_args=())
+@torch.library.custom_op("repirl_kernels::token_stats", mutates_args=(), tags=OPERATOR_TAGS)
 def _token_stats(
     logits: Tensor,
     targets: Tensor,
     row_mask: Tensor | None,
+    row_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
     keep = kept_rows(targets, row_mask, ignore_index)
-    check_target_values(targets, keep, vocab_size)
+    check_rows(targets, row_temperature, keep, vocab_size)
     functions = backend_module(logits, backend)
     rows = row_indices(keep)
     num_rows = logits.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
-        return empty_stats(logits)
+        return empty_stats(logits, with_entropy, with_argmax)
     with torch.autocast(logits.device.type, enabled=False):
-        logprob, logsumexp, target_logit, entropy, _ = functions.logits_forward(
-            take(logits, rows), take(targets, rows), temperature, softcap, vocab_size
+        result = functions.logits_forward(
+            take(logits, rows), take(targets, rows), options, take_some(row_temperature, rows)
         )
-    return put_stats(logprob, logsumexp, target_logit, entropy, rows, num_rows)
+    return put_stats(result, label_smoothing, rows, num_rows)
 
 
 @_token_stats.register_fake
-def _token_stats_fake(
-    logits: Tensor,
-    targets: Tensor,
-    row_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_stats(logits)
+def _token_stats_fake(logits: Tensor, *rest: Any) -> RowStats:
+    return _empty_stats_of(logits, *rest[3:])
 
 
-@torch.library.custom_op("repirl_kernels::token_stats_backward", mutates_args=())
+def _empty_stats_of(rows: Tensor, *options: Any) -> RowStats:
+    given = Options(*options)
+    return empty_stats(rows, given.with_entropy, given.with_argmax)
+
+
+@torch.library.custom_op("repirl_kernels::token_stats_backward", mutates_args=(), tags=OPERATOR_TAGS)
 def _token_stats_backward(
     g_logprob: Tensor,
     g_logsumexp: Tensor,
     g_target_logit: Tensor,
-    g_entropy: Tensor,
+    g_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     row_mask: Tensor | None,
+    row_temperature: Tensor | None,
     logsumexp: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     logsumexp_low: Tensor,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
 ) -> Tensor:
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
     stats = (logsumexp, entropy, logsumexp_low)
     rows = row_indices(live_rows(upstream, kept_rows(targets, row_mask, ignore_index)))
     num_rows = logits.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    taken = [take(column, rows) for column in (*upstream, *stats)]
-    mass, onehot, slope, mean_logit = fold_upstream(*taken)
+    gradients = fold_upstream(upstream, stats, rows, label_smoothing, vocab_size)
     with torch.autocast(logits.device.type, enabled=False):
         dlogits = backend_module(logits, backend).logits_backward(
-            torch.zeros_like(mass), mass, onehot, slope, take(logits, rows), take(targets, rows),
-            taken[4], mean_logit, temperature, softcap, vocab_size,
-        )  # fmt: skip
+            gradients, take(logits, rows), take(targets, rows), options, take_some(row_temperature, rows)
+        )
     return put(dlogits, rows, num_rows)
 
 
 @_token_stats_backward.register_fake
-def _token_stats_backward_fake(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
-) -> Tensor:
+def _token_stats_backward_fake(g_logprob, g_logsumexp, g_target_logit, g_entropy, logits: Tensor, *rest: Any) -> Tensor:  # type: ignore[no-untyped-def]
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -505,50 +343,44 @@ def linear_forward(
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
+    row_temperature: Tensor | None,
+    options: Options,
     logits: Tensor | None = None,
     dweight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four statistics and what logsumexp lost; the first rows of ``logits`` get those of rows that count.
+) -> RowStats:
+    """Statistics ``[N]``; the first rows of ``logits`` get those of rows that count.
 
     ``logits`` may be a buffer of the native backend's (without rows), which comes with ``dweight`` if that is its, too.
     """
-    keep = kept_rows(targets, row_mask, ignore_index)
-    check_target_values(targets, keep, vocab_size)
-    functions = backend_module(hidden, backend)
+    keep = kept_rows(targets, row_mask, options.ignore_index)
+    check_rows(targets, row_temperature, keep, options.vocab_size)
+    functions = backend_module(hidden, options.backend)
     rows = row_indices(keep)
     num_rows = hidden.shape[0]
     num_kept = num_rows if rows is None else rows.shape[0]
     if num_kept == 0:
-        return empty_stats(hidden)
+        return empty_stats(hidden, options.with_entropy, options.with_argmax)
     kept: dict[str, Any] = {} if logits is None else {"logits": logits[:num_kept]}
     if logits is not None and logits.dim() == 1:
         kept = {"logits": logits, "dweight": dweight}
     with torch.autocast(hidden.device.type, enabled=False):
-        logprob, logsumexp, target_logit, entropy, _ = functions.linear_forward(
-            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature,
-            softcap, vocab_size, **kept,
+        result = functions.linear_forward(
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options,
+            take_some(row_temperature, rows), **kept,
         )  # fmt: skip
-    return put_stats(logprob, logsumexp, target_logit, entropy, rows, num_rows)
+    return put_stats(result, options.label_smoothing, rows, num_rows)
 
 
 def linear_backward(
-    upstream: tuple[Tensor, ...],
-    stats: tuple[Tensor, ...],
+    upstream: Upstream,
+    stats: SavedStats,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    backend: str,
+    row_temperature: Tensor | None,
+    options: Options,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -559,11 +391,12 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor.
 
-    ``stats`` are logsumexp, entropy and what logsumexp lost. ``logits`` are those that :func:`linear_forward` left, and
-    are overwritten. With ``weight_sum`` the weight's gradient is added to that; with ``dweight``, the forward pass's,
-    it is written there; here it is an empty tensor then.
+    ``upstream`` are the four statistics' gradients, ``stats`` are logsumexp, entropy (``None`` in both where that was
+    left out) and what logsumexp lost. ``logits`` are those that :func:`linear_forward` left, and are overwritten. With
+    ``weight_sum`` the weight's gradient is added to that; with ``dweight``, the forward pass's, it is written there;
+    here it is an empty tensor then.
     """
-    keep = kept_rows(targets, row_mask, ignore_index)
+    keep = kept_rows(targets, row_mask, options.ignore_index)
     live = live_rows(upstream, keep)
     rows = row_indices(live)
     num_rows = hidden.shape[0]
@@ -591,15 +424,13 @@ def linear_backward(
             if places is not None:
                 compact(logits, places)
             kept = {"logits": logits[:num_live]}
-    taken = [take(column, rows) for column in (*upstream, *stats)]
-    mass, onehot, slope, mean_logit = fold_upstream(*taken)
+    gradients = fold_upstream(upstream, stats, rows, options.label_smoothing, options.vocab_size)
     with torch.autocast(hidden.device.type, enabled=False):
-        dhidden, new_dweight, dbias = backend_module(hidden, backend).linear_backward(
-            torch.zeros_like(mass), mass, onehot, slope, take(hidden, rows), take(weight, None),
-            take(targets, rows), contiguous(bias), taken[4], mean_logit, temperature, softcap,
-            vocab_size, need_hidden, need_weight, need_bias,
+        dhidden, new_dweight, dbias = backend_module(hidden, options.backend).linear_backward(
+            gradients, take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options,
+            need_hidden, need_weight, need_bias, take_some(row_temperature, rows),
             dweight_sum=weight_sum if need_weight else None,
-            skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+            skip_below=skip_below(gradients, hidden.dtype) if skip_negligible else None,
             **kept,
         )  # fmt: skip
     if dhidden is not None:
@@ -607,156 +438,129 @@ def linear_backward(
     return gradients_or_empty(hidden, weight, dhidden, None if dweight is not None else new_dweight, dbias)
 
 
-@torch.library.custom_op("repirl_kernels::linear_token_stats", mutates_args=())
+@torch.library.custom_op("repirl_kernels::linear_token_stats", mutates_args=(), tags=OPERATOR_TAGS)
 def _linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
+    row_temperature: Tensor | None,
+    skip_negligible: bool,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
-    skip_negligible: bool,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return linear_forward(
-        hidden, weight, targets, bias, row_mask, temperature, softcap, ignore_index, vocab_size, backend
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
     )
+    return linear_forward(hidden, weight, targets, bias, row_mask, row_temperature, options)
 
 
 @_linear_token_stats.register_fake
-def _linear_token_stats_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    skip_negligible: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_stats(hidden)
+def _linear_token_stats_fake(hidden: Tensor, *rest: Any) -> RowStats:
+    return _empty_stats_of(hidden, *rest[6:])
 
 
-@torch.library.custom_op("repirl_kernels::linear_token_stats_backward", mutates_args=())
+@torch.library.custom_op("repirl_kernels::linear_token_stats_backward", mutates_args=(), tags=OPERATOR_TAGS)
 def _linear_token_stats_backward(
     g_logprob: Tensor,
     g_logsumexp: Tensor,
     g_target_logit: Tensor,
-    g_entropy: Tensor,
+    g_entropy: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor | None,
+    logsumexp_low: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
+    row_temperature: Tensor | None,
+    skip_negligible: bool,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     vocab_size: int,
-    skip_negligible: bool,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor."""
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
     return linear_backward(
         (g_logprob, g_logsumexp, g_target_logit, g_entropy),
         (logsumexp, entropy, logsumexp_low),
-        hidden,
-        weight,
-        targets,
-        bias,
-        row_mask,
-        temperature,
-        softcap,
-        ignore_index,
-        vocab_size,
-        backend,
-        need_hidden,
-        need_weight,
-        need_bias,
+        *(hidden, weight, targets, bias, row_mask, row_temperature, options),
+        *(need_hidden, need_weight, need_bias),
         skip_negligible=skip_negligible,
     )
 
 
 @_linear_token_stats_backward.register_fake
-def _linear_token_stats_backward_fake(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int,
-    skip_negligible: bool,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+def _linear_token_stats_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs, (hidden, weight, _, bias) = arguments[7:10], arguments[10:14]
+    return fake_gradients(hidden, weight, bias, *needs)
+
+
+def upstream_of(gradients: tuple[Tensor, ...], with_entropy: bool) -> Upstream:
+    """The four statistics' gradients; ``None`` for an entropy that was left out."""
+    g_logprob, g_logsumexp, g_target_logit, g_entropy = (gradient.contiguous() for gradient in gradients[:4])
+    return g_logprob, g_logsumexp, g_target_logit, g_entropy if with_entropy else None
 
 
 def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, targets, row_mask, *ctx.options = inputs
-    _, logsumexp, _, entropy, logsumexp_low = output
-    ctx.save_for_backward(logits, targets, row_mask, logsumexp, entropy, logsumexp_low)
+    logits, targets, row_mask, row_temperature, *options = inputs
+    ctx.options = Options(*options)
+    stats = RowStats(*output)
+    entropy = stats.entropy if ctx.options.with_entropy else None
+    ctx.save_for_backward(logits, targets, row_mask, row_temperature, stats.logsumexp, entropy, stats.logsumexp_low)
 
 
 def _token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
-    logits, targets, row_mask, *stats = ctx.saved_tensors
-    upstream = [gradient.contiguous() for gradient in gradients[:4]]
-    dlogits = _token_stats_backward(*upstream, logits, targets, row_mask, *stats, *ctx.options)
-    return dlogits, *[None] * 7
+    upstream = upstream_of(gradients, ctx.options.with_entropy)
+    operator = _TokenStatsBackwardFunction.apply if under_transforms() else _token_stats_backward
+    dlogits = operator(*upstream, *ctx.saved_tensors, *ctx.options)
+    return dlogits, *[None] * (3 + len(Options._fields))
 
 
 def _linear_token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, targets, bias, row_mask, *ctx.options = inputs
-    _, logsumexp, _, entropy, logsumexp_low = output
-    ctx.save_for_backward(hidden, weight, targets, bias, row_mask, logsumexp, entropy, logsumexp_low)
+    *operands, ctx.skip_negligible = inputs[:7]
+    ctx.options = Options(*inputs[7:])
+    stats = RowStats(*output)
+    entropy = stats.entropy if ctx.options.with_entropy else None
+    ctx.save_for_backward(*operands, stats.logsumexp, entropy, stats.logsumexp_low)
 
 
 def _linear_token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
-    hidden, weight, targets, bias, row_mask, *stats = ctx.saved_tensors
+    *operands, logsumexp, entropy, logsumexp_low = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    upstream = [gradient.contiguous() for gradient in gradients[:4]]
-    dhidden, dweight, dbias = _linear_token_stats_backward(
-        *upstream,
-        hidden,
-        weight,
-        targets,
-        bias,
-        row_mask,
-        *stats,
+    operator = _LinearTokenStatsBackwardFunction.apply if under_transforms() else _linear_token_stats_backward
+    dhidden, dweight, dbias = operator(
+        *upstream_of(gradients, ctx.options.with_entropy),
+        *(logsumexp, entropy, logsumexp_low),
+        *(need_hidden, need_weight, need_bias),
+        *operands,
+        ctx.skip_negligible,
         *ctx.options,
-        need_hidden,
-        need_weight,
-        need_bias,
     )
     return (
         dhidden if need_hidden else None,
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        *[None] * 7,
+        *[None] * (3 + len(Options._fields)),
     )
 
 
@@ -764,3 +568,45 @@ _token_stats.register_autograd(_token_stats_autograd, setup_context=_token_stats
 _linear_token_stats.register_autograd(_linear_token_stats_autograd, setup_context=_linear_token_stats_context)
 _token_stats_backward.register_autograd(refuse_double_backward, setup_context=no_context)
 _linear_token_stats_backward.register_autograd(refuse_double_backward, setup_context=no_context)
+for _operator in (_token_stats, _linear_token_stats, _token_stats_backward, _linear_token_stats_backward):
+    _operator.register_vmap(one_by_one(_operator))
+
+
+class _TokenStatsFunction(TransformedFunction):
+    """``_token_stats`` under ``torch.func``, which takes no operator's own autograd."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _token_stats(*arguments)
+
+    setup_context = staticmethod(_token_stats_context)
+    backward = staticmethod(_token_stats_autograd)
+
+
+class _TokenStatsBackwardFunction(TransformedFunction):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _token_stats_backward(*arguments)
+
+    setup_context = staticmethod(no_context)
+    backward = staticmethod(refuse_double_backward)
+
+
+class _LinearTokenStatsFunction(TransformedFunction):
+    """``_linear_token_stats`` under ``torch.func``."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _linear_token_stats(*arguments)
+
+    setup_context = staticmethod(_linear_token_stats_context)
+    backward = staticmethod(_linear_token_stats_autograd)
+
+
+class _LinearTokenStatsBackwardFunction(TransformedFunction):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _linear_token_stats_backward(*arguments)
+
+    setup_context = staticmethod(no_context)
+    backward = staticmethod(refuse_double_backward)

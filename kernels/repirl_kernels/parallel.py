@@ -6,7 +6,11 @@ the entropy over the columns of rank r, and a the target, owned by rank o:
     L = log sum_r exp L_r              log p_a = log p_a^o - (L - L_o)
     w_r = exp(L_r - L)                 H = sum_r w_r (H_r + L - L_r)
 
-No large terms cancel: log p_a is a sum of two numbers <= 0, H one of numbers >= 0. Four float64 numbers a row travel.
+With label smoothing, the mean log-prob over all columns comes of the shards' sums alike, and the argmax of the shards'
+largest logits.
+
+No large terms cancel: log p_a is a sum of two numbers <= 0, H one of numbers >= 0. Four float64 numbers a row travel,
+or seven.
 Every rank does the same sums on the same numbers, so that all ranks return the same bits. Given L and H, a column's
 gradient needs nothing from other columns: weight and bias of the own shard are local, and only dH is summed over
 ranks.
@@ -19,15 +23,20 @@ before anything else is exchanged, and which rows have a gradient, agreed upon i
 Axes: N rows (tokens), K rows that count, D features, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from repirl_kernels.ops import LinearOperands, backend_module, check_vocab_size
-from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.backends import backend_module
+from repirl_kernels.operands import LinearOperands, Options, check_vocab_size, statistics_dtype
+from repirl_kernels.ops import OPERATOR_TAGS, under_transforms, upstream_of
+from repirl_kernels.reference import ForwardResult
 from repirl_kernels.rows import (
-    check_target_values,
+    RowStats,
+    check_rows,
     contiguous,
     empty_stats,
     fake_gradients,
@@ -42,20 +51,18 @@ from repirl_kernels.rows import (
     row_indices,
     skip_below,
     take,
+    take_some,
 )
 
 
 def vocab_parallel_token_stats(
     operands: LinearOperands,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
+    options: Options,
     vocab_size: int | None,
     skip_negligible: bool,
-    backend: str | None,
     tp_group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
-    """``logprob``, ``logsumexp``, ``target_logit`` and ``entropy`` ``[N]``, the same on all ranks of ``tp_group``.
+    """The fields of :class:`RowStats`, the same on all ranks of ``tp_group``.
 
     ``operands`` hold all rows and this rank's shard of the vocabulary, ``vocab_size`` counts global columns.
     """
@@ -63,21 +70,12 @@ def vocab_parallel_token_stats(
         raise TypeError(
             f"tp_group must be a torch.distributed.ProcessGroup that this rank belongs to, got {tp_group!r}"
         )
-    outputs = _vocab_parallel_token_stats(
-        operands.hidden,
-        operands.weight,
-        operands.targets,
-        operands.bias,
-        operands.row_mask,
-        float(temperature),
-        None if softcap is None else float(softcap),
-        ignore_index,
-        vocab_size,
-        skip_negligible,
-        backend or "",
-        tp_group.group_name,  # custom operators take no process groups
-    )
-    return outputs[:4]
+    if under_transforms():
+        raise NotImplementedError("tp_group is not supported under torch.func transforms (grad, vjp, vmap)")
+    # Custom operators take no process groups.
+    return _vocab_parallel_token_stats(
+        *operands, vocab_size, skip_negligible, tp_group.group_name, *options._replace(vocab_size=0)
+    )[:-1]
 
 
 def _shard(
@@ -116,122 +114,156 @@ def _shard_statistics(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    row_temperature: Tensor | None,
+    options: Options,
     first: int,
     num_columns: int,
-    backend: str,
 ) -> Tensor:
-    """``[4, K]`` in float64: L_r, H_r, and the target's log p and logit, -inf where another rank owns it."""
-    result = torch.zeros(4, targets.shape[0], dtype=torch.float64, device=targets.device)
+    """``[4, K]`` in float64: of the own columns logsumexp, entropy, the target's log p and logit.
+
+    The last two are -inf where another rank owns the target. Where they are wanted, three more: the sum of log p, and
+    the argmax with its logit.
+    """
+    extra = 3 if options.with_argmax or options.label_smoothing else 0
+    result = torch.zeros(4 + extra, targets.shape[0], dtype=torch.float64, device=targets.device)
     # Backends call a row of nothing but -inf NaN, as the whole vocabulary's would be. A shard of banned columns has no
     # share in the distribution instead. (After a softcap, a bias of -inf is a finite logit.)
-    banned = bias is not None and softcap is None and bool((bias[:num_columns] == -torch.inf).all())
+    banned = bias is not None and options.softcap is None and bool((bias[:num_columns] == -torch.inf).all())
     if num_columns == 0 or banned:
         result[[0, 2, 3]] = -torch.inf
+        if extra:
+            result[4], result[6] = -torch.inf if num_columns else 0.0, -torch.inf
         return result
     owned, local_targets = _own_columns(targets, first, num_columns)
-    logprob, result[0], target_logit, result[1], _ = backend_module(hidden, backend).linear_forward(
-        hidden, weight, local_targets, bias, temperature, softcap, num_columns
+    shard: ForwardResult = backend_module(hidden, options.backend).linear_forward(
+        hidden, weight, local_targets, bias, options._replace(vocab_size=num_columns), row_temperature
     )
-    result[2] = torch.where(owned, logprob, -torch.inf)
-    result[3] = torch.where(owned, target_logit, -torch.inf)
+    result[0] = shard.logsumexp
+    if shard.entropy is not None:
+        result[1] = shard.entropy
+    result[2] = torch.where(owned, shard.logprob, -torch.inf)
+    result[3] = torch.where(owned, shard.target_logit, -torch.inf)
+    if shard.mean_logprob is not None:
+        result[4] = shard.mean_logprob.double() * num_columns
+    if shard.argmax is not None and shard.max_logit is not None:
+        result[5], result[6] = shard.argmax + first, shard.max_logit
     return result
 
 
-def _merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``logprob``, ``logsumexp``, ``target_logit`` and ``entropy`` ``[K]`` from all ranks' ``[R, 4, K]``."""
-    shard_logsumexp, shard_entropy, shard_logprob, shard_target_logit = shards.unbind(dim=1)
+def _merge(shards: Tensor, num_columns: Tensor, options: Options, dtype: torch.dtype) -> ForwardResult:
+    """Statistics ``[K]`` from all ranks' ``[R, 4 or 7, K]`` and numbers of columns ``[R]``; logsumexp in float64."""
+    shard_logsumexp, shard_entropy, shard_logprob, shard_target_logit = shards[:, :4].unbind(dim=1)
     logsumexp = torch.logsumexp(shard_logsumexp, dim=0)
     logsumexp = torch.where(logsumexp == -torch.inf, torch.nan, logsumexp)
     behind = logsumexp - shard_logsumexp
-    share = torch.exp(-behind)
-    entropy = torch.where(share == 0, 0.0, share * (shard_entropy + behind)).sum(dim=0)
+    entropy = mean_logprob = argmax = max_logit = None
+    if options.with_entropy:
+        share = torch.exp(-behind)
+        entropy = torch.where(share == 0, 0.0, share * (shard_entropy + behind)).sum(dim=0).to(dtype)
+    if options.label_smoothing:
+        counts = num_columns[:, None].double()
+        # A shard's log p are relative to its own logsumexp. One without columns has none.
+        sums = torch.where(counts == 0, 0.0, shards[:, 4] - torch.where(counts == 0, 0.0, counts * behind))
+        mean_logprob = sums.sum(dim=0) / counts.sum()
+    if options.with_argmax:
+        rank = shards[:, 6].argmax(dim=0, keepdim=True)  # the first one, as the columns are in rank order
+        argmax = shards[:, 5].gather(0, rank).squeeze(0).long()
+        max_logit = shards[:, 6].gather(0, rank).squeeze(0).to(dtype)
     # The owner's value is the largest, as all others are -inf.
-    return (shard_logprob - behind).amax(dim=0), logsumexp, shard_target_logit.amax(dim=0), entropy
+    logprob = (shard_logprob - behind).amax(dim=0)
+    target_logit = shard_target_logit.amax(dim=0)
+    return ForwardResult(logprob.to(dtype), logsumexp, target_logit.to(dtype), entropy, mean_logprob, argmax, max_logit)
 
 
-@torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats", mutates_args=())
+@torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats", mutates_args=(), tags=OPERATOR_TAGS)
 def _vocab_parallel_token_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
+    row_temperature: Tensor | None,
+    global_vocab_size: int | None,
+    skip_negligible: bool,
+    tp_group: str,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    vocab_size: int | None,
-    skip_negligible: bool,
+    vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-    tp_group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``linear_token_stats``; the last output is the shard: its first global column and how many are no padding."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``linear_token_stats``, but ``vocab_size`` is not read.
+
+    The last output is the shard: its first global column, how many are no padding, the global vocabulary's size.
+    """
+    options = Options(
+        temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
+    )
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
     keep = kept_rows(targets, row_mask, ignore_index)
     rows = row_indices(keep)
     num_rows = targets.shape[0]
     num_kept = num_rows if rows is None else rows.shape[0]
-    first, num_columns, vocab_size = _shard(group, weight, num_rows, num_kept, vocab_size)
-    check_target_values(targets, keep, vocab_size)
-    shard = torch.tensor([first, num_columns])
+    first, num_columns, vocab_size = _shard(group, weight, num_rows, num_kept, global_vocab_size)
+    check_rows(targets, row_temperature, keep, vocab_size)
+    shard = torch.tensor([first, num_columns, vocab_size], dtype=torch.int64)
     if num_kept == 0:
-        return *empty_stats(hidden), shard
+        return *empty_stats(hidden, with_entropy, with_argmax), shard
     with torch.autocast(hidden.device.type, enabled=False):
         statistics = _shard_statistics(
-            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), temperature, softcap,
-            first, num_columns, backend,
+            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias),
+            take_some(row_temperature, rows), options, first, num_columns,
         )  # fmt: skip
-    merged = _merge(_all_gather(statistics, group))
-    dtype = statistics_dtype(hidden.dtype)
-    logprob, target_logit, entropy = (merged[index].to(dtype) for index in (0, 2, 3))
-    return *put_stats(logprob, merged[1], target_logit, entropy, rows, num_rows), shard
+    counts = _all_gather(torch.tensor([num_columns], device=hidden.device), group).squeeze(-1)
+    merged = _merge(_all_gather(statistics, group), counts, options, statistics_dtype(hidden.dtype))
+    return *put_stats(merged, label_smoothing, rows, num_rows), shard
 
 
 @_vocab_parallel_token_stats.register_fake
-def _vocab_parallel_token_stats_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int | None,
-    skip_negligible: bool,
-    backend: str,
-    tp_group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *empty_stats(hidden), torch.empty(2, dtype=torch.int64, device="cpu")
+def _vocab_parallel_token_stats_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    options = Options(*rest[8:])
+    stats = empty_stats(hidden, options.with_entropy, options.with_argmax)
+    return *stats, torch.empty(3, dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats_backward", mutates_args=())
+@torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats_backward", mutates_args=(), tags=OPERATOR_TAGS)
 def _vocab_parallel_token_stats_backward(
     g_logprob: Tensor,
     g_logsumexp: Tensor,
     g_target_logit: Tensor,
-    g_entropy: Tensor,
+    g_entropy: Tensor | None,
+    logsumexp: Tensor,
+    entropy: Tensor | None,
+    logsumexp_low: Tensor,
+    shard: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-    shard: Tensor,
+    row_temperature: Tensor | None,
+    skip_negligible: bool,
+    tp_group: str,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    skip_negligible: bool,
+    vocab_size: int,
+    label_smoothing: float,
+    with_entropy: bool,
+    with_argmax: bool,
     backend: str,
-    tp_group: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (of all ranks), weight and bias (own shard); an empty tensor for one that is not needed."""
+    first, num_columns, global_vocab_size = shard.tolist()
+    options = Options(
+        temperature, softcap, ignore_index, num_columns, label_smoothing, with_entropy, with_argmax, backend
+    )
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
     live = live_rows(upstream, kept_rows(targets, row_mask, ignore_index))
@@ -243,20 +275,20 @@ def _vocab_parallel_token_stats_backward(
     rows = row_indices(live)
     num_rows = targets.shape[0]
     num_live = num_rows if rows is None else rows.shape[0]
-    first, num_columns = shard.tolist()
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
     if num_live > 0 and num_columns > 0:
-        taken = [take(column, rows) for column in (*upstream, logsumexp, entropy, logsumexp_low)]
-        mass, onehot, slope, mean_logit = fold_upstream(*taken)
+        stats = (logsumexp, entropy, logsumexp_low)
+        gradients = fold_upstream(upstream, stats, rows, label_smoothing, global_vocab_size)
+        skipped = skip_below(gradients, hidden.dtype) if skip_negligible else None
         owned, local_targets = _own_columns(take(targets, rows), first, num_columns)
+        gradients = gradients._replace(onehot=torch.where(owned, gradients.onehot, 0.0))
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
-                torch.zeros_like(mass), mass, torch.where(owned, onehot, 0.0), slope, take(hidden, rows),
-                take(weight, None), local_targets, contiguous(bias), taken[4], mean_logit, temperature, softcap,
-                num_columns, need_hidden, need_weight, need_bias and bias is not None,
-                skip_below=skip_below(mass, onehot, slope, hidden.dtype) if skip_negligible else None,
+                gradients, take(hidden, rows), take(weight, None), local_targets, contiguous(bias), options,
+                need_hidden, need_weight, need_bias and bias is not None, take_some(row_temperature, rows),
+                skip_below=skipped,
             )  # fmt: skip
     if need_hidden:
         dhidden_sum = hidden.new_zeros((num_live, hidden.shape[1]), dtype=statistics_dtype(hidden.dtype))
@@ -273,52 +305,38 @@ def _vocab_parallel_token_stats_backward(
 
 
 @_vocab_parallel_token_stats_backward.register_fake
-def _vocab_parallel_token_stats_backward_fake(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    row_mask: Tensor | None,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-    shard: Tensor,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    skip_negligible: bool,
-    backend: str,
-    tp_group: str,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+def _vocab_parallel_token_stats_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs, (hidden, weight, _, bias) = arguments[8:11], arguments[11:15]
+    return fake_gradients(hidden, weight, bias, *needs)
 
 
 def _vocab_parallel_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, targets, bias, row_mask, *ctx.options, _, skip_negligible, backend, tp_group = inputs
-    ctx.options += [skip_negligible, backend, tp_group]
-    _, logsumexp, _, entropy, logsumexp_low, shard = output
-    ctx.save_for_backward(hidden, weight, targets, bias, row_mask, logsumexp, entropy, logsumexp_low, shard)
+    operands, (_, ctx.skip_negligible, ctx.tp_group) = inputs[:6], inputs[6:9]
+    ctx.options = Options(*inputs[9:])
+    *row_stats, shard = output
+    stats = RowStats(*row_stats)
+    entropy = stats.entropy if ctx.options.with_entropy else None
+    ctx.save_for_backward(*operands, stats.logsumexp, entropy, stats.logsumexp_low, shard)
 
 
 def _vocab_parallel_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    upstream = [gradient.contiguous() for gradient in gradients[:4]]
+    tensors = ctx.saved_tensors  # once: what is checkpointed can be read no second time
     dhidden, dweight, dbias = _vocab_parallel_token_stats_backward(
-        *upstream, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
+        *upstream_of(gradients, ctx.options.with_entropy),
+        *tensors[6:],
+        *(need_hidden, need_weight, need_bias),
+        *tensors[:6],
+        ctx.skip_negligible,
+        ctx.tp_group,
+        *ctx.options,
     )
     return (
         dhidden if need_hidden else None,
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        *[None] * 8,
+        *[None] * (5 + len(Options._fields)),
     )
 
 

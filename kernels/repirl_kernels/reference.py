@@ -7,17 +7,21 @@ columns and target ``a``, per row:
     logsumexp     L = log sum_v exp z_v
     logprob       log p_a = (z_a - max) - log sum_v exp(z_v - max)
     entropy       H = log sum_v exp(z_v - max) - sum_v p_v (z_v - max)
-    mean_logit    b = sum_v p_v z_v
+    mean_logit    b = sum_v p_v z_v = L - H
 
 and with upstream gradients ``g``:
 
-    dz_v = (g_target_logit + g_logprob) 1[v = a] + p_v (g_logsumexp - g_logprob - g_entropy (z_v - b))
+    dz_v = onehot 1[v = a] + uniform + p_v (mass - slope (z_v - b)),
+    onehot = g_target_logit + g_logprob,  mass = g_logsumexp - g_logprob,  slope = g_entropy
 
 ``logprob`` and ``entropy`` are built from differences to the row maximum: ``z_a - L`` and ``L - b`` would
 lose them to cancellation when the logits share a large offset. A column with ``p_v = 0`` (a banned token,
 ``z_v = -inf``) contributes exactly 0 to the entropy and to every gradient. A row that contains NaN or +inf,
 or nothing but -inf, has no distribution: its statistics and its gradients are NaN, and no other row is
 touched.
+
+With a temperature of its own for each row, T is that; with label smoothing, ``ops.py`` mixes ``mean_logprob`` into the
+target's, and hands the share of every column's gradient down as ``uniform``.
 
 Functions here take data which ``ops.py`` has checked and compacted: at least one row, every target in
 ``[0, vocab_size)``, ``hidden`` and ``weight`` of one dtype. They work through the rows in chunks, so that the
@@ -31,64 +35,79 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repirl_kernels.operands import Options, statistics_dtype
+
 # Logits held at once. 2**22 float32 values are 16 MiB: beyond the caches already, small beside any model.
 _CHUNK_ELEMENTS = 2**22
+# Products of fewer rows may be summed in another order than those of more, so that forward and backward, which has only
+# the rows with a gradient, would round the same logit differently: in a row with a probability of 1, all the gradient.
+MIN_PRODUCT_ROWS = 4
 
 
 class ForwardResult(NamedTuple):
     """Per-row statistics, each ``[N]``; float64 for float64 inputs, else float32.
 
-    ``logsumexp`` and ``mean_logit`` may be float64 in any case: with a large offset in the logits, their
-    rounding to float32 would be the largest error of the gradients.
+    ``logsumexp`` may be float64 in any case: with a large offset in the logits, its rounding to float32 would be the
+    largest error of the gradients.
     """
 
     logprob: Tensor
     logsumexp: Tensor
     target_logit: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
+    """``None`` where it was left out."""
+    mean_logprob: Tensor | None = None
+    """sum_v log p_v / V, for label smoothing; ``None`` where that is 0."""
+    argmax: Tensor | None = None
+    """First column with the largest logit, int64; ``None`` where it is not wanted, as is ``max_logit``."""
+    max_logit: Tensor | None = None
+
+
+class RowGradients(NamedTuple):
+    """What the gradient of each row's logits needs beside them, each ``[N]``; see the formula above."""
+
+    mass: Tensor
+    onehot: Tensor
+    slope: Tensor | None
+    """``None`` where the entropy was left out."""
+    uniform: Tensor | None
+    """``None`` without label smoothing."""
+    logsumexp: Tensor
     mean_logit: Tensor
 
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which statistics of ``dtype`` inputs are computed and returned."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def of(self, rows: slice) -> "RowGradients":
+        """Those of some rows."""
+        return RowGradients(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
 def logits_forward(
-    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, vocab_size: int
+    logits: Tensor, targets: Tensor, options: Options, row_temperature: Tensor | None = None
 ) -> ForwardResult:
     """Statistics of the rows of ``logits [N, V]`` at ``targets [N]``."""
     dtype = statistics_dtype(logits.dtype)
     parts = []
     for rows in _row_chunks(logits.shape[0], logits.shape[1]):
-        z, _ = _final_logits(logits[rows, :vocab_size].to(dtype), temperature, softcap)
-        parts.append(_statistics(z, targets[rows]))
+        z, _ = _final_logits(logits[rows, : options.vocab_size].to(dtype), options, _of(row_temperature, rows))
+        parts.append(_statistics(z, targets[rows], options))
     return _concatenate(parts)
 
 
 def logits_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     logits: Tensor,
     targets: Tensor,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
 ) -> Tensor:
     """Gradient of ``logits``: ``[N, V]`` in their dtype; 0 in columns >= ``vocab_size``."""
     dtype = statistics_dtype(logits.dtype)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    dlogits[:, vocab_size:] = 0
+    dlogits[:, options.vocab_size :] = 0
     for rows in _row_chunks(logits.shape[0], logits.shape[1]):
-        z, tanh = _final_logits(logits[rows, :vocab_size].to(dtype), temperature, softcap)
-        dlogits[rows, :vocab_size] = _gradient(
-            z, targets[rows], g_logprob[rows], g_logsumexp[rows], g_target_logit[rows], g_entropy[rows],
-            logsumexp[rows], mean_logit[rows], temperature, tanh,
-        ).to(logits.dtype)  # fmt: skip
+        temperature = _of(row_temperature, rows)
+        z, tanh = _final_logits(logits[rows, : options.vocab_size].to(dtype), options, temperature)
+        dz = _gradient(z, targets[rows], gradients.of(rows), options, temperature, tanh)
+        dlogits[rows, : options.vocab_size] = dz.to(logits.dtype)
     return dlogits
 
 
@@ -97,9 +116,8 @@ def linear_forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> ForwardResult:
     """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``.
@@ -108,35 +126,29 @@ def linear_forward(
     instead of computing the logits again.
     """
     dtype = statistics_dtype(hidden.dtype)
-    weight_VD = weight[:vocab_size].to(dtype)
-    bias_V = None if bias is None else bias[:vocab_size].to(dtype)
+    weight_VD = weight[: options.vocab_size].to(dtype)
+    bias_V = None if bias is None else bias[: options.vocab_size].to(dtype)
     parts = []
-    for rows in _row_chunks(hidden.shape[0], vocab_size):
-        product = _product(hidden[rows].to(dtype), weight_VD, bias_V)
+    for rows in _row_chunks(hidden.shape[0], options.vocab_size):
+        product = _logits(hidden[rows].to(dtype), weight_VD, bias_V)
         if logits is not None:
             logits[rows] = product
-        z, _ = _final_logits(product, temperature, softcap)
-        parts.append(_statistics(z, targets[rows]))
+        z, _ = _final_logits(product, options, _of(row_temperature, rows))
+        parts.append(_statistics(z, targets[rows], options))
     return _concatenate(parts)
 
 
 def linear_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
     dweight_sum: Tensor | None = None,
     skip_below: Tensor | None = None,
@@ -148,6 +160,7 @@ def linear_backward(
     ``dweight_sum [V, D]``, of the dtype of the statistics, the weight's gradient is added to that and ``None`` here.
     ``skip_below [N]`` permits to leave out of a row what is smaller; here nothing ever is.
     """
+    vocab_size = options.vocab_size
     dtype = statistics_dtype(hidden.dtype)
     weight_VD = weight[:vocab_size].to(dtype)
     bias_V = None if bias is None else bias[:vocab_size].to(dtype)
@@ -158,12 +171,10 @@ def linear_backward(
     dbias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if need_bias else None
     for rows in _row_chunks(hidden.shape[0], vocab_size):
         hidden_ND = hidden[rows].to(dtype)
-        product = _product(hidden_ND, weight_VD, bias_V) if logits is None else logits[rows]
-        z, tanh = _final_logits(product, temperature, softcap)
-        dz = _gradient(
-            z, targets[rows], g_logprob[rows], g_logsumexp[rows], g_target_logit[rows], g_entropy[rows],
-            logsumexp[rows], mean_logit[rows], temperature, tanh,
-        )  # fmt: skip
+        product = _logits(hidden_ND, weight_VD, bias_V) if logits is None else logits[rows]
+        temperature = _of(row_temperature, rows)
+        z, tanh = _final_logits(product, options, temperature)
+        dz = _gradient(z, targets[rows], gradients.of(rows), options, temperature, tanh)
         if dhidden is not None:
             dhidden[rows] = (dz @ weight_VD).to(hidden.dtype)
         if dweight is not None:
@@ -176,6 +187,12 @@ def linear_backward(
     return dhidden, dweight, dbias
 
 
+def at_least_rows(hidden: Tensor, num_rows: int = MIN_PRODUCT_ROWS) -> Tensor:
+    """``hidden [N, D]``, filled up with 0 to ``num_rows``."""
+    missing = num_rows - hidden.shape[0]
+    return torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden
+
+
 def rows_above(dlogits: Tensor, skip_below: Tensor) -> Tensor:
     """Indices of rows of ``dlogits [N, C]`` with a value of at least ``skip_below [N]`` in size, or NaN."""
     return (~(dlogits.abs().amax(dim=1) < skip_below)).nonzero().squeeze(-1)
@@ -186,64 +203,79 @@ def _row_chunks(num_rows: int, num_columns: int) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    z = hidden @ weight.T
+def _of(row_temperature: Tensor | None, rows: slice) -> Tensor | None:
+    return None if row_temperature is None else row_temperature[rows, None]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    z = (at_least_rows(hidden) @ weight.T)[: hidden.shape[0]]
     return z if bias is None else z + bias
 
 
-def _final_logits(z: Tensor, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _final_logits(z: Tensor, options: Options, temperature: Tensor | None) -> tuple[Tensor, Tensor | None]:
     tanh = None
-    if softcap is not None:
-        tanh = torch.tanh(z / softcap)
-        z = softcap * tanh
-    return (z if temperature == 1.0 else z / temperature), tanh
+    if options.softcap is not None:
+        tanh = torch.tanh(z / options.softcap)
+        z = options.softcap * tanh
+    if temperature is not None:
+        return z / temperature, tanh
+    return (z if options.temperature == 1.0 else z / options.temperature), tanh
 
 
-def _statistics(z: Tensor, targets: Tensor) -> ForwardResult:
-    z_max = z.amax(dim=-1, keepdim=True)
+def _statistics(z: Tensor, targets: Tensor, options: Options) -> ForwardResult:
+    z_max, argmax = z.max(dim=-1, keepdim=True) if options.with_argmax else (z.amax(dim=-1, keepdim=True), None)
     shifted = z - z_max
     exp = shifted.exp()
     total = exp.sum(dim=-1)
     log_total = total.log()
-    # 0 * (-inf) is NaN in floating point and 0 in the entropy.
-    weighted = torch.where(exp == 0, 0.0, exp * shifted).sum(dim=-1) / total
+    entropy = mean_logprob = None
+    if options.with_entropy:
+        # 0 * (-inf) is NaN in floating point and 0 in the entropy.
+        entropy = log_total - torch.where(exp == 0, 0.0, exp * shifted).sum(dim=-1) / total
+    if options.label_smoothing:
+        mean_logprob = shifted.mean(dim=-1) - log_total
     target_logit = z.gather(-1, targets[:, None]).squeeze(-1)
     z_max = z_max.squeeze(-1)
+    if argmax is not None:  # of several, `max` returns any
+        argmax = (z == z_max[:, None]).to(torch.uint8).argmax(dim=-1)
     return ForwardResult(
         logprob=(target_logit - z_max) - log_total,
         logsumexp=z_max.double() + log_total,
         target_logit=target_logit,
-        entropy=log_total - weighted,
-        mean_logit=z_max.double() + weighted,
+        entropy=entropy,
+        mean_logprob=mean_logprob,
+        argmax=argmax,
+        max_logit=z_max if options.with_argmax else None,
     )
 
 
 def _gradient(
     z: Tensor,
     targets: Tensor,
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
+    row: RowGradients,
+    options: Options,
+    temperature: Tensor | None,
     tanh: Tensor | None,
 ) -> Tensor:
-    probability = (z - logsumexp[:, None]).exp()
-    slope = (g_logsumexp - g_logprob)[:, None] - g_entropy[:, None] * (z - mean_logit[:, None])
-    dz = torch.where(probability == 0, 0.0, probability * slope)
-    dz.scatter_add_(-1, targets[:, None], (g_target_logit + g_logprob)[:, None].to(dz.dtype))
-    if temperature != 1.0:
+    probability = (z - row.logsumexp[:, None]).exp()
+    factor = row.mass[:, None]
+    if row.slope is not None:
+        factor = factor - row.slope[:, None] * (z - row.mean_logit[:, None])
+    dz = torch.where(probability == 0, 0.0, probability * factor)
+    dz.scatter_add_(-1, targets[:, None], row.onehot[:, None].to(dz.dtype))
+    if row.uniform is not None:
+        dz += row.uniform[:, None]
+    if temperature is not None:
         dz = dz / temperature
+    elif options.temperature != 1.0:
+        dz = dz / options.temperature
     if tanh is not None:
         dz = dz * (1.0 - tanh.square())
     return dz
 
 
 def _concatenate(parts: list[ForwardResult]) -> ForwardResult:
-    return (
-        parts[0]
-        if len(parts) == 1
-        else ForwardResult(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    )
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*parts, strict=True)
+    return ForwardResult(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore

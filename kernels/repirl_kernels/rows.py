@@ -6,10 +6,21 @@ multiplied: a NaN in a row that does not count must not reach a gradient.
 Axes: N rows (tokens).
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from repirl_kernels.reference import statistics_dtype
+from repirl_kernels.operands import LARGEST_SCALE, SMALLEST_SCALE, statistics_dtype
+from repirl_kernels.reference import ForwardResult, RowGradients
+
+# The gradients of logprob, logsumexp, target_logit and entropy; logsumexp, entropy and what logsumexp lost. Without
+# entropy, ``None`` in both.
+Upstream = tuple[Tensor, Tensor, Tensor, Tensor | None]
+SavedStats = tuple[Tensor, Tensor | None, Tensor]
+# The argmax of a row that has none.
+NO_COLUMN = -1
 
 
 def kept_rows(targets: Tensor, row_mask: Tensor | None, ignore_index: int) -> Tensor:
@@ -29,20 +40,36 @@ def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def put(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+def take_some(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return None if tensor is None else take(tensor, rows)
+
+
+def put(values: Tensor, rows: Tensor | None, num_rows: int, fill: int = 0) -> Tensor:
     if rows is None:
         return values
-    result = values.new_zeros((num_rows, *values.shape[1:]))
+    result = values.new_full((num_rows, *values.shape[1:]), fill)
     return result.index_copy_(0, rows, values)
 
 
-def check_target_values(targets: Tensor, keep: Tensor, vocab_size: int) -> None:
+def check_rows(targets: Tensor, row_temperature: Tensor | None, keep: Tensor, vocab_size: int) -> None:
+    """ValueError for a target outside the vocabulary or a temperature out of range, in rows that count."""
     out_of_range = keep & ((targets < 0) | (targets >= vocab_size))
     if out_of_range.any():
         row = int(out_of_range.nonzero()[0])
         raise ValueError(
             f"target {int(targets[row])} in row {row} is outside [0, {vocab_size}); "
             "give rows that do not count the ignore_index, or mask them with row_mask"
+        )
+    if row_temperature is None:
+        return
+    lowest, highest = SMALLEST_SCALE, LARGEST_SCALE
+    if row_temperature.dtype == torch.float64:
+        lowest, highest = torch.finfo(torch.float64).tiny, torch.finfo(torch.float64).max
+    wrong = keep & ~((row_temperature >= lowest) & (row_temperature <= highest))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"temperature {float(row_temperature[row])} in row {row} is outside [{lowest:.3g}, {highest:.3g}]"
         )
 
 
@@ -61,16 +88,20 @@ def split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) ->
     return rounded, torch.where(by_target, (target_logit - rounded) - logprob, lost)
 
 
+def are_saturated(logsumexp: Tensor, entropy: Tensor | None) -> Tensor:
+    """Rows whose gradient would be lost if their logits were rounded in another way than in the forward pass.
+
+    All of the gradient of a row with a probability of nearly 1 is what that lacks; another last bit of a logit of 3200
+    is 2e-4 of it.
+    """
+    large = logsumexp.abs() > 64
+    return large if entropy is None else large & (entropy < 1)
+
+
 def fold_upstream(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    logsumexp_low: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Upstream gradients ``(g_logsumexp, g_target_logit, g_entropy)`` that mean all four, and ``mean_logit``.
+    upstream: Upstream, stats: SavedStats, rows: Tensor | None, label_smoothing: float, vocab_size: int
+) -> RowGradients:
+    """What the four upstream gradients come to in each of ``rows``.
 
     A backend computes ``p_v = exp(z_v - L)`` and ``z_v - b`` from L and b as rounded to the statistics'
     dtype. With logits around 1e4 that rounding is 5e-4, and so would be the gradient's relative error. But
@@ -79,33 +110,59 @@ def fold_upstream(
         p_v (g_L - g_p - g_H (z_v - b)) = p'_v ((g_L - g_p + g_H b_low) r - g_H r (z_v - b')),
         p'_v = exp(z_v - L'),  r = exp(-L_low),  L = L' + L_low,  b = b' + b_low
     """
-    mean_logit = logsumexp - entropy
-    mean_logit_low = ((logsumexp - mean_logit) - entropy) + logsumexp_low
+    g_logprob, g_logsumexp, g_target_logit = (take(column, rows) for column in upstream[:3])
+    logsumexp, logsumexp_low = take(stats[0], rows), take(stats[2], rows)
     scale = torch.exp(-logsumexp_low)
-    return (
-        (g_logsumexp - g_logprob + g_entropy * mean_logit_low) * scale,
-        g_target_logit + g_logprob,
-        g_entropy * scale,
-        mean_logit,
-    )
+    mass, slope, mean_logit = g_logsumexp - g_logprob, None, logsumexp
+    if upstream[3] is not None and stats[1] is not None:
+        g_entropy, entropy = take(upstream[3], rows), take(stats[1], rows)
+        mean_logit = logsumexp - entropy
+        mean_logit_low = ((logsumexp - mean_logit) - entropy) + logsumexp_low
+        mass = mass + g_entropy * mean_logit_low
+        slope = g_entropy * scale
+    of_target = g_target_logit + g_logprob
+    uniform = None
+    if label_smoothing:
+        uniform = of_target * (label_smoothing / vocab_size)
+        of_target = of_target * (1 - label_smoothing)
+    return RowGradients(mass * scale, of_target, slope, uniform, logsumexp, mean_logit)
 
 
-def skip_below(mass: Tensor, onehot: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+def skip_below(gradients: RowGradients, dtype: torch.dtype) -> Tensor:
     """``[N]``: below this, a gradient of a logit counts as negligible in its row."""
-    return torch.finfo(dtype).eps / 32 * torch.stack([mass, onehot, slope]).abs().amax(dim=0)
+    sizes = [x.abs() for x in (gradients.mass, gradients.onehot, gradients.slope) if x is not None]
+    return torch.finfo(dtype).eps / 32 * torch.stack(sizes).amax(dim=0)
 
 
-def empty_stats(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class RowStats(NamedTuple):
+    """What an operator returns of each row, ``[N]``; what was left out has no elements."""
+
+    logprob: Tensor
+    logsumexp: Tensor
+    target_logit: Tensor
+    entropy: Tensor
+    logsumexp_low: Tensor
+    """What ``logsumexp`` lost in its rounding, for the backward pass."""
+    argmax: Tensor
+    max_logit: Tensor
+
+
+def empty_stats(rows: Tensor, with_entropy: bool, with_argmax: bool) -> RowStats:
+    """Of rows that do not count: 0, and no column as the argmax."""
     dtype = statistics_dtype(rows.dtype)
-    logprob, logsumexp, target_logit, entropy, logsumexp_low = (
-        torch.zeros(rows.shape[0], dtype=dtype, device=rows.device) for _ in range(5)
-    )
-    return logprob, logsumexp, target_logit, entropy, logsumexp_low
+
+    def zeros(wanted: bool = True) -> Tensor:
+        return torch.zeros(rows.shape[0] if wanted else 0, dtype=dtype, device=rows.device)
+
+    argmax = torch.full((rows.shape[0] if with_argmax else 0,), NO_COLUMN, dtype=torch.int64, device=rows.device)
+    return RowStats(zeros(), zeros(), zeros(), zeros(with_entropy), zeros(), argmax, zeros(with_argmax))
 
 
-def live_rows(upstream: tuple[Tensor, ...], keep: Tensor) -> Tensor:
+def live_rows(upstream: Upstream, keep: Tensor) -> Tensor:
     live = torch.zeros_like(keep)
     for gradient in upstream:
+        if gradient is None:
+            continue
         live |= gradient != 0  # NaN != 0: a poisoned gradient is passed on, not hidden
     return live & keep
 
@@ -121,21 +178,58 @@ def refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-
     )
 
 
+class TransformedFunction(torch.autograd.Function):
+    """An operator and its gradient as ``torch.func`` wants them; batches go through one by one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+        refuse_double_backward(ctx)
+
+
+def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of ``torch.vmap`` for an operator that returns a tensor or a tuple of them."""
+
+    def rule(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+        results = []
+        for index in range(info.batch_size):
+            pairs = zip(arguments, in_dims, strict=True)
+            results.append(operator(*(x if dim is None else x.select(dim, index) for x, dim in pairs)))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
 def no_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     """Double backward is refused, so nothing is kept for it."""
 
 
-def put_stats(
-    logprob: Tensor, logsumexp: Tensor, target_logit: Tensor, entropy: Tensor, rows: Tensor | None, num_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four statistics and what :func:`split_logsumexp` says that logsumexp lost, each put back to ``[N]``."""
-    logsumexp, logsumexp_low = split_logsumexp(logprob, logsumexp, target_logit)
-    return (
+def put_stats(result: ForwardResult, label_smoothing: float, rows: Tensor | None, num_rows: int) -> RowStats:
+    """A backend's statistics of ``rows``, smoothed, and put back to ``[N]``."""
+    logprob, target_logit = result.logprob, result.target_logit
+    if label_smoothing:
+        assert result.mean_logprob is not None
+        mean_logit = result.mean_logprob + result.logsumexp
+        smoothed = (1 - label_smoothing) * logprob + label_smoothing * result.mean_logprob
+        target_logit = ((1 - label_smoothing) * target_logit + label_smoothing * mean_logit).to(logprob.dtype)
+        logprob = smoothed.to(logprob.dtype)
+    logsumexp, logsumexp_low = split_logsumexp(logprob, result.logsumexp, target_logit)
+    entropy, argmax, max_logit = result.entropy, result.argmax, result.max_logit
+    if argmax is not None and max_logit is not None:  # of a row without a distribution there is none
+        argmax = torch.where(logsumexp.isnan(), NO_COLUMN, argmax)
+        max_logit = torch.where(logsumexp.isnan(), torch.nan, max_logit)
+    return RowStats(
         put(logprob, rows, num_rows),
         put(logsumexp, rows, num_rows),
         put(target_logit, rows, num_rows),
-        put(entropy, rows, num_rows),
+        logprob.new_empty(0) if entropy is None else put(entropy, rows, num_rows),
         put(logsumexp_low, rows, num_rows),
+        logprob.new_empty(0, dtype=torch.int64) if argmax is None else put(argmax, rows, num_rows, NO_COLUMN),
+        logprob.new_empty(0) if max_logit is None else put(max_logit, rows, num_rows),
     )
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from kernel_checks import check_linear, linear_case, run_linear, stats_by_loss
 from repirl_kernels import TokenStats, linear_loss, linear_token_loss, linear_token_stats, native, policy_loss
+from repirl_kernels.operands import Options
+from repirl_kernels.rows import RowStats
 from torch.utils.checkpoint import checkpoint
 
 BACKENDS = [
@@ -57,7 +59,7 @@ needs_products = pytest.mark.skipif(
 def test_values_kept_for_the_gradients(shape, dtype, options, frozen, monkeypatch):
     lent = []
     original = linear_loss._chunk_backward
-    monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: lent.append(args[14]) or original(*args))
+    monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: lent.append(args[18]) or original(*args))
     case = linear_case(*shape, dtype=dtype, bias=True, **options)
     case.upstream[:, ::3] = 0  # rows that are there in the forward pass and not in the backward pass
     case.upstream[3, 1::3] = 0  # no entropy: their logarithms are not needed
@@ -123,7 +125,7 @@ def test_chunks_cover_each_row_once_and_say_which():
         return stats.logprob
 
     result = linear_token_loss(case.hidden, case.weight, case.targets, loss_fn, chunk_bytes=4 * 50 * 4)
-    assert seen == [(0, 4), (4, 8), (8, 10)]
+    assert seen == [(0, 3), (3, 6), (6, 10), (0, 10)]  # the last call is to check that rows do not depend on chunks
     expected = linear_token_stats(case.hidden, case.weight, case.targets)
     torch.testing.assert_close(result.token_loss, expected.logprob)
     for column, other in zip(result.stats, expected, strict=True):
@@ -189,11 +191,11 @@ def test_main_grad(backend, dtype, chunk_bytes):
 def test_nothing_is_computed_that_is_not_wanted(monkeypatch):
     calls = []
     original = linear_loss._chunk_backward
-    monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: calls.append(args[-3:]) or original(*args))
+    monkeypatch.setattr(linear_loss, "_chunk_backward", lambda *args: calls.append(args[7:10]) or original(*args))
     case = linear_case(6, 40, 8, bias=True)
     buffers = []
     forward = linear_loss._chunk_forward
-    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: buffers.append(args[5]) or forward(*args))
+    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: buffers.append(args[6]) or forward(*args))
     assert not loss_of(case).loss.requires_grad
     case.weight.requires_grad_()
     with torch.no_grad():
@@ -207,7 +209,7 @@ def test_nothing_is_computed_that_is_not_wanted(monkeypatch):
 def test_the_logits_held_are_those_of_one_chunk(monkeypatch):
     sizes = []
     original = linear_loss._chunk_forward
-    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: sizes.append(args[5].nbytes) or original(*args))
+    monkeypatch.setattr(linear_loss, "_chunk_forward", lambda *args: sizes.append(args[6].nbytes) or original(*args))
     case = linear_case(100, 50, 8)
     loss_of(case._replace(hidden=case.hidden.requires_grad_()), chunk_bytes=3000)
     assert max(sizes) <= 3000
@@ -246,14 +248,13 @@ def test_what_the_loss_function_may_not_do():
         call(lambda stats, rows: stats.logprob * learned[rows])
     with pytest.raises(ValueError, match="chunk_bytes must be > 0, got 0"):
         call(lambda stats, rows: stats.logprob, chunk_bytes=0)
-    for wrong in (
-        torch.zeros(40, 8, dtype=torch.bfloat16),
-        torch.zeros(40, 8, device="meta"),
-        torch.zeros(8, 40).T,
-        torch.zeros(8, 40),
-    ):
-        with pytest.raises(ValueError, match=r"main_grad must be a contiguous torch.float32 .*\(40, 8\) on cpu, got"):
+    for wrong in (torch.zeros(8, 40).T, torch.zeros(8, 40)):
+        with pytest.raises(ValueError, match=r"main_grad must be contiguous and of .* \(40, 8\) on cpu, got"):
             call(lambda stats, rows: stats.logprob, main_grad=wrong)
+    with pytest.raises(ValueError, match="main_grad is on the meta device"):
+        call(lambda stats, rows: stats.logprob, main_grad=torch.zeros(40, 8, device="meta"))
+    with pytest.raises(TypeError, match="main_grad has dtype bfloat16, expected one of float32"):
+        call(lambda stats, rows: stats.logprob, main_grad=torch.zeros(40, 8, dtype=torch.bfloat16))
     # Where no gradient is wanted none is missed.
     with torch.no_grad():
         assert call(lambda stats, rows: stats.logprob * learned[rows]).loss.isfinite()
@@ -270,24 +271,31 @@ def test_what_the_loss_function_may_not_do():
 def test_opcheck(backend, masked):
     case = linear_case(6, 30, 8, bias=masked)
     mask = torch.tensor([True, False, True, True, True, False]) if masked else None
+    temperature = torch.linspace(0.5, 2, 6) if masked else None
     case.targets.clamp_(max=27)
-    options = (0.7, 3.0 if masked else None, -100, 28, backend)
+    options = Options(0.7, None, -100, 28, 0.0, True, False, backend)
+    if masked:
+        options = Options(1.0, 3.0, -100, 28, 0.1, False, True, backend)
     logits = torch.empty(6, 28)
     dweight = None
     if backend == "native" and native.has_products(torch.float32):
-        size = native.buffer_bytes(6, 8, 28, torch.float32, options[1], True)
+        size = native.buffer_bytes(6, 8, torch.float32, options, True)
         logits, dweight = torch.empty(size, dtype=torch.uint8), torch.empty(30, 8)
-    forward = (case.hidden, case.weight, case.targets, case.bias, mask, logits, dweight, *options)
+    operands = (case.hidden, case.weight, case.targets, case.bias, mask, temperature)
+    forward = (*operands, logits, dweight, *options)
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(linear_loss._chunk_forward, forward, test_utils=utilities)
-    _, logsumexp, _, entropy, low = linear_loss._chunk_forward(*forward)
+    stats = RowStats(*linear_loss._chunk_forward(*forward))
+    entropy, g_entropy = (None, None) if masked else (stats.entropy, case.upstream[3])
     for *needs, with_sum in itertools.product([False, True], repeat=4):
         if dweight is not None and (with_sum or not needs[1]):
             continue
         weight_sum = torch.zeros(30, 8) if with_sum else None
-        backward = (*case.upstream, case.hidden, case.weight, case.targets, case.bias, mask, logsumexp, entropy, low)
-        backward += (logits, weight_sum, dweight, *options, *needs)
+        backward = (*case.upstream[:3], g_entropy, stats.logsumexp, entropy, stats.logsumexp_low, *needs, *operands)
+        backward += (logits, weight_sum, dweight, *options)
         torch.library.opcheck(linear_loss._chunk_backward, backward, test_utils=utilities)
     leaves = [tensor.clone().requires_grad_() for tensor in (case.hidden, case.weight)]
     gradients = [torch.randn(6, 8), torch.randn(30, 8), torch.randn(30)]
     torch.library.opcheck(linear_loss._attach_gradients, (torch.randn(()), *leaves, None, *gradients))
+    losses = torch.randn(6)
+    torch.library.opcheck(linear_loss._check_chunks, (losses.sum(), losses, losses.clone(), 2), test_utils=utilities)

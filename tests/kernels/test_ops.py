@@ -6,48 +6,65 @@ import warnings
 import pytest
 import torch
 from kernel_checks import linear_case, run_linear
-from repirl_kernels import TokenStats, choose_backend, linear_token_stats, native, ops, token_stats
+from repirl_kernels import TokenStats, backends, choose_backend, linear_token_stats, native, ops, token_stats
+from repirl_kernels.operands import Options
+from repirl_kernels.rows import RowStats
 
 needs_native = pytest.mark.skipif(not native.is_available(), reason="not built")
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
+# What opcheck runs the operators with: the plainest options, and all of them.
+OPTIONS = {
+    "plain": Options(0.7, None, -100, 28, 0.0, True, False, ""),
+    "smoothed": Options(1.0, 3.0, -100, 28, 0.1, True, True, ""),
+    "without entropy": Options(1.0, None, -100, 28, 0.1, False, True, ""),
+}
+
+
+def saved_statistics(outputs, options):
+    """What the backward operators take of the forward ones' outputs."""
+    stats = RowStats(*(output.detach() for output in outputs))
+    return stats.logsumexp, stats.entropy if options.with_entropy else None, stats.logsumexp_low
+
+
+def upstream_gradients(upstream, options):
+    return *upstream[:3], upstream[3] if options.with_entropy else None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_linear(backend, masked):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_opcheck_linear(backend, options):
+    options, masked = options._replace(backend=backend), options.with_argmax
     case = linear_case(6, 30, 8, bias=masked)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     bias = case.bias.requires_grad_() if masked else None
     mask = torch.tensor([True, False, True, True, True, False]) if masked else None
-    softcap = 3.0 if masked else None
-    forward = (hidden, weight, case.targets, bias, mask, 0.7, softcap, -100, 28, masked, backend)
+    temperature = torch.linspace(0.5, 2, 6) if masked else None
+    skip_negligible = masked and not options.label_smoothing
+    forward = (hidden, weight, case.targets, bias, mask, temperature, skip_negligible, *options)
     case.targets.clamp_(max=27)
     torch.library.opcheck(ops._linear_token_stats, forward)
-    _, logsumexp, _, entropy, low = (output.detach() for output in ops._linear_token_stats(*forward))
+    saved = saved_statistics(ops._linear_token_stats(*forward), options)
+    detached = [tensor if tensor is None else tensor.detach() for tensor in forward[:6]]
     for needs in itertools.product([False, True], repeat=3):
-        backward = (*case.upstream, *(tensor.detach() for tensor in (hidden, weight)), case.targets)
-        backward += (
-            None if bias is None else bias.detach(),
-            mask,
-            logsumexp,
-            entropy,
-            low,
-            *forward[5:],
-            *needs,
-        )
+        backward = (*upstream_gradients(case.upstream, options), *saved, *needs, *detached, *forward[6:])
         # Double backward is refused, so there is no gradient of this one to check.
         torch.library.opcheck(ops._linear_token_stats_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck_logits(backend, dtype):
+def test_opcheck_logits(backend, dtype, options):
+    options = options._replace(backend=backend)
     logits = torch.randn(6, 30).to(dtype).requires_grad_()
     targets = torch.tensor([1, 2, -100, 4, 5, 6])
-    forward = (logits, targets, None, 0.7, None, -100, 28, backend)
+    temperature = torch.linspace(0.5, 2, 6) if options.with_argmax else None
+    forward = (logits, targets, None, temperature, *options)
     torch.library.opcheck(ops._token_stats, forward)
-    _, logsumexp, _, entropy, low = (output.detach() for output in ops._token_stats(*forward))
-    backward = (*torch.randn(4, 6), logits.detach(), targets, None, logsumexp, entropy, low, *forward[3:])
+    saved = saved_statistics(ops._token_stats(*forward), options)
+    backward = (*upstream_gradients(torch.randn(4, 6), options), logits.detach(), *forward[1:4], *saved, *options)
     torch.library.opcheck(ops._token_stats_backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -72,7 +89,7 @@ def test_a_frozen_head_computes_no_weight_gradient(monkeypatch):
     backend = ops.backend_module(torch.zeros(1), "reference")
     original = backend.linear_backward
     monkeypatch.setattr(
-        backend, "linear_backward", lambda *args, **skip: seen.append(args[-3:]) or original(*args, **skip)
+        backend, "linear_backward", lambda *args, **skip: seen.append(args[6:9]) or original(*args, **skip)
     )
     case = linear_case(3, 20, 8)
     stats = linear_token_stats(case.hidden.requires_grad_(), case.weight, case.targets, backend="reference")
@@ -83,7 +100,7 @@ def test_a_frozen_head_computes_no_weight_gradient(monkeypatch):
 def test_ignored_and_dead_rows_never_reach_the_backend(monkeypatch):
     seen = []
     backend = ops.backend_module(torch.zeros(1), "reference")
-    for name, position in (("linear_forward", 0), ("linear_backward", 4)):
+    for name, position in (("linear_forward", 0), ("linear_backward", 1)):
         original = getattr(backend, name)
 
         def spy(*args, original=original, position=position, **skip):
@@ -113,7 +130,7 @@ def test_ignored_and_dead_rows_never_reach_the_backend(monkeypatch):
         ({"targets": torch.zeros(5, dtype=torch.int64)}, r"\(4,\), got \(5,\)"),
         ({"weight": torch.zeros(20, 7)}, r"got hidden \(4, 8\) and weight \(20, 7\)"),
         ({"hidden": torch.zeros(4, 0), "weight": torch.zeros(20, 0)}, "no features: D = 0"),
-        ({"weight": torch.zeros(20, 8, device="meta")}, "weight is on meta but hidden is on cpu"),
+        ({"weight": torch.zeros(20, 8, device="meta")}, "weight is on the meta device and has no values"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):
@@ -144,11 +161,11 @@ def test_choose_backend():
 
 def test_triton_needs_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "_triton_installed", lambda: True)
+    monkeypatch.setattr(backends, "_triton_installed", lambda: True)
     with pytest.raises(ValueError, match="runs on a GPU, got tensors on cpu"):
         token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), backend="triton")
     assert choose_backend("cuda", torch.bfloat16) == "triton"
-    monkeypatch.setattr(ops, "_triton_installed", lambda: False)
+    monkeypatch.setattr(backends, "_triton_installed", lambda: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         choose_backend("cuda", torch.float32, "triton")
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
@@ -159,7 +176,7 @@ def test_without_the_native_module_one_warning_and_the_same_results(monkeypatch)
     case = linear_case(6, 30, 8)
     expected = run_linear(linear_token_stats, case)
     monkeypatch.setattr(native, "_native", None)
-    ops._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="native CPU backend is not built") as caught:
         actual = run_linear(linear_token_stats, case)
     assert len(caught) == 1

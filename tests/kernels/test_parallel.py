@@ -24,6 +24,8 @@ from kernel_checks import (
 )
 from rank_processes import RankProcesses, rank_processes
 from repirl_kernels import linear_token_stats, native
+from repirl_kernels.operands import Options
+from repirl_kernels.rows import RowStats
 from torch.utils.checkpoint import checkpoint
 
 NUM_COLUMNS = 97
@@ -380,22 +382,25 @@ def test_skip_negligible(ranks, dtype):
     torch.testing.assert_close(outcome.dweight, expected.dweight, rtol=tolerance, atol=tolerance)
 
 
-def check_operators(group, case, sizes):
+def check_operators(group, case, sizes, options):
     """On a rank: ``opcheck`` of both operators, whose runs match those of the other ranks."""
     from repirl_kernels import parallel
 
     case = own_shard(group, case, sizes)
     hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in (case.hidden, case.weight, case.bias))
     mask = torch.arange(case.targets.shape[0]) != 2
-    forward = (hidden, weight, case.targets, bias, mask, 0.7, 3.0, -100, 90, False, "", group.group_name)
+    temperature = torch.linspace(0.5, 2, case.targets.shape[0]) if options.with_argmax else None
+    operands = (hidden, weight, case.targets, bias, mask, temperature)
+    forward = (*operands, 90, False, group.group_name, *options)
     torch.library.opcheck(parallel._vocab_parallel_token_stats, forward)
-    _, logsumexp, _, entropy, low, shard = (
-        output.detach() for output in parallel._vocab_parallel_token_stats(*forward)
-    )
+    *stats, shard = (output.detach() for output in parallel._vocab_parallel_token_stats(*forward))
+    stats = RowStats(*stats)
+    entropy, g_entropy = (stats.entropy, case.upstream[3]) if options.with_entropy else (None, None)
+    detached = [tensor if tensor is None else tensor.detach() for tensor in operands]
     for needs in itertools.product([False, True], repeat=3):
         backward = (
-            *case.upstream, hidden.detach(), weight.detach(), case.targets, bias.detach(), mask, logsumexp, entropy,
-            low, shard, *forward[5:8], *forward[9:], *needs,
+            *case.upstream[:3], g_entropy, stats.logsumexp, entropy, stats.logsumexp_low, shard, *needs, *detached,
+            *forward[7:],
         )  # fmt: skip
         # Double backward is refused, so there is no gradient of this one to check.
         torch.library.opcheck(
@@ -405,8 +410,10 @@ def check_operators(group, case, sizes):
 
 def test_opcheck(ranks):
     case = linear_case(6, NUM_COLUMNS, 16, bias=True, vocab_size=90)
-    ranks.run(2, check_operators, case, (60, 37))
-    ranks.run(3, check_operators, case, (60, 37, 0))
+    plain = Options(0.7, 3.0, -100, 0, 0.0, True, False, "")
+    ranks.run(2, check_operators, case, (60, 37), plain)
+    ranks.run(3, check_operators, case, (60, 37, 0), plain)
+    ranks.run(2, check_operators, case, (60, 37), Options(1.0, None, -100, 0, 0.1, False, True, ""))
 
 
 def error(group, case, sizes, change=None):

@@ -16,12 +16,15 @@ import torch
 import triton
 from repirl_kernels.triton import linear_backward, linear_forward, resources, tiles
 from repirl_kernels.triton.linear_backward import linear_dlogits_kernel
-from repirl_kernels.triton.linear_forward import linear_forward_kernel, linear_variant
+from repirl_kernels.triton.linear_forward import Flags, linear_forward_kernel, linear_variant
 from repirl_kernels.triton.resources import Resources, all_variants, candidate_variants, compile_variant, table
 from triton.runtime import JITFunction
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets its kernels in this process", allow_module_level=True)
+
+
+PLAIN = Flags(has_bias=False, has_softcap=False, entropy=True, extras=False)
 
 
 def problems(resources: Resources) -> list[str]:
@@ -112,14 +115,14 @@ def test_the_shapes_in_use_are_among_the_candidates():
 def test_a_tile_that_is_too_large_is_found_out():
     """Its accumulator alone is 256 registers a thread, one more than a thread can have."""
     tile = tiles.LinearTile(128, 256, 32, 4, 2)
-    row = compile_variant(linear_variant(linear_dlogits_kernel, tile, torch.bfloat16, 8, False, False), "sm_80")
+    row = compile_variant(linear_variant(linear_dlogits_kernel, tile, torch.bfloat16, 8, PLAIN), "sm_80")
     assert row.spills
     assert "spills" in problems(row)[0]
 
 
 def test_too_much_shared_memory_is_found_out():
     tile = tiles.LinearTile(128, 128, 64, 8, 4)
-    row = compile_variant(linear_variant(linear_forward_kernel, tile, torch.bfloat16, 8, False, False), "sm_90")
+    row = compile_variant(linear_variant(linear_forward_kernel, tile, torch.bfloat16, 8, PLAIN), "sm_90")
     assert problems(row) == []
     assert row.bytes_per_multiply_add == 2 / 64
     assert "shared memory" in problems(row._replace(arch="generic"))[0]

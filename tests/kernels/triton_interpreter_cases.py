@@ -23,6 +23,8 @@ from kernel_checks import (
     stats_by_loss,
 )
 from repirl_kernels import linear_token_stats, token_stats
+from repirl_kernels.operands import Options
+from repirl_kernels.rows import fold_upstream
 from repirl_kernels.triton import linear_backward, linear_forward, tiles
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py instead"
@@ -280,24 +282,22 @@ def test_14_each_gradient_alone(output):
     check_logits(logits_op, logits, targets, upstream)
 
 
+def plain_options(vocab_size: int) -> Options:
+    return Options(1.0, None, -100, vocab_size, 0.0, True, False, "triton")
+
+
+def backward_arguments(case: LinearCase, options: Options) -> tuple:
+    """Of ``linear_backward``, but for which gradients are needed."""
+    statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, options)
+    upstream, logsumexp = tuple(case.upstream), statistics.logsumexp.float()
+    gradients = fold_upstream(upstream, (logsumexp, statistics.entropy, torch.zeros(8)), None, 0.0, options.vocab_size)
+    return gradients, case.hidden, case.weight, case.targets, case.bias, options
+
+
 @pytest.mark.parametrize("needed", range(3))
 def test_15_one_gradient_needed(needed):
     case = linear_case(8, 90, 20, bias=True)
-    statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, 1.0, None, 90)
-    zeros = torch.zeros(8)
-    arguments = (
-        *(
-            zeros,
-            zeros,
-            case.upstream[2],
-            case.upstream[3],
-            case.hidden,
-            case.weight,
-            case.targets,
-            case.bias,
-        ),
-        *(statistics[1], statistics[4], 1.0, None, 90),
-    )
+    arguments = backward_arguments(case, plain_options(90))
     everything = linear_backward(*arguments, True, True, True)
     only = linear_backward(*arguments, *[index == needed for index in range(3)])
     for index in range(3):
@@ -373,19 +373,15 @@ def test_25_unsupported_dtype():
     with pytest.raises(TypeError, match="float64"):
         run_linear(linear_op, case._replace(hidden=case.hidden.double(), weight=case.weight.double()))
     with pytest.raises(TypeError, match="float64"):
-        linear_forward(case.hidden.double(), case.weight.double(), case.targets, None, 1.0, None, 50)
+        linear_forward(case.hidden.double(), case.weight.double(), case.targets, None, plain_options(50))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_slabs_do_not_change_what_is_computed(width):
     """``width`` tiles of columns at a time, the last slab incomplete, against one slab."""
     case: LinearCase = linear_case(8, 200, 20, bias=True)
-    statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, 1.0, None, 170)
-    targets = case.targets % 170
-    arguments = (
-        *(*case.upstream, case.hidden, case.weight, targets, case.bias),
-        *(statistics[1], statistics[4], 1.0, None, 170, True, True, True),
-    )
+    case = case._replace(targets=case.targets % 170)
+    arguments = (*backward_arguments(case, plain_options(170)), True, True, True)
     whole = linear_backward(*arguments)
     tile = tiles.backward_tile("interpreter", torch.float32, 1, True, False)
     with poisoned_memory():
@@ -403,3 +399,83 @@ def test_split_count_depends_on_the_vocabulary_alone():
         per_split, num_splits = tiles.split_tiles(vocab_size, 128, "sm_90")
         assert 1 <= num_splits <= tiles.MAX_SPLITS
         assert (num_splits - 1) * per_split * 128 < vocab_size <= num_splits * per_split * 128
+
+
+EXTRAS = [
+    {"label_smoothing": 0.2},
+    {"with_argmax": True},
+    {"temperature": "rows"},
+    {"with_entropy": False},
+    {"with_entropy": False, "label_smoothing": 0.1, "softcap": 4.0},
+    {"temperature": "rows", "label_smoothing": 0.2, "with_argmax": True, "softcap": 3.0, "vocab_size": 150},
+]
+
+
+def outcome_of(op, leaves, targets, upstream, options):
+    """The statistics that there are, and the gradients of ``leaves``."""
+    options = dict(options)
+    if options.get("temperature") == "rows":
+        options["temperature"] = torch.linspace(0.5, 1.5, targets.shape[0], dtype=leaves[0].dtype)
+    stats = op(*leaves[:2], targets, **options)
+    columns = [column for column in stats[:4] if column is not None]
+    return stats, torch.autograd.grad(columns, leaves[:2], [u.to(columns[0].dtype) for u in upstream[: len(columns)]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", EXTRAS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_extras_of_the_linear_op(dtype, options, kept):
+    """Beside the reference in float64, which has tests of its own; with logits that are kept, too."""
+    op = functools.partial(stats_by_loss, backend="triton") if kept else linear_op
+    if kept and options.keys() & {"with_entropy", "with_argmax"}:
+        pytest.skip("the loss's statistics are four")
+    case = linear_case(37, 200, 40, dtype=dtype, **{k: v for k, v in options.items() if k == "vocab_size"})
+    case.targets[3] = -100
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    actual = outcome_of(op, leaves, case.targets, case.upstream, options)
+    truth = outcome_of(linear_token_stats, exact, case.targets, case.upstream, options)
+    plain = outcome_of(
+        functools.partial(linear_token_stats, backend="reference"), leaves, case.targets, case.upstream, options
+    )
+    compare(actual, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", EXTRAS)
+def test_extras_of_given_logits(dtype, options):
+    logits, targets, upstream = logits_case(5, 700, dtype)
+    targets = targets % 150
+
+    def run(backend, logits):
+        op = functools.partial(token_stats, backend=backend)
+        leaves = [logits.detach().requires_grad_()]
+        return outcome_of(lambda logits, targets, **o: op(logits, targets, **o), leaves, targets, upstream, options)
+
+    compare(run("triton", logits), run("reference", logits), run(None, logits.double()))
+
+
+def compare(actual, plain, truth) -> None:
+    for name in truth[0]._fields:
+        columns = [getattr(stats, name) for stats, _ in (actual, plain, truth)]
+        if columns[2] is None or name == "argmax":
+            assert columns[0] is columns[2] or torch.equal(columns[0], columns[2])
+        else:
+            assert_at_most_twice_as_wrong(*(column.detach() for column in columns), what=name)
+    for gradients in zip(actual[1], plain[1], truth[1], strict=True):
+        assert_at_most_twice_as_wrong(*gradients)
+
+
+def test_argmax_is_the_first_of_several_and_none_where_there_is_no_distribution():
+    logits = torch.zeros(5, 700)
+    logits[0, [300, 650]] = 2.0
+    logits[1] = -5.0
+    logits[2, 17] = math.nan
+    logits[3] = -math.inf
+    targets = torch.tensor([1, 2, 3, 4, -100])
+    stats = logits_op(logits, targets, with_argmax=True)
+    assert stats.argmax.tolist() == [300, 0, -1, -1, -1]
+    assert stats.max_logit[:2].tolist() == [2.0, -5.0]
+    hidden, weight = torch.ones(1, 16), torch.zeros(200, 16)
+    weight[[70, 180]] = 1.0
+    assert linear_op(hidden, weight, torch.tensor([3]), with_argmax=True).argmax.tolist() == [70]

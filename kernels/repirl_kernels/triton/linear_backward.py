@@ -15,17 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repirl_kernels.reference import rows_above
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import RowGradients, rows_above
 
 from . import tiles
 from .linear_forward import (
     bias_argument,
     block_indices,
+    choose_flags,
     halves,
     linear_constants,
     linear_variants,
     logits_tile,
     operand_alignment,
+    with_extras_bias,
 )
 from .logits import logits_backward
 from .rows import logit_gradient, soft_cap
@@ -41,10 +44,10 @@ def store_gradient(
     within,
     slab_start,
     slab_stop,
-    g_logprob,
-    g_logsumexp,
-    g_target_logit,
-    g_entropy,
+    mass,
+    onehot,
+    slope,
+    uniform,
     logsumexp,
     mean_logit,
     inverse_temperature,
@@ -52,26 +55,32 @@ def store_gradient(
     inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
 ):
     """Store the gradient before softcap and temperature of the logits ``s``, columns ``within`` of a slab."""
     columns = slab_start + within
     if HAS_BIAS:
         s += tl.load(bias_ptr + columns, mask=columns < slab_stop, other=0.0)[None, :]
-    slope = inverse_temperature
+    scale = inverse_temperature[:, None] if EXTRAS else inverse_temperature
+    chain = scale
     if HAS_SOFTCAP:
         s, cap_slope = soft_cap(s, softcap, inverse_softcap)
-        slope = cap_slope * inverse_temperature
-    dlogits = slope * logit_gradient(
+        chain = cap_slope * scale
+    dlogits = logit_gradient(
         s,
         columns[None, :] == targets[:, None],
-        g_logprob[:, None],
-        g_logsumexp[:, None],
-        g_target_logit[:, None],
-        g_entropy[:, None],
+        mass[:, None],
+        onehot[:, None],
+        slope[:, None],
         logsumexp[:, None],
         mean_logit[:, None],
-        inverse_temperature,
+        scale,
+        ENTROPY,
     )
+    if EXTRAS:
+        dlogits += uniform[:, None]
+    dlogits = chain * dlogits
     tl.store(
         row_ptrs[:, None] + within[None, :],
         dlogits.to(row_ptrs.dtype.element_ty),
@@ -81,10 +90,11 @@ def store_gradient(
 
 @triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
 def linear_dlogits_kernel(
-    g_logprob_ptr,
-    g_logsumexp_ptr,
-    g_target_logit_ptr,
-    g_entropy_ptr,
+    mass_ptr,
+    onehot_ptr,
+    slope_ptr,
+    uniform_ptr,
+    inverse_temperatures_ptr,
     hidden_ptr,
     weight_ptr,
     bias_ptr,
@@ -104,6 +114,8 @@ def linear_dlogits_kernel(
     inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
     ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -133,10 +145,11 @@ def linear_dlogits_kernel(
         BLOCK_HIDDEN,
     )
     targets = tl.load(targets_ptr + safe_rows).to(tl.int32)
-    g_logprob = tl.load(g_logprob_ptr + safe_rows)
-    g_logsumexp = tl.load(g_logsumexp_ptr + safe_rows)
-    g_target_logit = tl.load(g_target_logit_ptr + safe_rows)
-    g_entropy = tl.load(g_entropy_ptr + safe_rows)
+    mass = tl.load(mass_ptr + safe_rows)
+    onehot = tl.load(onehot_ptr + safe_rows)
+    slope = tl.load(slope_ptr + safe_rows) if ENTROPY else mass
+    uniform = tl.load(uniform_ptr + safe_rows) if EXTRAS else mass
+    scale = tl.load(inverse_temperatures_ptr + safe_rows) if EXTRAS else inverse_temperature
     logsumexp = tl.load(logsumexp_ptr + safe_rows)
     mean_logit = tl.load(mean_logit_ptr + safe_rows)
     row_ptrs = dlogits_ptr + rows.to(tl.int64) * stride_dlogits
@@ -151,37 +164,33 @@ def linear_dlogits_kernel(
             column_block * BLOCK_VOCAB + half * (BLOCK_VOCAB // 2) + tl.arange(0, BLOCK_VOCAB // 2),
             slab_start,
             slab_stop,
-            g_logprob,
-            g_logsumexp,
-            g_target_logit,
-            g_entropy,
+            mass,
+            onehot,
+            slope,
+            uniform,
             logsumexp,
             mean_logit,
-            inverse_temperature,
+            scale,
             softcap,
             inverse_softcap,
             HAS_BIAS,
             HAS_SOFTCAP,
+            ENTROPY,
+            EXTRAS,
         )
 
 
 def linear_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
     dweight_sum: Tensor | None = None,
     skip_below: Tensor | None = None,
@@ -193,34 +202,32 @@ def linear_backward(
     to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then ``None`` here. Of a row whose gradients of a
     slab's logits are all below its ``skip_below``, the slab is left out of both products (which waits for the GPU).
 
-    The gradients of the four statistics, ``logsumexp`` and ``mean_logit`` are float32 ``[N]``. ``slab_bytes``
-    bounds the one buffer that grows with N·V (at least one tile of columns is held).
+    ``slab_bytes`` bounds the one buffer that grows with N·V (at least one tile of columns is held).
     """
     num_rows, hidden_size = hidden.shape
+    vocab_size = options.vocab_size
     interpreted = tiles.is_interpreted(linear_dlogits_kernel)
     arch = tiles.architecture(hidden.device, interpreted)
     align = operand_alignment(hidden, weight)
-    tile = tiles.backward_tile(arch, hidden.dtype, align, bias is not None, softcap is not None)
+    extras = row_temperature is not None or gradients.uniform is not None
+    flags = choose_flags(options, bias, hidden.dtype, align, extras)
+    kernel_bias = with_extras_bias(bias, vocab_size, flags, hidden.device)
+    tile = tiles.backward_tile(arch, hidden.dtype, align, flags.has_bias, flags.has_softcap, extras)
     width = tiles.slab_width(num_rows, vocab_size, hidden.element_size(), tile.block_vocab, slab_bytes)
-    constants = linear_constants(tile, align, bias is not None, softcap is not None, interpreted)
+    constants = linear_constants(tile, align, flags, interpreted)
     arguments = dict(
-        g_logprob_ptr=g_logprob.contiguous(),
-        g_logsumexp_ptr=g_logsumexp.contiguous(),
-        g_target_logit_ptr=g_target_logit.contiguous(),
-        g_entropy_ptr=g_entropy.contiguous(),
+        **tiles.gradient_arguments(gradients),
         hidden_ptr=hidden,
         weight_ptr=weight,
-        bias_ptr=bias_argument(bias, weight),
+        bias_ptr=bias_argument(kernel_bias, weight),
         targets_ptr=targets,
-        logsumexp_ptr=logsumexp,
-        mean_logit_ptr=mean_logit,
         num_rows=num_rows,
         hidden_size=hidden_size,
         stride_hidden=hidden.stride(0),
         stride_weight=weight.stride(0),
         stride_dlogits=width,
-        inverse_temperature=1.0 / temperature,
-        **tiles.softcap_arguments(softcap),
+        **tiles.temperature_arguments(options, row_temperature, extras, hidden),
+        **tiles.softcap_arguments(options.softcap),
     )
 
     buffer = torch.empty(
@@ -228,11 +235,7 @@ def linear_backward(
         dtype=tiles.gradient_dtype(hidden.dtype, interpreted),
         device=hidden.device,
     )
-    dhidden = (
-        torch.zeros((num_rows, hidden_size), dtype=torch.float32, device=hidden.device)
-        if need_hidden
-        else None
-    )
+    dhidden = torch.zeros((num_rows, hidden_size), dtype=torch.float32, device=hidden.device) if need_hidden else None
     dweight = None
     if need_weight and dweight_sum is None:
         dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -242,10 +245,10 @@ def linear_backward(
     for start in range(0, vocab_size, width):
         stop = min(start + width, vocab_size)
         if logits is not None:
+            of_slab = options._replace(vocab_size=stop - start)
             dlogits = logits_backward(
-                g_logprob, g_logsumexp, g_target_logit, g_entropy, logits[:, start:stop], targets - start, logsumexp,
-                mean_logit, temperature, softcap, stop - start, hidden.dtype,
-            )  # fmt: skip
+                gradients, logits[:, start:stop], targets - start, of_slab, row_temperature, hidden.dtype
+            )
         else:
             tiles.launch(
                 linear_dlogits_kernel,

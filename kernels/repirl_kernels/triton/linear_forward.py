@@ -8,17 +8,21 @@ exact as PyTorch's default.
 Axes: N rows, D features, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import ForwardResult
+
 from . import tiles
 from .logits import logits_forward, merge_splits
-from .rows import exponentials, rescale, soft_cap
+from .rows import exponentials, move_sum, rescale, shifted_sum, soft_cap
 
 
 @triton.jit
@@ -70,23 +74,46 @@ def fold_tile(
     total,
     weighted,
     s_target,
+    shifted,
+    best_column,
+    num_seen,
     inverse_temperature,
     softcap,
     inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
 ):
-    """Fold the logits ``s`` of ``columns`` into the rows' running sums and into the targets' logits."""
+    """Fold the logits ``s`` of ``columns`` into the rows' running sums and into the targets' logits.
+
+    ``inverse_temperature`` is a number, or with EXTRAS one for each row; ``num_seen`` columns have been folded before.
+    """
     if HAS_BIAS:
         s += tl.load(bias_ptr + columns, mask=columns < vocab_size, other=0.0)[None, :]
     if HAS_SOFTCAP:
         s, _ = soft_cap(s, softcap, inverse_softcap)
     s = tl.where((columns < vocab_size)[None, :], s, float("-inf"))
     s_target += tl.sum(tl.where(columns[None, :] == targets[:, None], s, 0.0), axis=1)
-    new_maximum = tl.maximum(maximum, tl.max(s, axis=1) * inverse_temperature)
+    if EXTRAS:
+        largest, place = tl.max(s, axis=1, return_indices=True)
+        largest *= inverse_temperature
+        best_column = tl.where(largest > maximum, num_seen + place, best_column)
+        of_columns = inverse_temperature[:, None]
+    else:
+        largest = tl.max(s, axis=1) * inverse_temperature
+        of_columns = inverse_temperature
+    new_maximum = tl.maximum(maximum, largest)
     total, weighted = rescale(maximum, new_maximum, total, weighted)
-    power, power_shifted = exponentials(s, inverse_temperature, new_maximum[:, None])
-    return new_maximum, total + tl.sum(power, axis=1), weighted + tl.sum(power_shifted, axis=1), s_target
+    power, power_shifted = exponentials(s, of_columns, new_maximum[:, None])
+    total += tl.sum(power, axis=1)
+    if ENTROPY:
+        weighted += tl.sum(power_shifted, axis=1)
+    if EXTRAS:
+        valid = (columns < vocab_size)[None, :]
+        shifted = move_sum(maximum, new_maximum, shifted, num_seen)
+        shifted += tl.sum(shifted_sum(s, of_columns, new_maximum[:, None], valid), axis=1)
+    return new_maximum, total, weighted, s_target, shifted, best_column
 
 
 @triton.jit
@@ -116,6 +143,9 @@ def linear_forward_kernel(
     total_ptr,
     weighted_ptr,
     target_ptr,
+    shifted_ptr,
+    argmax_ptr,
+    inverse_temperatures_ptr,
     num_rows,
     hidden_size,
     vocab_size,
@@ -128,6 +158,8 @@ def linear_forward_kernel(
     inverse_softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
     ALIGN: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -148,6 +180,9 @@ def linear_forward_kernel(
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
     s_target = tl.zeros((BLOCK_ROWS,), tl.float32)
+    shifted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    best_column = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    scale = tl.load(inverse_temperatures_ptr + safe_rows) if EXTRAS else inverse_temperature
     start = split * tiles_per_split * BLOCK_VOCAB
     stop = tl.minimum(start + tiles_per_split * BLOCK_VOCAB, vocab_size)
     for first in range(start, stop, BLOCK_VOCAB):
@@ -168,31 +203,38 @@ def linear_forward_kernel(
         )
         left, right = halves(s, BLOCK_ROWS, BLOCK_VOCAB)
         for half in tl.static_range(2):
-            columns = first + half * (BLOCK_VOCAB // 2) + tl.arange(0, BLOCK_VOCAB // 2)
-            maximum, total, weighted, s_target = fold_tile(
+            first_column = first + half * (BLOCK_VOCAB // 2)
+            maximum, total, weighted, s_target, shifted, best_column = fold_tile(
                 left if half == 0 else right,
                 bias_ptr,
-                columns,
+                first_column + tl.arange(0, BLOCK_VOCAB // 2),
                 targets,
                 vocab_size,
                 maximum,
                 total,
                 weighted,
                 s_target,
-                inverse_temperature,
+                shifted,
+                best_column,
+                # From the split's start; where the tail begins beyond the last column, that does not matter.
+                first_column - start,
+                scale,
                 softcap,
                 inverse_softcap,
                 HAS_BIAS,
                 HAS_SOFTCAP,
+                ENTROPY,
+                EXTRAS,
             )
 
     partials = rows + split.to(tl.int64) * num_rows
     tl.store(maximum_ptr + partials, maximum, mask=inside)
     tl.store(total_ptr + partials, total, mask=inside)
     tl.store(weighted_ptr + partials, weighted, mask=inside)
-    tl.store(
-        target_ptr + rows, s_target * inverse_temperature, mask=inside & (targets >= start) & (targets < stop)
-    )
+    if EXTRAS:
+        tl.store(shifted_ptr + partials, shifted, mask=inside)
+        tl.store(argmax_ptr + partials, start + best_column, mask=inside)
+    tl.store(target_ptr + rows, s_target * scale, mask=inside & (targets >= start) & (targets < stop))
 
 
 def linear_forward(
@@ -200,12 +242,11 @@ def linear_forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
     logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(logprob, logsumexp, target_logit, entropy, mean_logit)``, each ``[N]``; see :func:`merge_splits`.
+) -> ForwardResult:
+    """Statistics ``[N]``; see :func:`merge_splits`.
 
     ``hidden [N, D]`` and ``weight [V, D]`` have one dtype (float32, float16 or bfloat16; else TypeError) and
     contiguous features; ``targets [N]`` are int64 in ``[0, vocab_size)``; weights and bias from
@@ -215,18 +256,22 @@ def linear_forward(
     not compute them again; then the vendor's product makes them.
     """
     tiles.check_dtype("hidden", hidden)
+    softcap, vocab_size = options.softcap, options.vocab_size
     if logits is not None:
         _logits_into(logits, hidden, weight[:vocab_size])
         if bias is not None:
             logits += bias[:vocab_size]
-        return logits_forward(logits, targets, temperature, softcap, vocab_size)
+        return logits_forward(logits, targets, options, row_temperature)
     num_rows, hidden_size = hidden.shape
     interpreted = tiles.is_interpreted(linear_forward_kernel)
     arch = tiles.architecture(hidden.device, interpreted)
     align = operand_alignment(hidden, weight)
-    tile = tiles.forward_tile(arch, hidden.dtype, align, bias is not None, softcap is not None)
+    extras = tiles.needs_extras(options, row_temperature)
+    flags = choose_flags(options, bias, hidden.dtype, align, extras)
+    bias = with_extras_bias(bias, vocab_size, flags, hidden.device)
+    tile = tiles.forward_tile(arch, hidden.dtype, align, flags.has_bias, flags.has_softcap, flags.extras)
     tiles_per_split, num_splits = tiles.split_tiles(vocab_size, tile.block_vocab, arch)
-    partials = tiles.empty_partials(num_splits, num_rows, hidden.device)
+    partials = tiles.empty_partials(num_splits, num_rows, hidden.device, flags.extras)
     tiles.launch(
         linear_forward_kernel,
         triton.cdiv(num_rows, tile.block_rows) * num_splits,
@@ -243,12 +288,12 @@ def linear_forward(
             tiles_per_split=tiles_per_split,
             stride_hidden=hidden.stride(0),
             stride_weight=weight.stride(0),
-            inverse_temperature=1.0 / temperature,
+            **tiles.temperature_arguments(options, row_temperature, flags.extras, hidden),
             **tiles.softcap_arguments(softcap),
         ),
-        linear_constants(tile, align, bias is not None, softcap is not None, interpreted),
+        linear_constants(tile, align, flags, interpreted),
     )
-    return merge_splits(partials, num_rows, num_splits)
+    return merge_splits(partials, num_rows, num_splits, options, flags.extras, tiles_per_split * tile.block_vocab)
 
 
 def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -270,13 +315,36 @@ def bias_argument(bias: Tensor | None, weight: Tensor) -> Tensor:
     return bias.to(torch.float32).contiguous()
 
 
-def linear_constants(
-    tile: tiles.LinearTile, align: int, has_bias: bool, has_softcap: bool, interpreted: bool
-) -> dict[str, int | bool]:
+class Flags(NamedTuple):
+    """What a linear kernel is compiled for."""
+
+    has_bias: bool
+    has_softcap: bool
+    entropy: bool
+    extras: bool
+
+
+def choose_flags(options: Options, bias: Tensor | None, dtype: torch.dtype, align: int, extras: bool) -> Flags:
+    """The variant to launch. There are not all that could be: rare ones are done by one that does more."""
+    has_bias, has_softcap = bias is not None, options.softcap is not None
+    plain = not has_bias and not has_softcap and not extras and align > 1 and dtype != torch.float32
+    return Flags(has_bias or extras, has_softcap, options.with_entropy or not plain, extras)
+
+
+def with_extras_bias(bias: Tensor | None, vocab_size: int, flags: Flags, device: torch.device) -> Tensor | None:
+    """The bias; 0 where the variant wants one and there is none."""
+    if bias is None and flags.has_bias:
+        return torch.zeros(vocab_size, dtype=torch.float32, device=device)
+    return bias
+
+
+def linear_constants(tile: tiles.LinearTile, align: int, flags: Flags, interpreted: bool) -> dict[str, int | bool]:
     """Compile-time arguments and launch options of the linear kernels."""
     return {
-        "HAS_BIAS": has_bias,
-        "HAS_SOFTCAP": has_softcap,
+        "HAS_BIAS": flags.has_bias,
+        "HAS_SOFTCAP": flags.has_softcap,
+        "ENTROPY": flags.entropy,
+        "EXTRAS": flags.extras,
         "ALIGN": align,
         # Triton's interpreter multiplies the bit patterns of bfloat16 numbers: give it float32.
         "UPCAST": interpreted,
@@ -295,31 +363,31 @@ def variants(arch: str) -> Iterator[tiles.Variant]:
     yield from linear_variants(linear_forward_kernel, tiles.forward_tile, arch)
 
 
-def linear_variants(
-    kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str
-) -> Iterator[tiles.Variant]:
+def linear_variants(kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str) -> Iterator[tiles.Variant]:
     """Variants of a linear kernel: operand types by alignment by flags, for float16 both or none."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for align in (16 // dtype.itemsize, 1):
-            for has_bias in (False, True):
-                for has_softcap in (False, True):
-                    if dtype == torch.float16 and has_bias != has_softcap:
-                        continue  # the instructions of bfloat16 but for the operands' type
-                    tile = tile_of(arch, dtype, align, has_bias, has_softcap)
-                    yield linear_variant(kernel, tile, dtype, align, has_bias, has_softcap)
+            found = [Flags(b, s, True, False) for b, s in itertools.product((False, True), repeat=2)]
+            found += [Flags(True, has_softcap, True, True) for has_softcap in (False, True)]
+            if align > 1 and dtype != torch.float32:
+                found.append(Flags(False, False, False, False))
+            for flags in found:
+                if dtype == torch.float16 and (flags.has_bias != flags.has_softcap or flags.extras):
+                    continue  # the instructions of bfloat16 but for the operands' type
+                tile = tile_of(arch, dtype, align, flags.has_bias, flags.has_softcap, flags.extras)
+                yield linear_variant(kernel, tile, dtype, align, flags)
 
 
-def linear_variant(
-    kernel: Any, tile: tiles.LinearTile, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool
-) -> tiles.Variant:
+def linear_variant(kernel: Any, tile: tiles.LinearTile, dtype: torch.dtype, align: int, flags: Flags) -> tiles.Variant:
     """The specialisation of a linear kernel for ``tile`` and operands of ``dtype`` aligned to ``align`` elements."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     words = [name, f"{tile.block_rows}x{tile.block_vocab}x{tile.block_hidden}/{tile.num_stages}"]
-    words += ["bias"] * has_bias + ["softcap"] * has_softcap + ["unaligned"] * (align == 1)
+    words += ["bias"] * flags.has_bias + ["softcap"] * flags.has_softcap
+    words += ["no entropy"] * (not flags.entropy) + ["extras"] * flags.extras + ["unaligned"] * (align == 1)
     return tiles.Variant.of(
         kernel,
         " ".join(words),
         {"hidden_ptr": name, "weight_ptr": name, "dlogits_ptr": name},
-        linear_constants(tile, align, has_bias, has_softcap, interpreted=False),
+        linear_constants(tile, align, flags, interpreted=False),
         divisible=["dlogits_ptr", "stride_dlogits"] + (["hidden_ptr", "weight_ptr"] if align > 1 else []),
     )

@@ -4,6 +4,7 @@ One program reads one row, or one split of a long row, and keeps the row's runni
 ``merge_splits_kernel`` merges the splits. Axes: N rows, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -11,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import ForwardResult, RowGradients
+
 from . import tiles
-from .rows import exponentials, logit_gradient, merge_splits_kernel, rescale, soft_cap
+from .rows import exponentials, logit_gradient, merge_splits_kernel, move_sum, rescale, shifted_sum, soft_cap
 
 
 @triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
@@ -23,6 +27,9 @@ def logits_forward_kernel(
     total_ptr,
     weighted_ptr,
     target_ptr,
+    shifted_ptr,
+    argmax_ptr,
+    inverse_temperatures_ptr,
     num_rows,
     num_splits,
     vocab_size,
@@ -31,6 +38,7 @@ def logits_forward_kernel(
     softcap,
     inverse_softcap,
     HAS_SOFTCAP: tl.constexpr,
+    EXTRAS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
     SPLIT_VOCAB: tl.constexpr,
@@ -43,6 +51,8 @@ def logits_forward_kernel(
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     split = tl.program_id(0) % num_splits
     row_ptr = logits_ptr + row * stride_logits
+    if EXTRAS:
+        inverse_temperature = tl.load(inverse_temperatures_ptr + row)
     if split == 0:
         s_target = tl.load(row_ptr + tl.load(targets_ptr + row)).to(tl.float32)
         if HAS_SOFTCAP:
@@ -52,6 +62,8 @@ def logits_forward_kernel(
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     weighted = tl.zeros((), tl.float32)
+    shifted = tl.zeros((), tl.float32)
+    best_column = tl.full((), -1, tl.int32)
     start = split * SPLIT_VOCAB
     stop = tl.minimum(start + SPLIT_VOCAB, vocab_size)
     for first in range(start, stop, BLOCK_VOCAB):
@@ -60,8 +72,16 @@ def logits_forward_kernel(
         if HAS_SOFTCAP:
             s, _ = soft_cap(s, softcap, inverse_softcap)
             s = tl.where(columns < stop, s, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(s, axis=0) * inverse_temperature)
+        if EXTRAS:
+            largest, place = tl.max(s, axis=0, return_indices=True)
+            best_column = tl.where(largest * inverse_temperature > maximum, first + place, best_column)
+        else:
+            largest = tl.max(s, axis=0)
+        new_maximum = tl.maximum(maximum, largest * inverse_temperature)
         total, weighted = rescale(maximum, new_maximum, total, weighted)
+        if EXTRAS:
+            shifted = move_sum(maximum, new_maximum, shifted, first - start)
+            shifted += tl.sum(shifted_sum(s, inverse_temperature, new_maximum, columns < stop), axis=0)
         maximum = new_maximum
         power, power_shifted = exponentials(s, inverse_temperature, maximum)
         total += tl.sum(power, axis=0)
@@ -71,14 +91,18 @@ def logits_forward_kernel(
     tl.store(maximum_ptr + partial, maximum)
     tl.store(total_ptr + partial, total)
     tl.store(weighted_ptr + partial, weighted)
+    if EXTRAS:
+        tl.store(shifted_ptr + partial, shifted)
+        tl.store(argmax_ptr + partial, best_column)
 
 
 @triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
 def logits_backward_kernel(
-    g_logprob_ptr,
-    g_logsumexp_ptr,
-    g_target_logit_ptr,
-    g_entropy_ptr,
+    mass_ptr,
+    onehot_ptr,
+    slope_ptr,
+    uniform_ptr,
+    inverse_temperatures_ptr,
     logits_ptr,
     targets_ptr,
     logsumexp_ptr,
@@ -92,6 +116,7 @@ def logits_backward_kernel(
     softcap,
     inverse_softcap,
     HAS_SOFTCAP: tl.constexpr,
+    EXTRAS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
 ):
@@ -105,40 +130,45 @@ def logits_backward_kernel(
     columns = (tl.program_id(0) % num_blocks) * BLOCK_VOCAB + tl.arange(0, BLOCK_VOCAB)
     valid = columns < vocab_size
     s = tl.load(logits_ptr + row * stride_logits + columns, mask=valid, other=0.0).to(tl.float32)
-    slope = inverse_temperature
+    if EXTRAS:
+        inverse_temperature = tl.load(inverse_temperatures_ptr + row)
+    chain = inverse_temperature
     if HAS_SOFTCAP:
         s, cap_slope = soft_cap(s, softcap, inverse_softcap)
-        slope = cap_slope * inverse_temperature
+        chain = cap_slope * inverse_temperature
     dz = logit_gradient(
         s,
         columns == tl.load(targets_ptr + row),
-        tl.load(g_logprob_ptr + row),
-        tl.load(g_logsumexp_ptr + row),
-        tl.load(g_target_logit_ptr + row),
-        tl.load(g_entropy_ptr + row),
+        tl.load(mass_ptr + row),
+        tl.load(onehot_ptr + row),
+        tl.load(slope_ptr + row),
         tl.load(logsumexp_ptr + row),
         tl.load(mean_logit_ptr + row),
         inverse_temperature,
+        True,
     )
-    dlogits = tl.where(valid, dz * slope, 0.0).to(dlogits_ptr.dtype.element_ty)
+    if EXTRAS:
+        dz += tl.load(uniform_ptr + row)
+    dlogits = tl.where(valid, dz * chain, 0.0).to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + row * stride_dlogits + columns, dlogits, mask=columns < num_columns)
 
 
 def logits_forward(
-    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(logprob, logsumexp, target_logit, entropy, mean_logit)`` of ``logits [N, V]``, each ``[N]``.
+    logits: Tensor, targets: Tensor, options: Options, row_temperature: Tensor | None = None
+) -> ForwardResult:
+    """Statistics ``[N]`` of ``logits [N, V]``; see :func:`merge_splits`.
 
     ``targets [N]`` are int64 in ``[0, vocab_size)``; columns from ``vocab_size`` on are not read. Rows may be
     strided, columns are contiguous. Raises TypeError for logits that are not float32, float16 or bfloat16.
     """
     tiles.check_dtype("logits", logits)
-    num_rows = logits.shape[0]
+    num_rows, softcap, vocab_size = logits.shape[0], options.softcap, options.vocab_size
+    extras = tiles.needs_extras(options, row_temperature)
     arch = tiles.architecture(logits.device, tiles.is_interpreted(logits_forward_kernel))
     tile = tiles.row_tile(arch, softcap is not None)
     align = tiles.alignment(logits, vocab_size)
     num_splits = triton.cdiv(vocab_size, tile.split_vocab)
-    partials = tiles.empty_partials(num_splits, num_rows, logits.device)
+    partials = tiles.empty_partials(num_splits, num_rows, logits.device, extras)
     tiles.launch(
         logits_forward_kernel,
         num_rows * num_splits,
@@ -150,71 +180,61 @@ def logits_forward(
             num_splits=num_splits,
             vocab_size=vocab_size,
             stride_logits=logits.stride(0),
-            inverse_temperature=1.0 / temperature,
+            **tiles.temperature_arguments(options, row_temperature, extras, logits),
             **tiles.softcap_arguments(softcap),
         ),
-        _forward_constants(tile, align, softcap is not None),
+        _forward_constants(tile, align, softcap is not None, extras),
     )
-    return merge_splits(partials, num_rows, num_splits)
+    return merge_splits(partials, num_rows, num_splits, options, extras, tile.split_vocab)
 
 
 def logits_backward(
-    g_logprob: Tensor,
-    g_logsumexp: Tensor,
-    g_target_logit: Tensor,
-    g_entropy: Tensor,
+    gradients: RowGradients,
     logits: Tensor,
     targets: Tensor,
-    logsumexp: Tensor,
-    mean_logit: Tensor,
-    temperature: float,
-    softcap: float | None,
-    vocab_size: int,
+    options: Options,
+    row_temperature: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of ``logits [N, V]``, in ``dtype`` or theirs, from the statistics' float32 ``[N]`` gradients.
+    """Gradient of ``logits [N, V]``, in ``dtype`` or theirs; 0 in columns from ``vocab_size`` on.
 
     A target outside ``[0, V)`` belongs to columns that are not here.
     """
     dtype = dtype or logits.dtype
     num_rows, num_columns = logits.shape
+    softcap, vocab_size = options.softcap, options.vocab_size
+    extras = row_temperature is not None or gradients.uniform is not None
     interpreted = tiles.is_interpreted(logits_backward_kernel)
     arch = tiles.architecture(logits.device, interpreted)
     tile = tiles.row_tile(arch, softcap is not None)
     align = min(tiles.alignment(logits, vocab_size), tiles.alignment(logits, num_columns))
-    dlogits = torch.empty(
-        (num_rows, num_columns), dtype=tiles.gradient_dtype(dtype, interpreted), device=logits.device
-    )
+    dlogits = torch.empty((num_rows, num_columns), dtype=tiles.gradient_dtype(dtype, interpreted), device=logits.device)
     tiles.launch(
         logits_backward_kernel,
         num_rows * triton.cdiv(num_columns, tile.block_vocab),
         dict(
-            g_logprob_ptr=g_logprob.contiguous(),
-            g_logsumexp_ptr=g_logsumexp.contiguous(),
-            g_target_logit_ptr=g_target_logit.contiguous(),
-            g_entropy_ptr=g_entropy.contiguous(),
+            **tiles.gradient_arguments(gradients),
             logits_ptr=logits,
             targets_ptr=targets,
-            logsumexp_ptr=logsumexp,
-            mean_logit_ptr=mean_logit,
             dlogits_ptr=dlogits,
             num_columns=num_columns,
             vocab_size=vocab_size,
             stride_logits=logits.stride(0),
             stride_dlogits=num_columns,
-            inverse_temperature=1.0 / temperature,
+            **tiles.temperature_arguments(options, row_temperature, extras, logits),
             **tiles.softcap_arguments(softcap),
         ),
-        _backward_constants(tile, align, softcap is not None),
+        _backward_constants(tile, align, softcap is not None, extras),
     )
     return dlogits.to(dtype)
 
 
 def merge_splits(
-    partials: dict[str, Tensor], num_rows: int, num_splits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    partials: dict[str, Tensor], num_rows: int, num_splits: int, options: Options, extras: bool, split_columns: int
+) -> ForwardResult:
     """Statistics ``[N]`` from the partial sums ``[num_splits, N]`` that a forward kernel left.
 
+    A split has ``split_columns``, the last one maybe fewer. What is not wanted, and was not computed, is ``None``.
     float32 but for ``logsumexp``: in float64 it is the exact sum of its float32 parts, for the backward pass.
     """
     outputs = {
@@ -224,7 +244,9 @@ def merge_splits(
             ("logsumexp", torch.float64),
             ("target_logit", torch.float32),
             ("entropy", torch.float32),
-            ("mean_logit", torch.float32),
+            ("mean_logprob", torch.float32),
+            ("best_column", torch.int64),
+            ("max_logit", torch.float32),
         )
     }
     tiles.launch(
@@ -235,39 +257,53 @@ def merge_splits(
             **outputs,
             num_rows=num_rows,
             num_splits=num_splits,
+            vocab_size=options.vocab_size,
+            split_columns=split_columns,
         ),
-        _merge_constants(),
+        _merge_constants(extras),
     )
-    logprob, logsumexp, target_logit, entropy, mean_logit = outputs.values()
-    return logprob, logsumexp, target_logit, entropy, mean_logit
+    logprob, logsumexp, target_logit, entropy, mean_logprob, best_column, max_logit = outputs.values()
+    return ForwardResult(
+        logprob,
+        logsumexp,
+        target_logit,
+        entropy if options.with_entropy else None,
+        mean_logprob if options.label_smoothing else None,
+        best_column if options.with_argmax else None,
+        max_logit if options.with_argmax else None,
+    )
 
 
 def variants(arch: str) -> Iterator[tiles.Variant]:
     """Every specialisation of this module's kernels that can be launched on ``arch``."""
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for align in (16 // itemsize, 1):
-            for softcap in (False, True):
+            for softcap, extras in itertools.product((False, True), repeat=2):
                 tile = tiles.row_tile(arch, softcap)
-                label = " ".join([dtype] + ["softcap"] * softcap + ["unaligned"] * (align == 1))
+                words = [dtype] + ["softcap"] * softcap + ["extras"] * extras + ["unaligned"] * (align == 1)
+                label = " ".join(words)
                 divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)
-                forward = _forward_constants(tile, align, softcap)
+                forward = _forward_constants(tile, align, softcap, extras)
                 yield tiles.Variant.of(logits_forward_kernel, label, {"logits_ptr": dtype}, forward, divisible[1:])
                 # float32 logits that were kept have gradients in the operands' dtype.
                 for gradient in ("bf16", "fp16", "fp32") if dtype == "fp32" else (dtype,):
                     pointers = {"logits_ptr": dtype, "dlogits_ptr": gradient}
-                    constants = _backward_constants(tile, align, softcap)
+                    constants = _backward_constants(tile, align, softcap, extras)
                     suffix = "" if gradient == dtype else f" to {gradient}"
                     yield tiles.Variant.of(logits_backward_kernel, label + suffix, pointers, constants, divisible)
-    yield tiles.Variant.of(merge_splits_kernel, "fp32", {"logsumexp_ptr": "fp64"}, _merge_constants(), [])
+    for extras in (False, True):
+        label = "fp32" + " extras" * extras
+        yield tiles.Variant.of(merge_splits_kernel, label, {"logsumexp_ptr": "fp64"}, _merge_constants(extras), [])
 
 
-def _forward_constants(tile: tiles.RowTile, align: int, has_softcap: bool) -> dict[str, int | bool]:
-    return {**_backward_constants(tile, align, has_softcap), "SPLIT_VOCAB": tile.split_vocab}
+def _forward_constants(tile: tiles.RowTile, align: int, has_softcap: bool, extras: bool) -> dict[str, int | bool]:
+    return {**_backward_constants(tile, align, has_softcap, extras), "SPLIT_VOCAB": tile.split_vocab}
 
 
-def _backward_constants(tile: tiles.RowTile, align: int, has_softcap: bool) -> dict[str, int | bool]:
+def _backward_constants(tile: tiles.RowTile, align: int, has_softcap: bool, extras: bool) -> dict[str, int | bool]:
     return {
         "HAS_SOFTCAP": has_softcap,
+        "EXTRAS": extras,
         "ALIGN": align,
         "BLOCK_VOCAB": tile.block_vocab,
         "num_warps": tile.num_warps,
@@ -276,5 +312,6 @@ def _backward_constants(tile: tiles.RowTile, align: int, has_softcap: bool) -> d
     }
 
 
-def _merge_constants() -> dict[str, int | bool]:
-    return {"BLOCK_ROWS": tiles.MERGE_ROWS, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+def _merge_constants(extras: bool) -> dict[str, int | bool]:
+    launch = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    return {"EXTRAS": extras, "BLOCK_ROWS": tiles.MERGE_ROWS, **launch}

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from . import tiles
 from .linear_backward import linear_dlogits_kernel
 from .linear_backward import variants as backward_variants
-from .linear_forward import linear_forward_kernel, linear_variant
+from .linear_forward import Flags, linear_forward_kernel, linear_variant
 from .linear_forward import variants as forward_variants
 from .logits import variants as logits_variants
 
@@ -116,7 +116,7 @@ def all_variants(arch: str) -> list[tiles.Variant]:
 def candidate_variants() -> list[tiles.Variant]:
     """Both linear kernels with each of ``tiles.CANDIDATES``, bfloat16, without and with a softcap."""
     return [
-        linear_variant(kernel, tile, torch.bfloat16, 8, has_bias=False, has_softcap=softcap)
+        linear_variant(kernel, tile, torch.bfloat16, 8, Flags(False, softcap, True, False))
         for kernel in (linear_forward_kernel, linear_dlogits_kernel)
         for softcap in (False, True)
         for tile in tiles.CANDIDATES

@@ -67,24 +67,39 @@ def soft_cap(x, softcap, inverse_softcap):
 
 
 @triton.jit
+def shifted_sum(s, inverse_temperature, maximum, valid):
+    """``d`` of every logit that is there, 0 in place of the others: what sums up to the logits' mean."""
+    return tl.where(valid, (s * inverse_temperature - safe_maximum(maximum)) * _LOG2_E, 0.0)
+
+
+@triton.jit
+def move_sum(old_maximum, new_maximum, shifted, num_columns):
+    """The sum of ``num_columns`` values ``d`` of the old maximum, expressed for the new one."""
+    shift = tl.where(old_maximum == float("-inf"), 0.0, old_maximum - safe_maximum(new_maximum)) * _LOG2_E
+    return shifted + shift * num_columns
+
+
+@triton.jit
 def logit_gradient(
     s,
     is_target,
-    g_logprob,
-    g_logsumexp,
-    g_target_logit,
-    g_entropy,
+    mass,
+    onehot,
+    slope,
     logsumexp,
     mean_logit,
     inverse_temperature,
+    ENTROPY: tl.constexpr,
 ):
     """``d loss / d z`` of every logit; arguments of one row broadcast over its columns."""
     z = s * inverse_temperature
     probability = tl.exp(z - logsumexp)
-    slope = tl.fma(mean_logit - z, g_entropy, g_logsumexp - g_logprob)
-    # A banned token has p = 0 and z = -inf: its gradient is 0, not 0 * inf.
-    dz = probability * tl.where(probability == 0.0, 0.0, slope)
-    return dz + tl.where(is_target, g_target_logit + g_logprob, 0.0)
+    dz = probability * mass
+    if ENTROPY:
+        factor = tl.fma(mean_logit - z, slope, mass)
+        # A banned token has p = 0 and z = -inf: its gradient is 0, not 0 * inf.
+        dz = probability * tl.where(probability == 0.0, 0.0, factor)
+    return dz + tl.where(is_target, onehot, 0.0)
 
 
 @triton.jit(do_not_specialize=tiles.RUNTIME_ARGUMENTS)
@@ -93,21 +108,30 @@ def merge_splits_kernel(
     total_ptr,
     weighted_ptr,
     target_ptr,
+    shifted_ptr,
+    argmax_ptr,
     logprob_ptr,
     logsumexp_ptr,
     target_logit_ptr,
     entropy_ptr,
-    mean_logit_ptr,
+    mean_logprob_ptr,
+    best_column_ptr,
+    max_logit_ptr,
     num_rows,
     num_splits,
+    vocab_size,
+    split_columns,
+    EXTRAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Merge the splits' partial sums ``[num_splits, N]``, in order, into the five statistics ``[N]``."""
+    """Merge the splits' partial sums ``[num_splits, N]``, in order, into the statistics ``[N]``."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
     maximum = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    shifted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    best_column = tl.full((BLOCK_ROWS,), -1, tl.int32)
     for split in range(num_splits):
         offsets = rows + split * tl.full((1,), 1, tl.int64) * num_rows
         other_maximum = tl.load(maximum_ptr + offsets, mask=inside, other=0.0)
@@ -116,6 +140,14 @@ def merge_splits_kernel(
         new_maximum = tl.maximum(maximum, other_maximum)
         total, weighted = rescale(maximum, new_maximum, total, weighted)
         other_total, other_weighted = rescale(other_maximum, new_maximum, other_total, other_weighted)
+        if EXTRAS:
+            first = split * split_columns
+            other_shifted = tl.load(shifted_ptr + offsets, mask=inside, other=0.0)
+            num_columns = tl.minimum(split_columns, vocab_size - first)
+            shifted = move_sum(maximum, new_maximum, shifted, first)
+            shifted += move_sum(other_maximum, new_maximum, other_shifted, num_columns)
+            column = tl.load(argmax_ptr + offsets, mask=inside, other=0)
+            best_column = tl.where(other_maximum > maximum, column, best_column)
         maximum = new_maximum
         total += other_total
         weighted += other_weighted
@@ -128,4 +160,8 @@ def merge_splits_kernel(
     tl.store(logsumexp_ptr + rows, maximum.to(tl.float64) + log_total.to(tl.float64), mask=inside)
     tl.store(target_logit_ptr + rows, z_target, mask=inside)
     tl.store(entropy_ptr + rows, log_total - mean_shifted, mask=inside)
-    tl.store(mean_logit_ptr + rows, maximum + mean_shifted, mask=inside)
+    if EXTRAS:
+        mean_logprob = tl.div_rn(shifted, tl.zeros_like(shifted) + vocab_size) * _LN_2 - log_total
+        tl.store(mean_logprob_ptr + rows, mean_logprob, mask=inside)
+        tl.store(best_column_ptr + rows, best_column.to(tl.int64), mask=inside)
+        tl.store(max_logit_ptr + rows, maximum, mask=inside)

@@ -13,6 +13,9 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from repirl_kernels.operands import Options
+from repirl_kernels.reference import RowGradients
+
 # GPU generations with a table entry of their own, by compute capability; others run the "generic" shapes.
 # The number is what the ahead-of-time check compiles for.
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "generic": 86}
@@ -82,6 +85,9 @@ CANDIDATES = (
 # element.
 _FLOAT = LinearTile(64, 64, 32, 4, 3)
 _UNALIGNED = LinearTile(32, 32, 32, 4, 2)
+# Where what needs_extras() asks for would spill in the shape without it.
+_UNALIGNED_EXTRAS = LinearTile(32, 32, 32, 8, 2)
+_HALF_EXTRAS: Mapping[str, LinearTile] = {"sm_100": LinearTile(128, 64, 64, 8, 4)}
 _INTERPRETED = LinearTile(16, 32, 32, 1, 1)
 
 # A softcap's temporaries need the registers of half a block.
@@ -93,14 +99,15 @@ _ROW_INTERPRETED = RowTile(64, 256, 1)
 # a compile-time argument of its own, so that the variants of a kernel can be listed.
 RUNTIME_ARGUMENTS = (
     *("num_rows", "num_splits", "tiles_per_split", "num_columns", "vocab_size", "hidden_size"),
-    *("slab_start", "slab_stop", "stride_logits", "stride_hidden", "stride_weight"),
-    *("targets_ptr", "maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr", "bias_ptr"),
-    *("logprob_ptr", "logsumexp_ptr", "target_logit_ptr", "entropy_ptr", "mean_logit_ptr"),
-    *("g_logprob_ptr", "g_logsumexp_ptr", "g_target_logit_ptr", "g_entropy_ptr"),
+    *("slab_start", "slab_stop", "split_columns", "stride_logits", "stride_hidden", "stride_weight"),
+    *("targets_ptr", "maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr", "shifted_ptr", "argmax_ptr"),
+    *("logprob_ptr", "logsumexp_ptr", "target_logit_ptr", "entropy_ptr", "mean_logit_ptr", "mean_logprob_ptr"),
+    *("best_column_ptr", "max_logit_ptr", "bias_ptr", "inverse_temperatures_ptr"),
+    *("mass_ptr", "onehot_ptr", "slope_ptr", "uniform_ptr"),
 )
 
 _LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-_POINTERS = {"targets_ptr": "i64"}
+_POINTERS = {"targets_ptr": "i64", "argmax_ptr": "i32", "best_column_ptr": "i64"}
 _FLOATS = ("softcap", "inverse_softcap", "inverse_temperature")
 
 
@@ -123,18 +130,26 @@ def architecture(device: torch.device, interpreted: bool) -> str:
     return "generic"
 
 
-def forward_tile(arch: str, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool) -> LinearTile:
+def forward_tile(
+    arch: str, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool, extras: bool = False
+) -> LinearTile:
     """Tile of the linear op's forward kernel for operands of ``dtype`` aligned to ``align`` elements."""
     if arch == "interpreter":
         return _INTERPRETED
     if align == 1:
-        return _UNALIGNED
-    return _FLOAT if dtype == torch.float32 else _HALF[arch][has_bias or has_softcap]
+        return _UNALIGNED_EXTRAS if extras else _UNALIGNED
+    if dtype == torch.float32:
+        return _FLOAT
+    if extras and arch in _HALF_EXTRAS:
+        return _HALF_EXTRAS[arch]
+    return _HALF[arch][has_bias or has_softcap or extras]
 
 
-def backward_tile(arch: str, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool) -> LinearTile:
+def backward_tile(
+    arch: str, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool, extras: bool = False
+) -> LinearTile:
     """Tile of the linear op's backward kernel: as forward, but a bias does not cost it the largest tile."""
-    return forward_tile(arch, dtype, align, has_softcap, has_softcap)
+    return forward_tile(arch, dtype, align, has_softcap, has_softcap, extras)
 
 
 def row_tile(arch: str, has_softcap: bool) -> RowTile:
@@ -155,9 +170,7 @@ def slab_width(num_rows: int, vocab_size: int, itemsize: int, block_vocab: int, 
     return min(max(fitting, 1), triton.cdiv(vocab_size, block_vocab)) * block_vocab
 
 
-def launch(
-    kernel: Callable[..., Any], grid: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]
-) -> None:
+def launch(kernel: Callable[..., Any], grid: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> None:
     """Launch ``grid`` programs of ``kernel`` on the device of its first tensor argument."""
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if is_interpreted(kernel):
@@ -176,11 +189,43 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
-def empty_partials(num_splits: int, num_rows: int, device: torch.device) -> dict[str, Tensor]:
+def empty_partials(num_splits: int, num_rows: int, device: torch.device, extras: bool) -> dict[str, Tensor]:
     """Buffers, by kernel argument: partial sums ``[num_splits, N]`` and the target's logit ``[N]``."""
-    sums = torch.empty((3, num_splits, num_rows), dtype=torch.float32, device=device)
+    sums = torch.empty((3 + extras, num_splits, num_rows), dtype=torch.float32, device=device)
     target = torch.empty(num_rows, dtype=torch.float32, device=device)
-    return {"maximum_ptr": sums[0], "total_ptr": sums[1], "weighted_ptr": sums[2], "target_ptr": target}
+    argmax = torch.empty((num_splits, num_rows) if extras else (1, 1), dtype=torch.int32, device=device)
+    return {
+        **{"maximum_ptr": sums[0], "total_ptr": sums[1], "weighted_ptr": sums[2], "target_ptr": target},
+        **{"shifted_ptr": sums[-1], "argmax_ptr": argmax},
+    }
+
+
+def needs_extras(options: Options, row_temperature: Tensor | None) -> bool:
+    """Whether a forward kernel has to do more than the four statistics at one temperature.
+
+    One flag stands for all of it, so that there are few variants of a kernel.
+    """
+    return row_temperature is not None or options.label_smoothing > 0 or options.with_argmax
+
+
+def temperature_arguments(
+    options: Options, row_temperature: Tensor | None, extras: bool, rows: Tensor
+) -> dict[str, Any]:
+    """The kernels' inverse temperatures: a number, or with ``extras`` one for each of ``rows``."""
+    inverse = torch.empty(1, dtype=torch.float32, device=rows.device)
+    if extras and row_temperature is None:
+        inverse = torch.full((rows.shape[0],), 1.0 / options.temperature, dtype=torch.float32, device=rows.device)
+    elif row_temperature is not None:
+        inverse = (1.0 / row_temperature.float()).contiguous()
+    return {"inverse_temperature": 1.0 / options.temperature, "inverse_temperatures_ptr": inverse}
+
+
+def gradient_arguments(gradients: RowGradients) -> dict[str, Tensor]:
+    """The kernels' coefficients of each row; 0 for those that are not there."""
+    nothing = torch.zeros_like(gradients.mass)
+    columns = {"mass": gradients.mass, "onehot": gradients.onehot, "slope": gradients.slope}
+    columns |= {"uniform": gradients.uniform, "logsumexp": gradients.logsumexp, "mean_logit": gradients.mean_logit}
+    return {f"{name}_ptr": (nothing if x is None else x).contiguous() for name, x in columns.items()}
 
 
 def softcap_arguments(softcap: float | None) -> dict[str, float]:
