@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # How far log-probabilities of one model may be apart between padded decoding with a KV cache and the trainer's packed
 # pass, at temperature 1. What is bounded, and by how much:
 # float32: rounding made 5e-5 at most over 1500 tokens of SmolLM2-135M, a sampler without a cache 26 (4 in the mean).
-# Half precision has tails that no bound on single tokens can tell from a fault (0.3 at temperature 1, 0.6 at 0.3), but its
-# mean was 0.04 at either, vLLM's up to 0.08. TensorFloat-32 on a GPU has half precision's digits, and float32's range.
+# bfloat16 has tails that no bound on single tokens can tell from a fault (0.3 at temperature 1, 0.6 at 0.3), but a mean
+# of 0.04 at either, vLLM's up to 0.08. TensorFloat-32 on a GPU has half precision's digits, and float32's range.
 SAMPLER_BOUNDS = {"float32": ("max", 1e-2), "TensorFloat-32": ("mean", 2e-2), "bfloat16": ("mean", 0.25)}
 
 
