@@ -165,7 +165,7 @@ def logits_forward(
     num_rows, softcap, vocab_size = logits.shape[0], options.softcap, options.vocab_size
     extras = tiles.needs_extras(options, row_temperature)
     arch = tiles.architecture(logits.device, tiles.is_interpreted(logits_forward_kernel))
-    tile = tiles.row_tile(arch, softcap is not None)
+    tile = tiles.row_tile(arch, softcap is not None, extras)
     align = tiles.alignment(logits, vocab_size)
     num_splits = triton.cdiv(vocab_size, tile.split_vocab)
     partials = tiles.empty_partials(num_splits, num_rows, logits.device, extras)
@@ -206,7 +206,7 @@ def logits_backward(
     extras = row_temperature is not None or gradients.uniform is not None
     interpreted = tiles.is_interpreted(logits_backward_kernel)
     arch = tiles.architecture(logits.device, interpreted)
-    tile = tiles.row_tile(arch, softcap is not None)
+    tile = tiles.row_tile(arch, softcap is not None, extras)
     align = min(tiles.alignment(logits, vocab_size), tiles.alignment(logits, num_columns))
     dlogits = torch.empty((num_rows, num_columns), dtype=tiles.gradient_dtype(dtype, interpreted), device=logits.device)
     tiles.launch(
@@ -279,7 +279,7 @@ def variants(arch: str) -> Iterator[tiles.Variant]:
     for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for align in (16 // itemsize, 1):
             for softcap, extras in itertools.product((False, True), repeat=2):
-                tile = tiles.row_tile(arch, softcap)
+                tile = tiles.row_tile(arch, softcap, extras)
                 words = [dtype] + ["softcap"] * softcap + ["extras"] * extras + ["unaligned"] * (align == 1)
                 label = " ".join(words)
                 divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)

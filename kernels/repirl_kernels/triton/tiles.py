@@ -87,11 +87,12 @@ _FLOAT = LinearTile(64, 64, 32, 4, 3)
 _UNALIGNED = LinearTile(32, 32, 32, 4, 2)
 # Where what needs_extras() asks for would spill in the shape without it.
 _UNALIGNED_EXTRAS = LinearTile(32, 32, 32, 8, 2)
-_HALF_EXTRAS: Mapping[str, LinearTile] = {"sm_100": LinearTile(128, 64, 64, 8, 4)}
+_HALF_EXTRAS: Mapping[str, LinearTile] = {"sm_100": LinearTile(64, 128, 64, 8, 4)}
 _INTERPRETED = LinearTile(16, 32, 32, 1, 1)
 
-# A softcap's temporaries need the registers of half a block.
+# A softcap's temporaries need the registers of half a block, and with extras of a quarter.
 _ROW = (RowTile(4096, 32768, 8), RowTile(2048, 32768, 8))
+_ROW_SOFTCAP_EXTRAS = RowTile(1024, 32768, 8)
 _ROW_INTERPRETED = RowTile(64, 256, 1)
 
 
@@ -152,9 +153,11 @@ def backward_tile(
     return forward_tile(arch, dtype, align, has_softcap, has_softcap, extras)
 
 
-def row_tile(arch: str, has_softcap: bool) -> RowTile:
+def row_tile(arch: str, has_softcap: bool, extras: bool = False) -> RowTile:
     """Tile of the kernels that read given logits."""
-    return _ROW_INTERPRETED if arch == "interpreter" else _ROW[has_softcap]
+    if arch == "interpreter":
+        return _ROW_INTERPRETED
+    return _ROW_SOFTCAP_EXTRAS if has_softcap and extras else _ROW[has_softcap]
 
 
 def split_tiles(vocab_size: int, block_vocab: int, arch: str) -> tuple[int, int]:
