@@ -85,6 +85,16 @@ def _ours(inputs: Inputs) -> Values:
     return Values(stats.logprob, stats.entropy)
 
 
+def _ours_without_entropy(inputs: Inputs) -> Values:
+    stats = linear_token_stats(inputs.hidden, inputs.weight, inputs.targets, with_entropy=False)
+    return Values(stats.logprob, None)
+
+
+def _ours_with_argmax(inputs: Inputs) -> Values:
+    stats = linear_token_stats(inputs.hidden, inputs.weight, inputs.targets, with_argmax=True)
+    return Values(stats.logprob, stats.entropy)
+
+
 def _ours_loss(inputs: Inputs, case: Case) -> Tensor:
     def loss_fn(stats, rows):  # type: ignore[no-untyped-def]
         return token_losses(Values(stats.logprob, stats.entropy), inputs, case, rows)
@@ -231,6 +241,9 @@ def _quack_mean_loss(inputs: Inputs) -> Tensor:
 CONTENDERS = [
     Contender("ours: linear_token_stats", ("repirl",), values=_ours, ours=True),
     Contender("ours: linear_token_loss", ("repirl",), loss=_ours_loss, ours=True),
+    # What the options cost that are off above.
+    Contender("ours: stats, no entropy", ("repirl",), values=_ours_without_entropy, entropy=False, ours=True),
+    Contender("ours: stats, argmax", ("repirl",), values=_ours_with_argmax, ours=True),
     Contender("ours: token_stats", ("repirl",), values=_ours_logits, given_logits=True, ours=True),
     Contender("eager", ("torch",), values=_eager, mean_loss=_eager_mean_loss),
     Contender("eager, cross_entropy", ("torch",), values=_eager_logprob, entropy=False),
