@@ -248,7 +248,7 @@ def aggregate_weights(
         each = 1.0 / (num_sequences * lengths.clamp(min=1).double())
         return each.repeat_interleave(lengths).float()
     denominator = num_tokens if aggregation == "token_mean" else num_sequences * (constant_length or 1)
-    return torch.full((total,), 1.0 / max(denominator, 1), device=cu_seqlens.device)
+    return torch.full((total,), 1.0 / max(denominator, 1), dtype=torch.float32, device=cu_seqlens.device)
 
 
 def irl_token_loss(

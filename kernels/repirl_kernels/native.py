@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repirl_kernels.operands import Options
-from repirl_kernels.reference import ForwardResult, RowGradients, at_least_rows, rows_above
+from repirl_kernels.reference import ForwardResult, RowGradients, rows_above
 
 try:
     from repirl_kernels import _native
@@ -102,7 +102,7 @@ def logits_backward(
     """Gradient of ``logits``: ``[N, V]`` in their dtype; 0 in columns >= ``vocab_size``."""
     vocab_size = options.vocab_size
     rows = _Gradients(gradients, targets, options, row_temperature)
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     dlogits[:, vocab_size:] = 0
     if logits.dtype == torch.float16:
         for first, last in _slabs(logits.shape[0], vocab_size):
@@ -142,14 +142,13 @@ def linear_forward(
             *state.columns, logits, None if dweight is None else _bits(dweight[:vocab_size]), torch.get_num_threads(),
         )  # fmt: skip
         return state.result()
-    hidden_ND = at_least_rows(hidden.detach().float())
+    hidden_ND = hidden.detach().float()
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         buffer = _product(hidden_ND, weight[first:last].detach().float(), buffer)
-        slab = buffer[: hidden.shape[0]]
         if logits is not None:
-            logits[:, first:last] = slab
-        state.update(slab, None if bias_V is None else bias_V[first:last], first)
+            logits[:, first:last] = buffer
+        state.update(buffer, None if bias_V is None else bias_V[first:last], first)
     return state.result()
 
 
@@ -182,10 +181,10 @@ def linear_backward(
     vocab_size = options.vocab_size
     rows = _Gradients(gradients, targets, options, row_temperature)
     bias_V = None if bias is None else bias.detach().float()[:vocab_size]
-    dhidden = torch.empty(hidden.shape, dtype=torch.float32) if need_hidden else None
+    dhidden = torch.empty(hidden.shape, dtype=torch.float32, device="cpu") if need_hidden else None
     if need_weight and dweight_sum is None and dweight is None:
-        dweight = torch.empty(weight.shape, dtype=weight.dtype)
-    dbias = torch.zeros(weight.shape[0], dtype=torch.float32) if need_bias else None
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    dbias = torch.zeros(weight.shape[0], dtype=torch.float32, device="cpu") if need_bias else None
     if dweight is not None:
         dweight[vocab_size:] = 0
     if has_products(hidden.dtype):
@@ -228,13 +227,10 @@ def _backward_by_slabs(
     hidden_ND = hidden.detach().float()
     if dhidden is not None:
         dhidden.zero_()
-    padded_ND = at_least_rows(hidden_ND)
     buffer = None
     for first, last in _slabs(hidden.shape[0], vocab_size):
         weight_CD = weight[first:last].detach().float()
-        if logits is None:
-            buffer = _product(padded_ND, weight_CD, buffer)
-        dz = buffer[: hidden.shape[0]] if buffer is not None else logits[:, first:last]  # type: ignore[index]
+        dz = buffer = _product(hidden_ND, weight_CD, buffer) if logits is None else logits[:, first:last]
         rows.write(dz, dz, None if bias is None else bias[first:last], first)
         if dbias is not None:
             torch.sum(dz, dim=0, out=dbias[first:last])
@@ -272,7 +268,7 @@ def _slabs(num_rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
 def _product(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
     """``hidden @ weight.T``, into ``buffer`` where the shape is right: every slab but the last one's."""
     if buffer is None or buffer.shape[1] != weight.shape[0]:
-        buffer = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+        buffer = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device="cpu")
     return torch.mm(hidden, weight.T, out=buffer)
 
 
@@ -300,12 +296,12 @@ class _RunningStatistics:
         self.transform = _transform(options, row_temperature)
         self.vocab_size = options.vocab_size
         # Not of the default dtype: they are what the C++ module writes.
-        self.maximum = torch.full((num_rows,), -torch.inf, dtype=torch.float32)
-        self.total = torch.zeros(num_rows, dtype=torch.float64)
-        self.weighted = torch.zeros(num_rows, dtype=torch.float64) if options.with_entropy else None
-        self.target_logit = torch.full((num_rows,), torch.nan, dtype=torch.float32)
-        self.sum = torch.zeros(num_rows, dtype=torch.float64) if options.label_smoothing else None
-        self.argmax = torch.full((num_rows,), -1, dtype=torch.int64) if options.with_argmax else None
+        self.maximum = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
+        self.total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
+        self.weighted = torch.zeros(num_rows, dtype=torch.float64, device="cpu") if options.with_entropy else None
+        self.target_logit = torch.full((num_rows,), torch.nan, dtype=torch.float32, device="cpu")
+        self.sum = torch.zeros(num_rows, dtype=torch.float64, device="cpu") if options.label_smoothing else None
+        self.argmax = torch.full((num_rows,), -1, dtype=torch.int64, device="cpu") if options.with_argmax else None
 
     @property
     def columns(self) -> tuple[Tensor | None, ...]:

@@ -93,7 +93,8 @@ def prepare_linear(
         # A bias more precise than a half-precision product costs nothing to keep: it is added in float32.
         bias = bias.to(statistics_dtype(dtype))
     if is_shard:
-        _check_integer("vocab_size", vocab_size, optional=True)
+        if vocab_size is not None:
+            check_integer("vocab_size", vocab_size)  # of all shards: compared with their columns when these are known
         num_columns = weight.shape[0]
     else:
         num_columns = check_vocab_size(weight.shape[0], vocab_size)
@@ -104,7 +105,7 @@ def prepare_linear(
     operands = LinearOperands(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype),
         weight.to(dtype),
-        targets.reshape(-1).to(torch.int64),
+        _as_int64(targets.reshape(-1)),
         bias,
         None if row_mask is None else row_mask.reshape(-1),
         row_temperature,
@@ -140,7 +141,7 @@ def prepare_logits(
     )  # fmt: skip
     rows = (
         logits.reshape(-1, logits.shape[-1]),
-        targets.reshape(-1).to(torch.int64),
+        _as_int64(targets.reshape(-1)),
         None if row_mask is None else row_mask.reshape(-1),
         row_temperature,
     )
@@ -153,20 +154,20 @@ def check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
         raise ValueError("the vocabulary is empty: V = 0")
     if vocab_size is None:
         return num_columns
-    _check_integer("vocab_size", vocab_size)
+    vocab_size = check_integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= num_columns:
         raise ValueError(f"vocab_size must lie in [1, {num_columns}] (the number of columns), got {vocab_size}")
     return vocab_size
 
 
-def refuse_forward_mode(*tensors: Tensor | None) -> None:
+def refuse_forward_mode(*tensors: Tensor | None, what: str = "token statistics") -> None:
     """Raise NotImplementedError for a dual tensor: its tangent would be lost without a word."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     for tensor in tensors:
         if tensor is not None and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                "repirl_kernels: token statistics have no forward-mode derivatives (torch.func.jvp, "
+                f"repirl_kernels: {what} have no forward-mode derivatives (torch.func.jvp, "
                 "torch.autograd.forward_ad). Use reverse mode, or compute them from plain PyTorch logits"
             )
 
@@ -228,6 +229,13 @@ def _check_rows(name: str, rows: Tensor, targets: Tensor, row_mask: Tensor | Non
             )
 
 
+def _as_int64(targets: Tensor) -> Tensor:
+    result = targets.to(torch.int64)
+    if targets.dtype == torch.uint64:  # beyond int64 there is no column, and no ignore_index either
+        result = torch.where(result < 0, torch.iinfo(torch.int64).max, result)
+    return result
+
+
 def _split_temperature(temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     """The temperature of all rows; or 1, and each row's own ``[N]``, whose values are checked in the operator."""
     if not isinstance(temperature, Tensor):
@@ -265,7 +273,7 @@ def _make_options(
     if softcap is not None:
         softcap = _check_number("softcap", softcap)
         _check_scale("softcap", softcap, in_float32, " or None")
-    _check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     label_smoothing = _check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
@@ -280,12 +288,16 @@ def _make_options(
 
 
 def _check_number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and _is_of_numpy(value):
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        number = getattr(value, "item", None)  # a number of NumPy's
-        if isinstance(value, Tensor) or number is None or not isinstance(number(), (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-        value = number()
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Whether it is a number of NumPy's, or an array that holds one."""
+    return not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0 and hasattr(value, "item")
 
 
 def _check_scale(name: str, value: float, in_float32: bool, or_none: str) -> None:
@@ -298,11 +310,12 @@ def _check_scale(name: str, value: float, in_float32: bool, or_none: str) -> Non
         )
 
 
-def _check_integer(name: str, value: Any, optional: bool = False) -> None:
-    if optional and value is None:
-        return
+def check_integer(name: str, value: Any) -> Any:
+    if not isinstance(value, (int, torch.SymInt)) and _is_of_numpy(value):
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    return value
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repirl_kernels.backends import backend_module
-from repirl_kernels.operands import Options, prepare_linear, prepare_logits
+from repirl_kernels.backends import backend_module, repeats_products
+from repirl_kernels.operands import Options, check_integer, prepare_linear, prepare_logits
 from repirl_kernels.rows import (
     RowStats,
     SavedStats,
     TransformedFunction,
     Upstream,
+    are_saturated,
     check_rows,
     compact,
     contiguous,
@@ -37,9 +38,11 @@ from repirl_kernels.rows import (
     put,
     put_stats,
     refuse_double_backward,
+    replace_stats,
     row_indices,
     skip_below,
     take,
+    take_live,
     take_some,
 )
 
@@ -201,7 +204,8 @@ def linear_token_stats(
 
     Raises:
         TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.
-        ValueError: a shape, a device, an option or a target's value is wrong, or ranks disagree about the rows.
+        ValueError: a shape, a device, an option or a target's value is wrong, options exclude each other, or ranks
+            disagree about the rows.
             Values of targets are checked when the operator runs, also under ``torch.compile``.
         RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
         NotImplementedError: a forward-mode derivative is asked for.
@@ -224,11 +228,16 @@ def linear_token_stats(
     )
     if not isinstance(skip_negligible, bool):
         raise TypeError(f"skip_negligible must be True or False, got {skip_negligible!r}")
+    if skip_negligible and options.label_smoothing:
+        raise ValueError(
+            "skip_negligible would leave out the small gradient that label_smoothing gives every column: use one"
+        )
     if tp_group is not None:
         # Imported when first used: not every build of torch has process groups.
         from repirl_kernels.parallel import vocab_parallel_token_stats
 
-        outputs = vocab_parallel_token_stats(operands, options, vocab_size, skip_negligible, tp_group)
+        global_size = None if vocab_size is None else check_integer("vocab_size", vocab_size)
+        outputs = vocab_parallel_token_stats(operands, options, global_size, skip_negligible, tp_group)
         return as_stats(outputs, targets, options)
     operator = _LinearTokenStatsFunction.apply if under_transforms() else _linear_token_stats
     return as_stats(operator(*operands, skip_negligible, *options), targets, options)
@@ -248,7 +257,19 @@ def as_stats(outputs: Any, targets: Tensor, options: Options) -> AnyTokenStats:
 
 def under_transforms() -> bool:
     """Whether ``torch.func`` transforms this call: ``grad``, ``vjp``, ``vmap`` and the like."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if not torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    if _traces_a_transform():
+        torch._dynamo.graph_break("repirl_kernels: torch.func transforms inside torch.compile run eagerly")
+    return False
+
+
+def _traces_a_transform() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# Called for real where torch.compile traces, and its result taken as a constant.
+_traces_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("repirl_kernels::token_stats", mutates_args=(), tags=OPERATOR_TAGS)
@@ -324,7 +345,7 @@ def _token_stats_backward(
     num_rows = logits.shape[0]
     if num_rows == 0 or (rows is not None and rows.shape[0] == 0):
         return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    gradients = fold_upstream(upstream, stats, rows, label_smoothing, vocab_size)
+    gradients = fold_upstream(*take_live(upstream, stats, rows), label_smoothing, vocab_size)
     with torch.autocast(logits.device.type, enabled=False):
         dlogits = backend_module(logits, backend).logits_backward(
             gradients, take(logits, rows), take(targets, rows), options, take_some(row_temperature, rows)
@@ -424,11 +445,21 @@ def linear_backward(
             if places is not None:
                 compact(logits, places)
             kept = {"logits": logits[:num_live]}
-    gradients = fold_upstream(upstream, stats, rows, options.label_smoothing, options.vocab_size)
+    functions = backend_module(hidden, options.backend)
+    some = (take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options)
+    temperatures = take_some(row_temperature, rows)
     with torch.autocast(hidden.device.type, enabled=False):
-        dhidden, new_dweight, dbias = backend_module(hidden, options.backend).linear_backward(
-            gradients, take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options,
-            need_hidden, need_weight, need_bias, take_some(row_temperature, rows),
+        live_upstream, live_stats = take_live(upstream, stats, rows)
+        if logits is None and not repeats_products(hidden, options.backend):
+            saturated = are_saturated(live_stats[0], live_stats[1])
+            if saturated.any():
+                fresh = put_stats(
+                    functions.linear_forward(*some, temperatures), options.label_smoothing, None, num_live
+                )
+                live_stats = replace_stats(live_stats, fresh, saturated)
+        gradients = fold_upstream(live_upstream, live_stats, options.label_smoothing, options.vocab_size)
+        dhidden, new_dweight, dbias = functions.linear_backward(
+            gradients, *some, need_hidden, need_weight, need_bias, temperatures,
             dweight_sum=weight_sum if need_weight else None,
             skip_below=skip_below(gradients, hidden.dtype) if skip_negligible else None,
             **kept,

@@ -51,6 +51,7 @@ from repirl_kernels.rows import (
     row_indices,
     skip_below,
     take,
+    take_live,
     take_some,
 )
 
@@ -280,7 +281,7 @@ def _vocab_parallel_token_stats_backward(
     dbias: Tensor | None = None
     if num_live > 0 and num_columns > 0:
         stats = (logsumexp, entropy, logsumexp_low)
-        gradients = fold_upstream(upstream, stats, rows, label_smoothing, global_vocab_size)
+        gradients = fold_upstream(*take_live(upstream, stats, rows), label_smoothing, global_vocab_size)
         skipped = skip_below(gradients, hidden.dtype) if skip_negligible else None
         owned, local_targets = _own_columns(take(targets, rows), first, num_columns)
         gradients = gradients._replace(onehot=torch.where(owned, gradients.onehot, 0.0))

@@ -39,9 +39,6 @@ from repirl_kernels.operands import Options, statistics_dtype
 
 # Logits held at once. 2**22 float32 values are 16 MiB: beyond the caches already, small beside any model.
 _CHUNK_ELEMENTS = 2**22
-# Products of fewer rows may be summed in another order than those of more, so that forward and backward, which has only
-# the rows with a gradient, would round the same logit differently: in a row with a probability of 1, all the gradient.
-MIN_PRODUCT_ROWS = 4
 
 
 class ForwardResult(NamedTuple):
@@ -187,12 +184,6 @@ def linear_backward(
     return dhidden, dweight, dbias
 
 
-def at_least_rows(hidden: Tensor, num_rows: int = MIN_PRODUCT_ROWS) -> Tensor:
-    """``hidden [N, D]``, filled up with 0 to ``num_rows``."""
-    missing = num_rows - hidden.shape[0]
-    return torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden
-
-
 def rows_above(dlogits: Tensor, skip_below: Tensor) -> Tensor:
     """Indices of rows of ``dlogits [N, C]`` with a value of at least ``skip_below [N]`` in size, or NaN."""
     return (~(dlogits.abs().amax(dim=1) < skip_below)).nonzero().squeeze(-1)
@@ -208,7 +199,7 @@ def _of(row_temperature: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    z = (at_least_rows(hidden) @ weight.T)[: hidden.shape[0]]
+    z = hidden @ weight.T
     return z if bias is None else z + bias
 
 

@@ -44,6 +44,26 @@ def take_some(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
     return None if tensor is None else take(tensor, rows)
 
 
+def take_live(upstream: Upstream, stats: SavedStats, rows: Tensor | None) -> tuple[Upstream, SavedStats]:
+    """Those of ``rows``."""
+    g_logprob, g_logsumexp, g_target_logit, g_entropy = upstream
+    logsumexp, entropy, logsumexp_low = stats
+    return (
+        (take(g_logprob, rows), take(g_logsumexp, rows), take(g_target_logit, rows), take_some(g_entropy, rows)),
+        (take(logsumexp, rows), take_some(entropy, rows), take(logsumexp_low, rows)),
+    )
+
+
+def replace_stats(stats: SavedStats, fresh: "RowStats", where: Tensor) -> SavedStats:
+    """``stats``, and in some rows those of ``fresh``."""
+    logsumexp, entropy, logsumexp_low = stats
+    return (
+        torch.where(where, fresh.logsumexp, logsumexp),
+        None if entropy is None else torch.where(where, fresh.entropy, entropy),
+        torch.where(where, fresh.logsumexp_low, logsumexp_low),
+    )
+
+
 def put(values: Tensor, rows: Tensor | None, num_rows: int, fill: int = 0) -> Tensor:
     if rows is None:
         return values
@@ -89,19 +109,17 @@ def split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) ->
 
 
 def are_saturated(logsumexp: Tensor, entropy: Tensor | None) -> Tensor:
-    """Rows whose gradient would be lost if their logits were rounded in another way than in the forward pass.
+    """Rows whose gradient is lost if the backward pass rounds their logits in another way than the forward pass did.
 
-    All of the gradient of a row with a probability of nearly 1 is what that lacks; another last bit of a logit of 3200
-    is 2e-4 of it.
+    Of a probability of nearly 1 the gradient is what that lacks, and the last bit of a logit of 3200 is 2e-4 of it.
+    torch's products of fewer rows, as in the backward pass, may be summed in another order than those of more.
     """
     large = logsumexp.abs() > 64
     return large if entropy is None else large & (entropy < 1)
 
 
-def fold_upstream(
-    upstream: Upstream, stats: SavedStats, rows: Tensor | None, label_smoothing: float, vocab_size: int
-) -> RowGradients:
-    """What the four upstream gradients come to in each of ``rows``.
+def fold_upstream(upstream: Upstream, stats: SavedStats, label_smoothing: float, vocab_size: int) -> RowGradients:
+    """What the four upstream gradients come to in each row.
 
     A backend computes ``p_v = exp(z_v - L)`` and ``z_v - b`` from L and b as rounded to the statistics'
     dtype. With logits around 1e4 that rounding is 5e-4, and so would be the gradient's relative error. But
@@ -110,12 +128,11 @@ def fold_upstream(
         p_v (g_L - g_p - g_H (z_v - b)) = p'_v ((g_L - g_p + g_H b_low) r - g_H r (z_v - b')),
         p'_v = exp(z_v - L'),  r = exp(-L_low),  L = L' + L_low,  b = b' + b_low
     """
-    g_logprob, g_logsumexp, g_target_logit = (take(column, rows) for column in upstream[:3])
-    logsumexp, logsumexp_low = take(stats[0], rows), take(stats[2], rows)
+    g_logprob, g_logsumexp, g_target_logit, g_entropy = upstream
+    logsumexp, entropy, logsumexp_low = stats
     scale = torch.exp(-logsumexp_low)
     mass, slope, mean_logit = g_logsumexp - g_logprob, None, logsumexp
-    if upstream[3] is not None and stats[1] is not None:
-        g_entropy, entropy = take(upstream[3], rows), take(stats[1], rows)
+    if g_entropy is not None and entropy is not None:
         mean_logit = logsumexp - entropy
         mean_logit_low = ((logsumexp - mean_logit) - entropy) + logsumexp_low
         mass = mass + g_entropy * mean_logit_low

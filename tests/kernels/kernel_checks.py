@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from repirl_kernels import TokenStats, linear_token_loss
+from repirl_kernels import TokenStats, TokenStatsWithArgmax, linear_token_loss
+from repirl_kernels.ops import AnyTokenStats
 from torch import Tensor
 
 STATS = TokenStats._fields
@@ -85,27 +86,41 @@ def linear_case(
 def plain_stats(
     logits: Tensor,
     targets: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
-) -> TokenStats:
+    label_smoothing: float = 0.0,
+    with_entropy: bool = True,
+    with_argmax: bool = False,
+) -> AnyTokenStats:
     """What a codebase writes without fused ops: full logits, ``log_softmax``, in float32 or float64."""
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     z = z[:, :vocab_size]
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
+    z = z / (temperature.to(z.dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
     logprobs = torch.log_softmax(z, dim=-1)
-    entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs.clamp(min=-1e38)).sum(dim=-1)
+    entropy = None
+    if with_entropy:
+        entropy = -torch.where(logprobs == -torch.inf, 0.0, logprobs.exp() * logprobs.clamp(min=-1e38)).sum(dim=-1)
     target = targets[:, None]
+    logprob, target_logit = logprobs.gather(-1, target).squeeze(-1), z.gather(-1, target).squeeze(-1)
+    if label_smoothing:
+        logprob = -F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
+        target_logit = (1 - label_smoothing) * target_logit + label_smoothing * z.mean(dim=-1)
     # The gradient of logsumexp is exp(z - L), which a large common offset would spoil even in float64.
     z_max = z.detach().amax(dim=-1, keepdim=True)
-    return TokenStats(
-        logprob=logprobs.gather(-1, target).squeeze(-1),
-        logsumexp=z_max.squeeze(-1) + torch.logsumexp(z - z_max, dim=-1),
-        target_logit=z.gather(-1, target).squeeze(-1),
-        entropy=entropy,
-    )
+    logsumexp = z_max.squeeze(-1) + torch.logsumexp(z - z_max, dim=-1)
+    stats = TokenStats(logprob, logsumexp, target_logit, entropy)
+    if not with_argmax:
+        return stats
+    argmax = (z == z_max).to(torch.uint8).argmax(dim=-1)  # the first
+    return TokenStatsWithArgmax(*stats, argmax, z_max.squeeze(-1))
+
+
+def stacked(stats: AnyTokenStats) -> Tensor:
+    """The four statistics ``[4, N]``; an entropy that was left out is 0."""
+    return torch.stack([torch.zeros_like(stats.logprob) if column is None else column for column in stats[:4]])
 
 
 def run_linear(op: Callable[..., TokenStats], case: LinearCase) -> Outcome:
@@ -113,7 +128,7 @@ def run_linear(op: Callable[..., TokenStats], case: LinearCase) -> Outcome:
     hidden = case.hidden.detach().clone().requires_grad_()
     weight = case.weight.detach().clone().requires_grad_()
     bias = None if case.bias is None else case.bias.detach().clone().requires_grad_()
-    stats = torch.stack(list(op(hidden, weight, case.targets, bias=bias, **case.options)))
+    stats = stacked(op(hidden, weight, case.targets, bias=bias, **case.options))
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
     gradients = torch.autograd.grad(stats, leaves, case.upstream.to(stats.dtype))
     return Outcome(stats.detach(), gradients[0], gradients[1], gradients[2] if bias is not None else None)
@@ -122,7 +137,7 @@ def run_linear(op: Callable[..., TokenStats], case: LinearCase) -> Outcome:
 def run_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options) -> Outcome:
     """``op(logits, targets, **options)`` with its gradient for ``upstream [4, N]``."""
     logits = logits.detach().clone().requires_grad_()
-    stats = torch.stack(list(op(logits, targets, **options)))
+    stats = stacked(op(logits, targets, **options))
     (gradient,) = torch.autograd.grad(stats, [logits], upstream.to(stats.dtype))
     return Outcome(stats.detach(), gradient, None, None)
 
@@ -136,10 +151,12 @@ class _StatsByLoss(torch.autograd.Function):
         kind = hidden.device.type
         ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         result = linear_token_loss(hidden, weight, targets, lambda stats, rows: stats.logprob, bias=bias, **options)
+        ctx.mark_non_differentiable(*result.stats[4:])
         return tuple(result.stats)
 
     @staticmethod
     def backward(ctx, *upstream):
+        upstream = upstream[: 4 if ctx.options.get("with_entropy", True) else 3]
         hidden, weight, bias = leaves = [
             tensor if tensor is None else tensor.detach().requires_grad_(needed)
             for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
@@ -147,7 +164,7 @@ class _StatsByLoss(torch.autograd.Function):
         flat = [gradient.reshape(-1) for gradient in upstream]
 
         def loss_fn(stats, rows):
-            return sum(gradient[rows] * column for gradient, column in zip(flat, stats, strict=True))
+            return sum(gradient[rows] * column for gradient, column in zip(flat, stats[: len(flat)], strict=True))
 
         with torch.enable_grad(), ctx.autocast:
             loss = linear_token_loss(hidden, weight, ctx.targets, loss_fn, bias=bias, **ctx.options).loss
@@ -158,14 +175,15 @@ class _StatsByLoss(torch.autograd.Function):
 
 def stats_by_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options
-) -> TokenStats:
+) -> AnyTokenStats:
     """``linear_token_loss`` in the shape of ``linear_token_stats``: the loss is the upstream gradients' product."""
-    return TokenStats(*_StatsByLoss.apply(hidden, weight, bias, targets, options))
+    result = _StatsByLoss.apply(hidden, weight, bias, targets, options)
+    return TokenStatsWithArgmax(*result) if options.get("with_argmax") else TokenStats(*result)
 
 
 def plain_linear(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options
-) -> TokenStats:
+) -> AnyTokenStats:
     """:func:`plain_stats` of a matrix product in the operands' dtype."""
     return plain_stats(F.linear(hidden, weight, bias), targets, **options)
 
@@ -210,11 +228,30 @@ def assert_outcome(actual: Outcome, plain: Outcome, truth: Outcome) -> None:
             assert_at_most_twice_as_wrong(*values, what=name)
 
 
+def assert_largest(
+    actual: TokenStatsWithArgmax, plain: TokenStatsWithArgmax, truth: TokenStatsWithArgmax, logits: Tensor
+) -> None:
+    """The largest logit is at most twice as wrong, and its column's logit ``[N, V]`` is the largest up to rounding."""
+    assert_at_most_twice_as_wrong(actual.max_logit, plain.max_logit, truth.max_logit, what="max_logit")
+    assert actual.argmax.dtype == torch.int64
+    chosen, largest = logits.gather(-1, actual.argmax[:, None]).squeeze(-1), logits.amax(dim=-1)
+    assert bool((chosen >= largest - 1e-2 * largest.abs() - 1e-6).all())
+
+
 def check_linear(op: Callable[..., TokenStats], case: LinearCase) -> None:
     """The whole comparison for one case of the linear op, on poisoned memory."""
     with poisoned_memory():
         actual = run_linear(op, case)
     assert_outcome(actual, run_linear(plain_linear, case), run_linear(plain_linear, in_float64(case)))
+    if case.options.get("with_argmax"):
+        operands = case.hidden, case.weight, case.targets
+        with torch.no_grad():
+            largest = op(*operands, bias=case.bias, **case.options)
+            plain = plain_linear(*operands, bias=case.bias, **case.options)
+            double = in_float64(case)
+            product = F.linear(double.hidden, double.weight, double.bias)
+            truth = plain_stats(product, case.targets, **case.options)
+            assert_largest(largest, plain, truth, product[:, : case.options.get("vocab_size")])
 
 
 def check_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options) -> None:
@@ -224,6 +261,12 @@ def check_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor,
     plain = run_logits(plain_stats, logits, targets, upstream, **options)
     truth = run_logits(plain_stats, logits.double(), targets, upstream.double(), **options)
     assert_outcome(actual, plain, truth)
+    if options.get("with_argmax"):
+        with torch.no_grad():
+            results = [run(logits, targets, **options) for run in (op, plain_stats)]
+            double = logits.double()
+            truth = plain_stats(double, targets, **options)
+            assert_largest(*results, truth, double[:, : options.get("vocab_size")])
 
 
 @contextlib.contextmanager

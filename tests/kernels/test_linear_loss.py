@@ -125,7 +125,8 @@ def test_chunks_cover_each_row_once_and_say_which():
         return stats.logprob
 
     result = linear_token_loss(case.hidden, case.weight, case.targets, loss_fn, chunk_bytes=4 * 50 * 4)
-    assert seen == [(0, 3), (3, 6), (6, 10), (0, 10)]  # the last call is to check that rows do not depend on chunks
+    # The last calls check that no row depends on its chunk.
+    assert seen == [(0, 3), (3, 6), (6, 10), (0, 10), (0, 10)]
     expected = linear_token_stats(case.hidden, case.weight, case.targets)
     torch.testing.assert_close(result.token_loss, expected.logprob)
     for column, other in zip(result.stats, expected, strict=True):
@@ -298,4 +299,4 @@ def test_opcheck(backend, masked):
     gradients = [torch.randn(6, 8), torch.randn(30, 8), torch.randn(30)]
     torch.library.opcheck(linear_loss._attach_gradients, (torch.randn(()), *leaves, None, *gradients))
     losses = torch.randn(6)
-    torch.library.opcheck(linear_loss._check_chunks, (losses.sum(), losses, losses.clone(), 2), test_utils=utilities)
+    torch.library.opcheck(linear_loss._check_chunks, (losses.sum(), *[losses] * 3, 2), test_utils=utilities)

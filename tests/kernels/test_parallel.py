@@ -258,6 +258,75 @@ def test_banned_targets_and_rows_without_a_distribution(ranks):
     assert bool(outcome.dhidden.isnan().all())
 
 
+OPTIONS = {
+    "temperatures": {"temperature": torch.linspace(0.3, 3.0, 9)},
+    "temperatures, softcap": {"temperature": torch.linspace(0.3, 3.0, 9), "softcap": 4.0, "vocab_size": 80},
+    "smoothed": {"label_smoothing": 0.1, "temperature": 0.7},
+    "smoothed, padded": {"label_smoothing": 0.2, "vocab_size": 80},
+    "no entropy": {"with_entropy": False, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_more_options(ranks, options, backend):
+    case = linear_case(9, NUM_COLUMNS, 16, bias=True, **options)
+    case.upstream[3] *= options.get("with_entropy", True)
+    for sizes in ((60, 37), (33, 0, 64), (90, 7, 0)):
+        check_parallel(ranks, case._replace(options=options | {"backend": backend}), sizes)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_label_smoothing_at_an_offset(ranks, offset):
+    case = linear_case(7, NUM_COLUMNS, 16, label_smoothing=0.1)
+    check_parallel(ranks, case._replace(bias=torch.full((NUM_COLUMNS,), offset)), (40, 30, 27))
+
+
+def largest(group, case, sizes):
+    """On a rank: argmax and largest logit."""
+    case = own_shard(group, case, sizes)
+    stats = linear_token_stats(case.hidden, case.weight, case.targets, bias=case.bias, **case.options)
+    return stats.argmax, stats.max_logit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(60, 37), (33, 0, 64), (0, 97, 0), (97, 0, 0), (1, 1, 95)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_argmax(ranks, sizes, softcap, backend):
+    # Logits are chosen: several equal ones within and across shards, larger ones in the padding, banned shards.
+    logits = torch.zeros(8, NUM_COLUMNS)
+    for row, columns in enumerate([[5, 6], [0, 70], [59, 60], [32, 33], [80, 81], [], [1], [7]]):
+        logits[row, columns] = 3.0
+    logits[:, 90:] = 5.0
+    targets = torch.tensor([0, 1, 2, 3, 4, 5, -100, 7])
+    case = LinearCase(torch.eye(8), logits.T.contiguous(), None, targets, torch.zeros(4, 8), {})
+    options = {"with_argmax": True, "vocab_size": 90, "softcap": softcap, "backend": backend}
+    largest_logit = 3.0 if softcap is None else 4 * math.tanh(0.75)
+    for argmax, max_logit in ranks.run(len(sizes), largest, case._replace(options=options), sizes):
+        assert argmax.tolist() == [5, 0, 59, 32, 80, 0, -1, 7]
+        expected = torch.tensor([largest_logit] * 5 + [0.0, 0.0, largest_logit])
+        torch.testing.assert_close(max_logit, expected)
+    if softcap is None:
+        bias = torch.zeros(NUM_COLUMNS)
+        bias[:60] = -torch.inf
+        banned = case._replace(bias=bias, targets=targets.clamp(min=0), options=options)
+        for argmax, _ in ranks.run(len(sizes), largest, banned, sizes):
+            assert argmax.tolist() == [60, 70, 60, 60, 80, 60, 60, 60]
+        case.hidden[2, 2] = torch.nan
+        for argmax, max_logit in ranks.run(len(sizes), largest, case._replace(options=options), sizes):
+            assert argmax.tolist() == [5, 0, -1, 32, 80, 0, -1, 7]
+            assert max_logit.isnan().tolist() == [row == 2 for row in range(8)]
+
+
+def test_a_wrong_temperature_names_its_row_everywhere(ranks):
+    temperature = torch.ones(6)
+    temperature[4] = 0.0
+    case = linear_case(6, NUM_COLUMNS, 16, temperature=temperature)
+    for name, message in ranks.run(2, error, case, (60, 37)):
+        assert name == "ValueError"
+        assert "temperature 0.0 in row 4 is outside" in message
+
+
 def gradients_needed(group, case, sizes, needed):
     """On a rank: the gradients where only some of the inputs require one."""
     case = own_shard(group, case, sizes)
