@@ -616,7 +616,7 @@ def add_upstream(problem: Problem) -> None:
         (g_logprob, g_logsumexp, g_target_logit, g_entropy),
         (logsumexp, entropy, torch.zeros_like(logsumexp)),
     )
-    problem.gradients = fold_upstream(upstream, stats, None, 0.0, problem.columns)
+    problem.gradients = fold_upstream(upstream, stats, 0.0, problem.columns)
 
 
 def production_forward(problem: Problem) -> ForwardResult:

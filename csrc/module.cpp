@@ -336,17 +336,22 @@ void bind_linear(nb::module_ &module, const char *forward_name, const char *back
   module.def(forward_name, &linear_forward<T>,
              "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
              "of computed again.",
-             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
-             array("targets"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
+             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"),
+             array("temperatures").none(), nb::arg("softcap"),
+             array("targets"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"),
+             array("sum").none(), array("argmax").none(),
              array("buffer").none(), array("dweight").none(), nb::arg("num_threads"));
   module.def(backward_name, &linear_backward<T>,
              "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
              "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
-             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
+             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"),
+             array("temperatures").none(), nb::arg("softcap"),
              array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
-             array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(), array("dweight_sum").none(),
+             array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(),
+             array("dweight_sum").none(),
              array("dbias").none(), array("buffer").none(), nb::arg("num_buffer_rows"),
-             array("buffer_rows").none(), array("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
+             array("buffer_rows").none(), array("skip_below").none(), nb::arg("workspace_bytes"),
+             nb::arg("num_threads"));
 }
 
 }  // namespace
@@ -367,8 +372,10 @@ NB_MODULE(_native, module) {
                       target_logit, sum, argmax, num_threads, g_kernels->update_f32);
       },
       "Take a slab of float32 logits into the rows' running statistics.", array("slab"), array("bias").none(),
-      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"), array("maximum"),
-      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
+      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      nb::arg("first_column"), array("maximum"),
+      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
+      nb::arg("num_threads"));
   module.def(
       "update_bf16",
       [](Matrix<const uint16_t> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
@@ -379,8 +386,10 @@ NB_MODULE(_native, module) {
                          weighted, target_logit, sum, argmax, num_threads, g_kernels->update_bf16);
       },
       "The same for bfloat16 logits, passed as their bits.", array("slab"), array("bias").none(),
-      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"), array("maximum"),
-      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
+      nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      nb::arg("first_column"), array("maximum"),
+      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
+      nb::arg("num_threads"));
   module.def(
       "gradient_f32",
       [](Matrix<const float> slab, Matrix<float> out, Bias bias, float temperature, Temperatures temperatures,
@@ -391,7 +400,8 @@ NB_MODULE(_native, module) {
                         mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_f32);
       },
       "Write the gradient of a slab of float32 logits to `out`, which may be the slab.", array("slab"),
-      array("out"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      array("out"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
+      array("targets"),
       nb::arg("first_column"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
       array("slope"), array("uniform"), nb::arg("num_threads"));
   module.def(
@@ -404,7 +414,8 @@ NB_MODULE(_native, module) {
                            mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_bf16);
       },
       "The same for bfloat16 logits and gradients, passed as their bits.", array("slab"), array("out"),
-      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"), nb::arg("first_column"),
+      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
+      array("targets"), nb::arg("first_column"),
       array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"), array("slope"),
       array("uniform"), nb::arg("num_threads"));
   module.def("has_products", [] { return choose_products<float>() != nullptr; },

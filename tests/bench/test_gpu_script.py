@@ -333,7 +333,12 @@ def test_nothing_outlives_the_script_and_nothing_is_lost(tmp_path, number):
         ]
         sys.exit(gpu.main(["--out", {os.fspath(tmp_path / "out")!r}, "--device", "cpu", "--seconds", "60"]))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.DEVNULL,
+        # In the background of a script, SIGINT is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.monotonic() + 30
     pids: list[int] = []
     while len(pids) < 2 and time.monotonic() < end:

@@ -290,7 +290,7 @@ def backward_arguments(case: LinearCase, options: Options) -> tuple:
     """Of ``linear_backward``, but for which gradients are needed."""
     statistics = linear_forward(case.hidden, case.weight, case.targets, case.bias, options)
     upstream, logsumexp = tuple(case.upstream), statistics.logsumexp.float()
-    gradients = fold_upstream(upstream, (logsumexp, statistics.entropy, torch.zeros(8)), None, 0.0, options.vocab_size)
+    gradients = fold_upstream(upstream, (logsumexp, statistics.entropy, torch.zeros(8)), 0.0, options.vocab_size)
     return gradients, case.hidden, case.weight, case.targets, case.bias, options
 
 
