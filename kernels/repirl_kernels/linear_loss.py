@@ -35,7 +35,7 @@ from repirl_kernels.ops import (
     linear_token_stats,
     under_transforms,
 )
-from repirl_kernels.rows import RowStats, empty_stats, fake_gradients, kept_rows, refuse_double_backward
+from repirl_kernels.rows import RowStats, check_rows, empty_stats, fake_gradients, kept_rows, refuse_double_backward
 
 # Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
@@ -107,8 +107,8 @@ def linear_token_loss(
             one is kept beside ``weight.grad`` (Megatron's ``weight.main_grad``). The weight's gradient is added to it
             in the forward pass, without a buffer of its own, and ``weight`` gets none from autograd. ``backward()``
             must then start from the loss as it is (an upstream gradient of 1): scale it in ``loss_fn``. What runs
-            forward twice adds twice: keep it out of checkpointed regions. If ``loss_fn`` raises, the chunks before
-            have been added.
+            forward twice adds twice: keep it out of checkpointed regions. If ``loss_fn`` raises, or its losses depend
+            on the chunk, chunks have been added.
         chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
             They are float32, but for bfloat16 operands the native CPU backend holds their exponentials in bfloat16, if
             there is no softcap. Those serve the gradients alone; the statistics come of float32 logits all the same.
@@ -118,7 +118,8 @@ def linear_token_loss(
         :class:`TokenLoss`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`repirl_kernels.linear_token_stats`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`repirl_kernels.linear_token_stats`.
+        TypeError: ``loss_fn`` returns losses that are not floating-point numbers.
         ValueError: ``loss_fn`` returns another shape, uses a tensor that requires a gradient (it would silently
             get none: detach it), or gives losses that depend on the chunk; ``main_grad`` has another shape, device or
             layout, or stands where the gradient is left to the backward pass; ``chunk_bytes`` is not positive.
@@ -165,6 +166,9 @@ def linear_token_loss(
     keep = kept_rows(operands.targets, operands.row_mask, options.ignore_index)
     with torch.no_grad():
         num_chunks, memory = _plan(operands, options, needs, main_grad, chunk_bytes)
+        if num_chunks > 1 and not torch.compiler.is_compiling():
+            # Before the first chunk adds to main_grad, and with rows counted from the first of all.
+            check_rows(operands.targets, operands.row_temperature, keep, options.vocab_size)
         chunks = []
         for chunk in range(num_chunks):
             rows = slice(chunk * num_rows // num_chunks, (chunk + 1) * num_rows // num_chunks)
@@ -355,7 +359,8 @@ def _differentiate(
 
     def losses_of(*columns: Tensor) -> Tensor:
         # The fourth is the entropy. What has no gradient is copied in here: a transform lets nothing else be changed.
-        fields: list[Any] = [*[*columns, None][:4], *(column.clone() for column in stats[4:] if column is not None)]
+        four = [*(column.clone() for column in columns), None][:4]  # copies: a leaf cannot be changed in place
+        fields: list[Any] = [*four, *(column.clone() for column in stats[4:] if column is not None)]
         return loss_fn(type(stats)(*fields), rows)
 
     with torch.enable_grad():
@@ -379,6 +384,8 @@ def _check_losses(losses: Tensor, expected: Tensor, uses_other_leaves: bool) -> 
     if not isinstance(losses, Tensor) or losses.shape != expected.shape:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"loss_fn must return one loss for each of the rows, {tuple(expected.shape)}, got {got}")
+    if not losses.is_floating_point():
+        raise TypeError(f"loss_fn must return losses of a floating-point dtype, got {losses.dtype}")
     if not torch.compiler.is_compiling() and not under_transforms():
         refuse_forward_mode(losses, what="losses that loss_fn returns")
     if uses_other_leaves:

@@ -175,12 +175,22 @@ def refuse_forward_mode(*tensors: Tensor | None, what: str = "token statistics")
 def check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     """Raise TypeError or ValueError unless a gradient of ``weight`` can be added up in ``main_grad``."""
     _check_tensor("main_grad", main_grad, (dtype,))
+    if main_grad is weight or _shares_memory(main_grad, weight):
+        raise ValueError("main_grad is the weight itself: its gradient would be added to it; give a buffer of its own")
     fits = (main_grad.shape, main_grad.device) == (weight.shape, weight.device)
     if not fits or not main_grad.is_contiguous():
         raise ValueError(
             f"main_grad must be contiguous and of the weight's shape {tuple(weight.shape)} on {weight.device}, got "
             f"{tuple(main_grad.shape)}, strides {main_grad.stride()}, on {main_grad.device}"
         )
+
+
+def _shares_memory(left: Tensor, right: Tensor) -> bool:
+    """Whether both begin at the same place; not known where tensors are wrapped or traced."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    storages = (left.untyped_storage()._cdata, right.untyped_storage()._cdata)
+    return storages[0] == storages[1] and left.storage_offset() == right.storage_offset()
 
 
 def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -280,6 +290,10 @@ def _make_options(
     for name, value in (("with_entropy", with_entropy), ("with_argmax", with_argmax)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown, expected one of {', '.join(BACKENDS)} or None")
     return Options(

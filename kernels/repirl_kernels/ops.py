@@ -67,7 +67,7 @@ class TokenStats(NamedTuple):
     """log of the partition function."""
     target_logit: Tensor
     """The target's final logit, smoothed like ``logprob``."""
-    entropy: Tensor | None
+    entropy: Any  # a Tensor, or None: a type checker cannot know
     """-sum p log p, in nats; ``None`` where it was left out."""
 
 
@@ -77,7 +77,7 @@ class TokenStatsWithArgmax(NamedTuple):
     logprob: Tensor
     logsumexp: Tensor
     target_logit: Tensor
-    entropy: Tensor | None
+    entropy: Any
     argmax: Tensor
     """The first column with the largest logit, int64; -1 in rows that are ignored or hold NaN. No gradient."""
     max_logit: Tensor
@@ -118,8 +118,8 @@ def token_stats(
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
 
     Returns:
-        :class:`TokenStats` with tensors of the shape of ``targets``; ignored rows hold 0
-        and pass zero gradients.
+        :class:`TokenStats` (or :class:`TokenStatsWithArgmax`) with tensors of the shape of ``targets``; ignored rows
+        hold 0 and pass zero gradients.
 
     Raises:
         TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.
@@ -199,8 +199,8 @@ def linear_token_stats(
     summed over the ranks in here: reduce it no further. ``weight`` and ``bias`` get that of their shard.
 
     Returns:
-        :class:`TokenStats` with tensors of the shape of ``targets``; ignored rows hold 0
-        and pass zero gradients.
+        :class:`TokenStats` (or :class:`TokenStatsWithArgmax`) with tensors of the shape of ``targets``; ignored rows
+        hold 0 and pass zero gradients.
 
     Raises:
         TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.

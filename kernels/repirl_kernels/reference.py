@@ -17,8 +17,8 @@ and with upstream gradients ``g``:
 ``logprob`` and ``entropy`` are built from differences to the row maximum: ``z_a - L`` and ``L - b`` would
 lose them to cancellation when the logits share a large offset. A column with ``p_v = 0`` (a banned token,
 ``z_v = -inf``) contributes exactly 0 to the entropy and to every gradient. A row that contains NaN or +inf,
-or nothing but -inf, has no distribution: its statistics and its gradients are NaN, and no other row is
-touched.
+or nothing but -inf, has no distribution: its statistics but for ``target_logit`` and its gradients are NaN, and no
+other row is touched.
 
 With a temperature of its own for each row, T is that; with label smoothing, ``ops.py`` mixes ``mean_logprob`` into the
 target's, and hands the share of every column's gradient down as ``uniform``.

@@ -300,3 +300,35 @@ def test_opcheck(backend, masked):
     torch.library.opcheck(linear_loss._attach_gradients, (torch.randn(()), *leaves, None, *gradients))
     losses = torch.randn(6)
     torch.library.opcheck(linear_loss._check_chunks, (losses.sum(), *[losses] * 3, 2), test_utils=utilities)
+
+
+def test_a_wrong_row_is_named_before_anything_is_added():
+    case = linear_case(12, 50, 16)
+    case.targets[11], main_grad = 99, torch.zeros(50, 16)
+    with pytest.raises(ValueError, match="target 99 in row 11"):
+        loss_of(case._replace(weight=case.weight.requires_grad_()), chunk_bytes=1000, main_grad=main_grad)
+    assert not main_grad.any()
+
+
+def test_main_grad_is_not_the_weight():
+    case = linear_case(4, 50, 16)
+    with pytest.raises(ValueError, match="main_grad is the weight itself"):
+        loss_of(case, main_grad=case.weight)
+
+
+def test_a_loss_function_may_change_what_it_is_given(backend):
+    case = linear_case(12, 50, 16)
+    hidden = case.hidden.requires_grad_()
+    changed = linear_token_loss(
+        hidden, case.weight, case.targets, lambda stats, rows: stats.entropy.clamp_(max=2.0), backend=backend
+    )
+    expected = linear_token_stats(hidden, case.weight, case.targets, backend=backend).entropy
+    torch.testing.assert_close(changed.stats.entropy, expected.detach())
+    actual, truth = (torch.autograd.grad(loss, hidden)[0] for loss in (changed.loss, expected.clamp(max=2.0).sum()))
+    torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_are_real_numbers():
+    case = linear_case(4, 50, 16)
+    with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.complex64"):
+        linear_token_loss(case.hidden, case.weight, case.targets, lambda s, rows: torch.complex(s.logprob, s.entropy))
