@@ -328,12 +328,12 @@ def _run_chunk(
     if logits is not None and logits.dim() == 2:
         logits = logits[: hidden.shape[0]]
     row_stats = RowStats(*_chunk_forward(*some, logits, dweight_memory, *options))
-    stats = _copied(as_stats(row_stats, targets, options))
+    stats = as_stats(row_stats, targets, options)
     upstream: tuple[Tensor | None, ...] = ()
     if any(needs):
         losses, upstream = _differentiate(loss_fn, stats, rows, keep)
     else:
-        losses = loss_fn(stats, rows)
+        losses = loss_fn(_copied(stats), rows)
         _check_losses(losses, targets, uses_other_leaves=False)
     losses = torch.where(keep, losses, 0).to(row_stats.logprob.dtype)
     if not any(needs):

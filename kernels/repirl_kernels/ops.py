@@ -21,7 +21,6 @@ from repirl_kernels.operands import Options, check_integer, prepare_linear, prep
 from repirl_kernels.rows import (
     RowStats,
     SavedStats,
-    TransformedFunction,
     Upstream,
     are_saturated,
     check_rows,
@@ -44,6 +43,7 @@ from repirl_kernels.rows import (
     take,
     take_live,
     take_some,
+    transformed,
 )
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def token_stats(
         with_argmax=with_argmax,
         backend=backend,
     )
-    operator = _TokenStatsFunction.apply if under_transforms() else _token_stats
+    operator = _token_stats_transformed if under_transforms() else _token_stats
     return as_stats(operator(*rows, *options), targets, options)
 
 
@@ -239,7 +239,7 @@ def linear_token_stats(
         global_size = None if vocab_size is None else check_integer("vocab_size", vocab_size)
         outputs = vocab_parallel_token_stats(operands, options, global_size, skip_negligible, tp_group)
         return as_stats(outputs, targets, options)
-    operator = _LinearTokenStatsFunction.apply if under_transforms() else _linear_token_stats
+    operator = _linear_token_stats_transformed if under_transforms() else _linear_token_stats
     return as_stats(operator(*operands, skip_negligible, *options), targets, options)
 
 
@@ -561,7 +561,7 @@ def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untype
 
 def _token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
     upstream = upstream_of(gradients, ctx.options.with_entropy)
-    operator = _TokenStatsBackwardFunction.apply if under_transforms() else _token_stats_backward
+    operator = _token_stats_backward_transformed if under_transforms() else _token_stats_backward
     dlogits = operator(*upstream, *ctx.saved_tensors, *ctx.options)
     return dlogits, *[None] * (3 + len(Options._fields))
 
@@ -577,7 +577,7 @@ def _linear_token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no
 def _linear_token_stats_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
     *operands, logsumexp, entropy, logsumexp_low = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    operator = _LinearTokenStatsBackwardFunction.apply if under_transforms() else _linear_token_stats_backward
+    operator = _linear_token_stats_backward_transformed if under_transforms() else _linear_token_stats_backward
     dhidden, dweight, dbias = operator(
         *upstream_of(gradients, ctx.options.with_entropy),
         *(logsumexp, entropy, logsumexp_low),
@@ -603,41 +603,9 @@ for _operator in (_token_stats, _linear_token_stats, _token_stats_backward, _lin
     _operator.register_vmap(one_by_one(_operator))
 
 
-class _TokenStatsFunction(TransformedFunction):
-    """``_token_stats`` under ``torch.func``, which takes no operator's own autograd."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _token_stats(*arguments)
-
-    setup_context = staticmethod(_token_stats_context)
-    backward = staticmethod(_token_stats_autograd)
-
-
-class _TokenStatsBackwardFunction(TransformedFunction):
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _token_stats_backward(*arguments)
-
-    setup_context = staticmethod(no_context)
-    backward = staticmethod(refuse_double_backward)
-
-
-class _LinearTokenStatsFunction(TransformedFunction):
-    """``_linear_token_stats`` under ``torch.func``."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _linear_token_stats(*arguments)
-
-    setup_context = staticmethod(_linear_token_stats_context)
-    backward = staticmethod(_linear_token_stats_autograd)
-
-
-class _LinearTokenStatsBackwardFunction(TransformedFunction):
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return _linear_token_stats_backward(*arguments)
-
-    setup_context = staticmethod(no_context)
-    backward = staticmethod(refuse_double_backward)
+_token_stats_transformed = transformed(_token_stats, _token_stats_context, _token_stats_autograd)
+_linear_token_stats_transformed = transformed(
+    _linear_token_stats, _linear_token_stats_context, _linear_token_stats_autograd
+)
+_token_stats_backward_transformed = transformed(_token_stats_backward, no_context, refuse_double_backward)
+_linear_token_stats_backward_transformed = transformed(_linear_token_stats_backward, no_context, refuse_double_backward)

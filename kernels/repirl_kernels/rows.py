@@ -195,14 +195,25 @@ def refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-
     )
 
 
-class TransformedFunction(torch.autograd.Function):
-    """An operator and its gradient as ``torch.func`` wants them; batches go through one by one."""
+def transformed(
+    operator: Callable[..., Any], context: Callable[..., None], gradient: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``operator`` with its gradient as ``torch.func`` wants them, which takes no operator's own autograd."""
 
-    generate_vmap_rule = True
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+        setup_context = staticmethod(context)
+        backward = staticmethod(gradient)
 
-    @staticmethod
-    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
-        refuse_double_backward(ctx)
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def jvp(ctx, *tangents):  # type: ignore[no-untyped-def]
+            refuse_double_backward(ctx)
+
+    return Transformed.apply
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
