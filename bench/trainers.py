@@ -38,8 +38,8 @@ from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
 from repirl.config import Config, LossConfig, OptimizerConfig, build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
-from repirl.dist.shard import whole
-from repirl.dist.world import join_world, leave_world
+from repirl.distributed.shard import whole
+from repirl.distributed.world import join_world, leave_world
 from repirl.objectives import rloo
 from repirl.report.metrics import Work, peak_memory_bytes, reset_peak_memory
 from repirl.rollout.engine import Sampling, sequence_seed

@@ -141,7 +141,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         print(describe(config))
         print(batch_arithmetic(config))
         return 0
-    from repirl.dist.world import leave_world
+    from repirl.distributed.world import leave_world
     from repirl.loop import train
 
     train(config, resume=options.resume)
@@ -176,7 +176,7 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _load(options, overrides)
-    from repirl.dist.world import leave_world
+    from repirl.distributed.world import leave_world
     from repirl.evaluate import evaluate_checkpoint
 
     accuracy, count = evaluate_checkpoint(config, options.checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from repirl.config import Config, ConfigError
-from repirl.dist.checkpoint import load_weights, resolve_checkpoint
+from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.sampling import begin_responses, judge
 from repirl.setup import Run, build

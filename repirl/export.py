@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from repirl.config import Config, build_config
-from repirl.dist.checkpoint import load_weights, resolve_checkpoint
-from repirl.dist.world import World
+from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
+from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import build_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work

@@ -17,9 +17,9 @@ from repirl.adapters import belongs, is_shared, merged_weights, select_adapter
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError, OptimizerConfig, RunError
-from repirl.dist.offload import Residency
-from repirl.dist.shard import gathered, reshard, whole
-from repirl.dist.world import World
+from repirl.distributed.offload import Residency
+from repirl.distributed.shard import gathered, reshard, whole
+from repirl.distributed.world import World
 from repirl.models import forward_flops, ordinary_attention
 from repirl.report.metrics import Work
 

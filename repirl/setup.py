@@ -17,10 +17,10 @@ from repirl.adapters import add_adapters, init_adapters
 from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig, describe
 from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
-from repirl.dist.checkpoint import Checkpointer, list_checkpoints, load_checkpoint
-from repirl.dist.load import load_sharded_model
-from repirl.dist.offload import Residency
-from repirl.dist.world import World, join_world
+from repirl.distributed.checkpoint import Checkpointer, list_checkpoints, load_checkpoint
+from repirl.distributed.load import load_sharded_model
+from repirl.distributed.offload import Residency
+from repirl.distributed.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work

@@ -129,7 +129,7 @@ class _Planner:
         self.kept, self.computed = _itemsize(config.dtype), _itemsize(config.computes_in)
         self.on_gpu = device == "cuda"
         self.shards = ranks // config.parallel.replicate
-        # As in dist/world.py: one process shards, too, where that is how it computes in another type.
+        # As in distributed/world.py: one process shards, too, where that is how it computes in another type.
         other_type = config.computes_in != config.dtype and config.adapters is None
         self.sharded = ranks > 1 or other_type or config.parallel.cpu_offload
         self.away = config.parallel.cpu_offload and self.on_gpu

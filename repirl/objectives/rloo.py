@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repirl.batch import PackedBatch
 from repirl.config import LossConfig
-from repirl.dist.world import World
+from repirl.distributed.world import World
 from repirl.learner import Outputs
 
 FIGURES = ("clip_fraction", "approx_kl", "sampler_ratio", "sampler_ratio_truncated", "kl_reference")

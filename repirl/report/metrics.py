@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from repirl.config import Config
-from repirl.dist.world import World
+from repirl.distributed.world import World
 
 
 class MetricsLogger:

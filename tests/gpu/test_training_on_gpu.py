@@ -20,8 +20,8 @@ from tiny import gradients, make_model, tiny_config
 from repirl.attention import PackedLayout, _torch_kernel, packed_attention
 from repirl.batch import pack
 from repirl.config import OptimizerConfig
-from repirl.dist.offload import Residency
-from repirl.dist.world import World, leave_world
+from repirl.distributed.offload import Residency
+from repirl.distributed.world import World, leave_world
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model

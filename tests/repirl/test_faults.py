@@ -29,9 +29,15 @@ from tiny import make_model, tiny_config, tiny_values
 from repirl.batch import pack
 from repirl.cli import main
 from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig, build_config
-from repirl.dist import checkpoint
-from repirl.dist.checkpoint import Checkpointer, CheckpointError, find_damage, list_checkpoints, resolve_checkpoint
-from repirl.dist.world import World, join_world
+from repirl.distributed import checkpoint
+from repirl.distributed.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    find_damage,
+    list_checkpoints,
+    resolve_checkpoint,
+)
+from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, TrainingError
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
@@ -172,7 +178,7 @@ def is_alive(pid):
     return True
 
 
-CHECKPOINT = "repirl.dist.checkpoint"
+CHECKPOINT = "repirl.distributed.checkpoint"
 
 
 def test_kill_9_of_one_process_in_any_phase(tmp_path):
@@ -607,7 +613,7 @@ def test_nan_for_good_ends_the_run(tmp_path, capsys, monkeypatch, asynchronous):
 def skip_together(_group, values, path):
     """Only the process with the last sequence sees a NaN."""
     world = join_world(build_config(values))
-    from repirl.dist.load import load_sharded_model
+    from repirl.distributed.load import load_sharded_model
 
     model = load_sharded_model(path, kind="causal", dtype=torch.float32, compute_dtype=torch.float32, world=world)
     optimizer = OptimizerConfig(lr=1e-2, max_skipped_updates=2)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.batch import EXPERT, pack
 from repirl.cli import main
 from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
-from repirl.dist.checkpoint import list_checkpoints, resolve_checkpoint
-from repirl.dist.world import World
+from repirl.distributed.checkpoint import list_checkpoints, resolve_checkpoint
+from repirl.distributed.world import World
 from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
@@ -205,7 +205,7 @@ def test_a_save_that_dies_half_way_costs_nothing(tmp_path, monkeypatch):
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    for target in ("repirl.dist.checkpoint._flush", "repirl.dist.checkpoint.dcp.save"):
+    for target in ("repirl.distributed.checkpoint._flush", "repirl.distributed.checkpoint.dcp.save"):
         with monkeypatch.context() as patch:
             patch.setattr(target, die)
             with pytest.raises(KeyboardInterrupt):

@@ -19,9 +19,9 @@ from tiny import gradients, make_model, tiny_config, tiny_values
 from repirl.apps.demo import make_base, make_data
 from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig, build_config, load_preset, merge
-from repirl.dist.load import load_sharded_model
-from repirl.dist.shard import units, whole
-from repirl.dist.world import World, join_world
+from repirl.distributed.load import load_sharded_model
+from repirl.distributed.shard import units, whole
+from repirl.distributed.world import World, join_world
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
@@ -182,7 +182,7 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
 
 def checkpointed_weights(_group, values):
     """Whole weights of the newest checkpoint, loaded by this number of ranks."""
-    from repirl.dist.checkpoint import resolve_checkpoint
+    from repirl.distributed.checkpoint import resolve_checkpoint
     from repirl.setup import build
 
     config = build_config(values)
@@ -223,7 +223,7 @@ def loaded(_group, values, path, kind):
     config = build_config(values)
     world = join_world(config)
     dtype = torch.float32
-    with mock.patch("repirl.dist.load.load_model", side_effect=load_model) as load_whole:
+    with mock.patch("repirl.distributed.load.load_model", side_effect=load_model) as load_whole:
         model = load_sharded_model(path, kind=kind, dtype=dtype, compute_dtype=dtype, world=world)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     return {n: whole(p.detach()).clone() for n, p in model.named_parameters()} | buffers, load_whole.called

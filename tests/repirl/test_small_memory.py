@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.adapters import add_adapters, belongs, init_adapters, select_adapter
 from repirl.batch import pack
 from repirl.config import AdapterConfig, ConfigError, OptimizerConfig, build_config
-from repirl.dist.checkpoint import resolve_checkpoint
-from repirl.dist.load import load_sharded_model
-from repirl.dist.offload import HostMemory, Parked, Residency
-from repirl.dist.shard import whole
-from repirl.dist.world import join_world
+from repirl.distributed.checkpoint import resolve_checkpoint
+from repirl.distributed.load import load_sharded_model
+from repirl.distributed.offload import HostMemory, Parked, Residency
+from repirl.distributed.shard import whole
+from repirl.distributed.world import join_world
 from repirl.export import export_checkpoint
 from repirl.learner import Learner, make_optimizer
 from repirl.loop import train
@@ -228,7 +228,7 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
     residency = Residency(tmp_path / "away", "test")
     with pytest.MonkeyPatch.context() as patch:
         # Small tensors stay; here all are small.
-        patch.setattr("repirl.dist.offload._SMALLEST_BYTES", 0)
+        patch.setattr("repirl.distributed.offload._SMALLEST_BYTES", 0)
         residency.add(first)
         residency.add(second)
         second.score(batch)
@@ -247,7 +247,7 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
 
 def test_host_memory_is_dealt_out_without_gaps(tmp_path, monkeypatch):
     """As from a GPU, but for the pinning: several storages share a piece, and one may lie in several."""
-    monkeypatch.setattr("repirl.dist.offload._PIECE_BYTES", 1000)
+    monkeypatch.setattr("repirl.distributed.offload._PIECE_BYTES", 1000)
     tensors = [torch.randn(n) for n in (30, 700, 1, 250)]
     expected = [t.clone() for t in tensors]
     memory, file = HostMemory(pinned=False), tmp_path / "none"
@@ -265,7 +265,7 @@ def test_host_memory_is_dealt_out_without_gaps(tmp_path, monkeypatch):
     "changes", [{"prm": {"reward": "implicit"}}, {"objective": "rloo", "loss": {"kl_coefficient": 0.1}}]
 )
 def test_a_run_with_offload_is_the_same_to_the_bit(tmp_path, changes, monkeypatch):
-    monkeypatch.setattr("repirl.dist.offload._SMALLEST_BYTES", 0)
+    monkeypatch.setattr("repirl.distributed.offload._SMALLEST_BYTES", 0)
     for name, offload in {"with": True, "without": False}.items():
         folder = tmp_path / name
         config = tiny_config(tmp_path, output_dir=str(folder), offload_idle=offload, steps=3, **changes)

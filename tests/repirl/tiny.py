@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from repirl.batch import PackedBatch
 from repirl.config import Config, build_config, merge
 from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
-from repirl.dist.shard import whole
+from repirl.distributed.shard import whole
 from repirl.learner import Learner, LossFunction
 
 

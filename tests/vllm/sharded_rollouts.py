@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from repirl.batch import pack
 from repirl.config import OptimizerConfig
-from repirl.dist.load import load_sharded_model
-from repirl.dist.world import World
+from repirl.distributed.load import load_sharded_model
+from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Sampling

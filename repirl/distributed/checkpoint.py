@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import CheckpointConfig, ConfigError, RunError
-from repirl.dist.world import World
+from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import save_description
 

@@ -20,8 +20,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from repirl.adapters import base_name
 from repirl.config import ConfigError
-from repirl.dist.shard import reshard, shard
-from repirl.dist.world import World
+from repirl.distributed.shard import reshard, shard
+from repirl.distributed.world import World
 from repirl.models import check_packed, fuse, load_message, load_model
 
 logger = logging.getLogger(__name__)
