@@ -44,7 +44,7 @@ from repirl.objectives import rloo
 from repirl.report.metrics import Work, peak_memory_bytes, reset_peak_memory
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine
-from repirl.setup import build_learners
+from repirl.run import build_learners
 
 NUM_PROMPTS, NUM_SAMPLES = 4, 4
 # Name -> (lengths equal, gradient checkpointing, sequences in a micro-batch).

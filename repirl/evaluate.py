@@ -5,8 +5,8 @@ from __future__ import annotations
 from repirl.config import Config, ConfigError
 from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
 from repirl.rollout.engine import Sampling, sequence_seed
+from repirl.run import Run, build
 from repirl.sampling import begin_responses, judge
-from repirl.setup import Run, build
 
 
 def evaluate(run: Run) -> float:

@@ -15,7 +15,7 @@ from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import build_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work
-from repirl.setup import build_learners
+from repirl.run import build_learners
 
 
 def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:

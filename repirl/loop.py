@@ -12,6 +12,7 @@ from repirl.learner import TrainingError
 from repirl.objectives import irl, rloo, sft
 from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
 from repirl.rollout.engine import MismatchError
+from repirl.run import Run, build, check_output_dir
 from repirl.sampling import (
     begin_rollouts,
     check_sampler,
@@ -20,7 +21,6 @@ from repirl.sampling import (
     write_expert_streams,
     write_reference,
 )
-from repirl.setup import Run, build, check_output_dir
 
 
 def train(config: Config, *, resume: bool = False) -> int:

@@ -17,7 +17,7 @@ from repirl.models import forward_flops
 from repirl.rollout.engine import MismatchError, Response, Sampling, sequence_seed
 
 if TYPE_CHECKING:
-    from repirl.setup import Run
+    from repirl.run import Run
 
 # How far log-probabilities of one model may be apart between padded decoding with a KV cache and the trainer's packed
 # pass, at temperature 1. What is bounded, and by how much:

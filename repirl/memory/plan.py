@@ -35,7 +35,7 @@ from repirl.memory.activations import (
     saved_bytes,
 )
 from repirl.rollout.vllm import MAX_BATCHED_TOKENS
-from repirl.setup import needs_reference
+from repirl.run import needs_reference
 
 GIB = 2**30
 # Resident memory of a process that trains without a model: Python, PyTorch, transformers and what they load on first

@@ -43,7 +43,7 @@ from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.report.metrics import read_metrics
 from repirl.rewards.verifier import Verifier
-from repirl.setup import build
+from repirl.run import build
 
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 6, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "eval": {"every": 0}}

@@ -27,8 +27,8 @@ from repirl.loop import train
 from repirl.objectives import irl, rloo
 from repirl.report.metrics import read_metrics
 from repirl.rollout.engine import MismatchError
+from repirl.run import build, needs_reference
 from repirl.sampling import check_sampler
-from repirl.setup import build, needs_reference
 
 SECONDS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 

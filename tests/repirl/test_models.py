@@ -14,7 +14,7 @@ from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig
 from repirl.learner import Learner
 from repirl.models import load_model, load_tokenizer
-from repirl.setup import build
+from repirl.run import build
 
 CPU = torch.device("cpu")
 PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]

@@ -59,14 +59,14 @@ engines: list[CopyingEngine] = []
 
 def with_own_weights(config):
     """Make setup.build use the copying engine; returns what undoes it."""
-    import repirl.setup
+    import repirl.run
 
     def make_engine(config, policy, tokenizer):
         engines.append(CopyingEngine(policy, config.policy.model, pad_id=tokenizer.pad_token_id, max_sequences=99))
         return engines[-1]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(repirl.setup, "make_engine", make_engine)
+    patch.setattr(repirl.run, "make_engine", make_engine)
     return patch
 
 
@@ -192,16 +192,16 @@ def test_a_failed_run_does_not_wait_for_what_is_sampled_beside_it(tmp_path, monk
     ],
 )
 def test_rollouts_in_flight_are_gone_on_with_as_they_were_made(tmp_path, monkeypatch, changes, message):
-    import repirl.setup
+    import repirl.run
 
-    save = repirl.setup.Run.save
+    save = repirl.run.Run.save
 
     def save_and_die(self, step, accuracy=None):
         save(self, step, accuracy)
         raise KeyboardInterrupt
 
     config = config_of(tmp_path, "run", "step")
-    monkeypatch.setattr(repirl.setup.Run, "save", save_and_die)
+    monkeypatch.setattr(repirl.run.Run, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         run_with_own_weights(config)
     rollout = config.rollout.model_copy(update=changes)
@@ -213,9 +213,9 @@ def test_rollouts_in_flight_are_gone_on_with_as_they_were_made(tmp_path, monkeyp
 def test_rollouts_in_flight_survive_in_a_checkpoint(tmp_path, overlap):
     run_with_own_weights(config_of(tmp_path, "whole", overlap))
     # A run that was to be longer has rollouts in flight at its checkpoint; here it is ended right after it.
-    import repirl.setup
+    import repirl.run
 
-    save = repirl.setup.Run.save
+    save = repirl.run.Run.save
 
     def save_and_die(self, step, accuracy=None):
         save(self, step, accuracy)
@@ -224,7 +224,7 @@ def test_rollouts_in_flight_survive_in_a_checkpoint(tmp_path, overlap):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repirl.setup.Run, "save", save_and_die)
+        patch.setattr(repirl.run.Run, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run_with_own_weights(config_of(tmp_path, "parts", overlap))
     run_with_own_weights(config_of(tmp_path, "parts", overlap), resume=True)

@@ -183,7 +183,7 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
 def checkpointed_weights(_group, values):
     """Whole weights of the newest checkpoint, loaded by this number of ranks."""
     from repirl.distributed.checkpoint import resolve_checkpoint
-    from repirl.setup import build
+    from repirl.run import build
 
     config = build_config(values)
     run = build(config)

@@ -23,7 +23,7 @@ from repirl.learner import Learner, make_optimizer
 from repirl.loop import train
 from repirl.models import load_model
 from repirl.report.metrics import read_metrics
-from repirl.setup import build
+from repirl.run import build
 
 CPU = torch.device("cpu")
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1])]
