@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 from bench.demo_seeds import machine
 from repirl.config import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
-from repirl.memory.fit import describe_fit, find_fit, gib, usable
-from repirl.memory.plan import GIB, PROCESS_BYTES, plan
+from repirl.plan.fit import describe_fit, find_fit, gib, usable
+from repirl.plan.plan import GIB, PROCESS_BYTES, plan
 from repirl.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -157,8 +157,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     except ValueError as error:
         raise ConfigError(f"--memory is {options.memory!r}, expected GiB such as 24,48,80") from error
     config = _load(options, overrides)
-    from repirl.memory.fit import print_plan
     from repirl.models import quiet_transformers
+    from repirl.plan.fit import print_plan
 
     quiet_transformers()
     print_plan(config, memories, options.ranks)

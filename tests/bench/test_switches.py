@@ -7,7 +7,7 @@ import pytest
 from bench import switches
 from bench.plan_check import settings_of
 from repirl.config import build_config, describe, merge
-from repirl.memory.plan import GIB
+from repirl.plan.plan import GIB
 
 
 @pytest.mark.parametrize(("label", "processes", "changes"), switches.SWITCHES)

@@ -25,7 +25,8 @@ from repirl.attention import PackedLayout
 from repirl.batch import pack
 from repirl.config import AdapterConfig, ConfigError, build_config, merge
 from repirl.learner import Learner, enable_checkpointing
-from repirl.memory.activations import (
+from repirl.models import fuse
+from repirl.plan.activations import (
     Micro,
     Precision,
     backward_bytes,
@@ -35,9 +36,8 @@ from repirl.memory.activations import (
     recomputed_bytes,
     saved_bytes,
 )
-from repirl.memory.fit import find_fit, print_plan, usable
-from repirl.memory.plan import GIB, _micro_batches, _Planner, plan
-from repirl.models import fuse
+from repirl.plan.fit import find_fit, print_plan, usable
+from repirl.plan.plan import GIB, _micro_batches, _Planner, plan
 from repirl.rollout.engine import Sampling
 from repirl.rollout.transformers import TransformersEngine
 

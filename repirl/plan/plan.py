@@ -22,7 +22,7 @@ import torch
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import Config, ConfigError, OptimizerConfig
-from repirl.memory.activations import (
+from repirl.plan.activations import (
     LINEAR,
     Micro,
     Precision,

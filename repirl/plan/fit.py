@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from repirl.config import Config, ConfigError, build_config, merge
-from repirl.memory.plan import GIB, Plan, plan
+from repirl.plan.plan import GIB, Plan, plan
 from repirl.report.metrics import print_table
 
 
