@@ -24,10 +24,10 @@ from repirl.distributed.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
 from repirl.report.metrics import Work
-from repirl.rewards.verifier import Verifier
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 from repirl.sampling import InFlight, in_flight_state, restore_in_flight
+from repirl.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from repirl.data.tasks.arithmetic import (
     problems,
     sloppy_solution,
 )
-from repirl.rewards.math import math_reward
+from repirl.verify.math import math_reward
 
 
 def steps_of(solution):

@@ -42,8 +42,8 @@ from repirl.learner import Learner, TrainingError
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.report.metrics import read_metrics
-from repirl.rewards.verifier import Verifier
 from repirl.run import build
+from repirl.verify.verifier import Verifier
 
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 6, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "eval": {"every": 0}}
@@ -717,7 +717,7 @@ def test_what_a_verifier_prints_is_no_verdict(bad_verifier):
 
 def test_a_verifier_that_spins_ends_when_its_trainer_is_killed(bad_reward):
     script = (
-        "import sys; from repirl.rewards.verifier import Verifier\n"
+        "import sys; from repirl.verify.verifier import Verifier\n"
         f"verifier = Verifier(2.0, reward={bad_reward!r})\n"
         "verifier.judge('right', 'x'); print(verifier._process.pid, flush=True)\n"
         "verifier.timeout_seconds = 1000.0; verifier.judge('spin', 'x')"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repirl.rewards.math import extract_answer, math_reward
+from repirl.verify.math import extract_answer, math_reward
 
 
 @pytest.mark.parametrize(

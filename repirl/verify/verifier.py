@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from repirl.rewards.math import plain_reward
+from repirl.verify.math import plain_reward
 
 # The start of a process with its imports; on a slow shared disk that can take a while.
 _START_SECONDS = 300.0
@@ -31,7 +31,7 @@ class Verifier:
     counts as wrong.
     """
 
-    def __init__(self, timeout_seconds: float, reward: str = "repirl.rewards.math:math_reward") -> None:
+    def __init__(self, timeout_seconds: float, reward: str = "repirl.verify.math:math_reward") -> None:
         self.timeout_seconds, self.reward = timeout_seconds, reward
         self.num_timeouts = 0
         self._process: subprocess.Popen[str] | None = None
@@ -64,7 +64,7 @@ class Verifier:
                 pipe.close()
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "repirl.rewards.verifier", self.reward, str(self.timeout_seconds)]
+        command = [sys.executable, "-m", "repirl.verify.verifier", self.reward, str(self.timeout_seconds)]
         # In a session of its own: an interrupt from the keyboard is the trainer's to handle.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
