@@ -18,7 +18,10 @@ ranks.
 A target that another rank owns is replaced by column 0 of the own shard, and what that column gives is masked.
 
 Collectives must match on all ranks. They depend only on what is the same on all of them: the number of rows, checked
-before anything else is exchanged, and which rows have a gradient, agreed upon in the backward pass.
+before anything else is exchanged, and which rows have a gradient, agreed upon in the backward pass. There, rows with a
+probability of nearly 1 get their statistics anew, as in ``ops.py``: whether there are any is seen in the merged ones,
+and whether products repeat, which may be so on one rank's machine only, was asked with the number of rows. It needs
+all ranks even where only weights have a gradient.
 
 Axes: N rows (tokens), K rows that count, D features, V vocabulary.
 """
@@ -30,12 +33,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from repirl_kernels.backends import backend_module
+from repirl_kernels.backends import backend_module, repeats_products
 from repirl_kernels.operands import LinearOperands, Options, check_vocab_size, statistics_dtype
 from repirl_kernels.ops import OPERATOR_TAGS, under_transforms, upstream_of
 from repirl_kernels.reference import ForwardResult
 from repirl_kernels.rows import (
     RowStats,
+    are_saturated,
     check_rows,
     contiguous,
     empty_stats,
@@ -48,6 +52,7 @@ from repirl_kernels.rows import (
     put,
     put_stats,
     refuse_double_backward,
+    replace_stats,
     row_indices,
     skip_below,
     take,
@@ -80,12 +85,14 @@ def vocab_parallel_token_stats(
 
 
 def _shard(
-    group: dist.ProcessGroup, weight: Tensor, num_rows: int, num_kept: int, vocab_size: int | None
-) -> tuple[int, int, int]:
-    """This rank's first global column, how many of its columns are no padding, and the global vocabulary's size."""
+    group: dist.ProcessGroup, weight: Tensor, num_rows: int, num_kept: int, vocab_size: int | None, repeats: bool
+) -> tuple[int, int, int, bool]:
+    """This rank's first global column, how many of its columns are no padding, the global vocabulary's size, and
+    whether products repeat on all ranks: their machines may differ.
+    """
     given_size = -1 if vocab_size is None else vocab_size
-    mine = torch.tensor([weight.shape[0], num_rows, num_kept, given_size], device=weight.device)
-    shard_sizes, *rest = _all_gather(mine, group).T.tolist()
+    mine = torch.tensor([repeats, weight.shape[0], num_rows, num_kept, given_size], device=weight.device)
+    all_repeat, shard_sizes, *rest = _all_gather(mine, group).T.tolist()
     for what, values in zip(("rows", "rows that count", "vocab_size (-1: none given)"), rest, strict=True):
         if len(set(values)) > 1:
             raise ValueError(
@@ -94,7 +101,7 @@ def _shard(
             )
     vocab_size = check_vocab_size(sum(shard_sizes), vocab_size)
     first = sum(shard_sizes[: dist.get_rank(group)])
-    return first, max(0, min(weight.shape[0], vocab_size - first)), vocab_size
+    return first, max(0, min(weight.shape[0], vocab_size - first)), vocab_size, all(all_repeat)
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -151,8 +158,11 @@ def _shard_statistics(
     return result
 
 
-def _merge(shards: Tensor, num_columns: Tensor, options: Options, dtype: torch.dtype) -> ForwardResult:
-    """Statistics ``[K]`` from all ranks' ``[R, 4 or 7, K]`` and numbers of columns ``[R]``; logsumexp in float64."""
+def _merge(shards: Tensor, num_columns: Tensor | None, options: Options, dtype: torch.dtype) -> ForwardResult:
+    """Statistics ``[K]`` from all ranks' ``[R, 4 or 7, K]`` and numbers of columns ``[R]``; logsumexp in float64.
+
+    Only label smoothing needs the numbers of columns.
+    """
     shard_logsumexp, shard_entropy, shard_logprob, shard_target_logit = shards[:, :4].unbind(dim=1)
     logsumexp = torch.logsumexp(shard_logsumexp, dim=0)
     logsumexp = torch.where(logsumexp == -torch.inf, torch.nan, logsumexp)
@@ -161,7 +171,7 @@ def _merge(shards: Tensor, num_columns: Tensor, options: Options, dtype: torch.d
     if options.with_entropy:
         share = torch.exp(-behind)
         entropy = torch.where(share == 0, 0.0, share * (shard_entropy + behind)).sum(dim=0).to(dtype)
-    if options.label_smoothing:
+    if num_columns is not None:
         counts = num_columns[:, None].double()
         # A shard's log p are relative to its own logsumexp. One without columns has none.
         sums = torch.where(counts == 0, 0.0, shards[:, 4] - torch.where(counts == 0, 0.0, counts * behind))
@@ -174,6 +184,25 @@ def _merge(shards: Tensor, num_columns: Tensor, options: Options, dtype: torch.d
     logprob = (shard_logprob - behind).amax(dim=0)
     target_logit = shard_target_logit.amax(dim=0)
     return ForwardResult(logprob.to(dtype), logsumexp, target_logit.to(dtype), entropy, mean_logprob, argmax, max_logit)
+
+
+def _statistics(
+    group: dist.ProcessGroup,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    row_temperature: Tensor | None,
+    options: Options,
+    first: int,
+    num_columns: int,
+) -> ForwardResult:
+    """Statistics ``[K]`` of all columns, from every rank's own."""
+    own = _shard_statistics(hidden, weight, targets, bias, row_temperature, options, first, num_columns)
+    counts = None
+    if options.label_smoothing:
+        counts = _all_gather(torch.tensor([num_columns], device=hidden.device), group).squeeze(-1)
+    return _merge(_all_gather(own, group), counts, options, statistics_dtype(hidden.dtype))
 
 
 @torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats", mutates_args=(), tags=OPERATOR_TAGS)
@@ -198,7 +227,7 @@ def _vocab_parallel_token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``linear_token_stats``, but ``vocab_size`` is not read.
 
-    The last output is the shard: its first global column, how many are no padding, the global vocabulary's size.
+    The last output is what :func:`_shard` says of the shard.
     """
     options = Options(
         temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
@@ -208,18 +237,17 @@ def _vocab_parallel_token_stats(
     rows = row_indices(keep)
     num_rows = targets.shape[0]
     num_kept = num_rows if rows is None else rows.shape[0]
-    first, num_columns, vocab_size = _shard(group, weight, num_rows, num_kept, global_vocab_size)
+    repeats = repeats_products(hidden, backend)
+    first, num_columns, vocab_size, repeats = _shard(group, weight, num_rows, num_kept, global_vocab_size, repeats)
     check_rows(targets, row_temperature, keep, vocab_size)
-    shard = torch.tensor([first, num_columns, vocab_size], dtype=torch.int64)
+    shard = torch.tensor([first, num_columns, vocab_size, repeats], dtype=torch.int64)
     if num_kept == 0:
         return *empty_stats(hidden, with_entropy, with_argmax), shard
     with torch.autocast(hidden.device.type, enabled=False):
-        statistics = _shard_statistics(
-            take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias),
+        merged = _statistics(
+            group, take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias),
             take_some(row_temperature, rows), options, first, num_columns,
         )  # fmt: skip
-    counts = _all_gather(torch.tensor([num_columns], device=hidden.device), group).squeeze(-1)
-    merged = _merge(_all_gather(statistics, group), counts, options, statistics_dtype(hidden.dtype))
     return *put_stats(merged, label_smoothing, rows, num_rows), shard
 
 
@@ -227,7 +255,7 @@ def _vocab_parallel_token_stats(
 def _vocab_parallel_token_stats_fake(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     options = Options(*rest[8:])
     stats = empty_stats(hidden, options.with_entropy, options.with_argmax)
-    return *stats, torch.empty(3, dtype=torch.int64, device="cpu")
+    return *stats, torch.empty(4, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("repirl_kernels::vocab_parallel_token_stats_backward", mutates_args=(), tags=OPERATOR_TAGS)
@@ -261,14 +289,17 @@ def _vocab_parallel_token_stats_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (of all ranks), weight and bias (own shard); an empty tensor for one that is not needed."""
-    first, num_columns, global_vocab_size = shard.tolist()
+    first, num_columns, global_vocab_size, repeats = shard.tolist()
     options = Options(
         temperature, softcap, ignore_index, num_columns, label_smoothing, with_entropy, with_argmax, backend
     )
     group = _resolve_process_group(tp_group)  # type: ignore[arg-type]
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
+    stats = (logsumexp, entropy, logsumexp_low)
     live = live_rows(upstream, kept_rows(targets, row_mask, ignore_index))
-    if need_hidden and live.shape[0] > 0:
+    # Of all rows, as all ranks have to find the same: which rows are live, they have not agreed upon yet.
+    may_refresh = not repeats and bool(are_saturated(logsumexp, entropy).any())
+    if (need_hidden and live.shape[0] > 0) or may_refresh:
         # A gradient that is 0 on one rank and 1e-9 on another must not make them wait for each other for ever.
         anywhere = live.to(torch.uint8)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=group)
@@ -279,18 +310,28 @@ def _vocab_parallel_token_stats_backward(
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
-    if num_live > 0 and num_columns > 0:
-        stats = (logsumexp, entropy, logsumexp_low)
-        gradients = fold_upstream(*take_live(upstream, stats, rows), label_smoothing, global_vocab_size)
-        skipped = skip_below(gradients, hidden.dtype) if skip_negligible else None
-        owned, local_targets = _own_columns(take(targets, rows), first, num_columns)
-        gradients = gradients._replace(onehot=torch.where(owned, gradients.onehot, 0.0))
+    if num_live > 0:
+        live_hidden, whole_weight, whole_bias = take(hidden, rows), take(weight, None), contiguous(bias)
+        live_targets, temperatures = take(targets, rows), take_some(row_temperature, rows)
+        live_upstream, live_stats = take_live(upstream, stats, rows)
         with torch.autocast(hidden.device.type, enabled=False):
-            dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
-                gradients, take(hidden, rows), take(weight, None), local_targets, contiguous(bias), options,
-                need_hidden, need_weight, need_bias and bias is not None, take_some(row_temperature, rows),
-                skip_below=skipped,
-            )  # fmt: skip
+            if may_refresh and (saturated := are_saturated(live_stats[0], live_stats[1])).any():
+                # A gradient needs neither a smoothed mean nor the argmax.
+                less = options._replace(label_smoothing=0.0, with_argmax=False)
+                fresh = _statistics(
+                    group, live_hidden, whole_weight, live_targets, whole_bias, temperatures, less, first, num_columns
+                )
+                live_stats = replace_stats(live_stats, put_stats(fresh, 0.0, None, num_live), saturated)
+            if num_columns > 0:
+                gradients = fold_upstream(live_upstream, live_stats, label_smoothing, global_vocab_size)
+                skipped = skip_below(gradients, hidden.dtype) if skip_negligible else None
+                owned, local_targets = _own_columns(live_targets, first, num_columns)
+                gradients = gradients._replace(onehot=torch.where(owned, gradients.onehot, 0.0))
+                dhidden, dweight, dbias = backend_module(hidden, backend).linear_backward(
+                    gradients, live_hidden, whole_weight, local_targets, whole_bias, options,
+                    need_hidden, need_weight, need_bias and bias is not None, temperatures,
+                    skip_below=skipped,
+                )  # fmt: skip
     if need_hidden:
         dhidden_sum = hidden.new_zeros((num_live, hidden.shape[1]), dtype=statistics_dtype(hidden.dtype))
         if dhidden is not None:

@@ -7,6 +7,7 @@ the shards, put together, are compared like any backend's: at most twice as wron
 import itertools
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -381,6 +382,100 @@ def test_ranks_need_not_agree_on_what_is_exactly_zero(ranks):
     outcome = whole(ranks.run(2, unequal_zeros, case, (60, 37)))
     expected = run_parallel(ranks, case, (60, 37))
     torch.testing.assert_close(outcome.dhidden, expected.dhidden, rtol=0, atol=1e-12)
+
+
+# Rows with a probability of 1, whose gradient is what that lacks. Logits of few live rows may round in another way than
+# those of all rows, which the statistics are of.
+
+
+def saturated_case(num_live: int, **changes) -> LinearCase:
+    """64 rows with final logits of about 3200 at their targets, which lie on all ranks; the first ``num_live`` live."""
+    dtype = changes.pop("dtype", torch.float32)
+    weight = torch.nn.functional.normalize(linear_case(1, 600, 1024).weight).to(dtype)
+    targets = torch.arange(64) * 251 % 600  # 0, 251, 502
+    case = linear_case(64, 600, 1024, dtype=dtype, temperature=0.1, **changes)
+    upstream = torch.zeros(4, 64)
+    upstream[[0, 3], :num_live] = 1.0
+    hidden = (weight[targets].float() * 320).to(dtype)
+    return case._replace(hidden=hidden, weight=weight, targets=targets, upstream=upstream)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 1000.0])
+@pytest.mark.parametrize("sizes", [(300, 300), (599, 1), (0, 600)], ids=str)
+def test_saturated_rows_keep_an_exact_zero(ranks, sizes, softcap, dtype, backend):
+    for num_live in (1, 3):
+        case = saturated_case(num_live, dtype=dtype, softcap=softcap, backend=backend)
+        check_parallel(ranks, case, sizes)
+        outcome = run_parallel(ranks, case, sizes)
+        assert not bool(outcome.dhidden.any())
+        assert not bool(outcome.dweight.any())
+        # Nearly saturated, beside a common offset.
+        bias = torch.full((600,), 300.0, dtype=dtype)
+        check_parallel(ranks, case._replace(hidden=(case.hidden.float() / 400).to(dtype), bias=bias), sizes)
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"with_argmax": True}, {"with_entropy": False}], ids=str)
+def test_saturated_rows_with_more_options(ranks, options):
+    case = saturated_case(3, **options)
+    case.upstream[3] *= options.get("with_entropy", True)
+    check_parallel(ranks, case, (300, 300))
+    check_parallel(ranks, case, (200, 0, 400))
+
+
+@pytest.mark.parametrize("sizes", [(300, 300), (0, 600)], ids=str)
+def test_probability_shared_by_equal_columns_of_two_ranks(ranks, sizes):
+    # What one of them gains the other must lose, to the last bit: they push hidden to opposite sides.
+    case = saturated_case(1, backend="reference")
+    case.weight[400] = case.weight[0]
+    assert not bool(run_linear(plain_linear, case._replace(options={"temperature": 0.1})).dhidden.any())
+    assert not bool(run_parallel(ranks, case, sizes).dhidden.any())
+
+
+def saturated_backward(group, case, sizes, needed, live, repeating):
+    """On a rank: gradients of ``needed``, and how often the backward pass reduced and gathered over all ranks.
+
+    This rank has as many live rows, and products that repeat or not, as ``live`` and ``repeating`` say.
+    """
+    from repirl_kernels import parallel
+
+    case = own_shard(group, case, sizes)
+    case.upstream[:, live[group.rank()] :] = 0
+    leaves = {name: getattr(case, name).clone().requires_grad_(name in needed) for name in ("hidden", "weight")}
+    with mock.patch.object(parallel, "repeats_products", return_value=repeating[group.rank()]):
+        stats = torch.stack(list(linear_token_stats(**leaves, targets=case.targets, **case.options)))
+    with (
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced,
+        mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gathered,
+    ):
+        stats.backward(case.upstream)
+    return [leaves[name].grad for name in needed], (reduced.call_count, gathered.call_count)
+
+
+@pytest.mark.parametrize("needed", [("hidden", "weight"), ("hidden",), ("weight",)], ids=str)
+@pytest.mark.parametrize("live", [(3, 3), (0, 3), (1, 0)], ids=str)
+@pytest.mark.parametrize("repeating", [(False, False), (True, False)], ids=str)
+def test_ranks_need_not_agree_on_what_saturated_rows_need(ranks, repeating, live, needed):
+    case = saturated_case(3, backend="reference")
+    for gradients, calls in ranks.run(2, saturated_backward, case, (500, 100), needed, live, repeating):
+        assert calls == (1 + ("hidden" in needed), 1)
+        for gradient in gradients:
+            assert bool(gradient.isfinite().all())
+            assert live != (3, 3) or not bool(gradient.any())
+
+
+@pytest.mark.parametrize("why", ["no large logit", "repeating products", "no live row"])
+def test_no_collective_more_where_saturated_rows_lose_nothing(ranks, why):
+    case = saturated_case(0 if why == "no live row" else 3, backend="reference")
+    if why == "no large logit":
+        case = case._replace(hidden=case.hidden / 100)
+    for needed in (("hidden", "weight"), ("weight",)):
+        # Which rows are live has to be asked for hidden, or where it decides about saturated ones.
+        expected = {"no live row": 1}.get(why, 2 if "hidden" in needed else 0)
+        repeating = (why == "repeating products",) * 2
+        for _, calls in ranks.run(2, saturated_backward, case, (500, 100), needed, (3, 3), repeating):
+            assert calls == (expected, 0)
 
 
 def compiled(group, case, sizes):
