@@ -195,7 +195,7 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         batch.write("old_logprob", old)
         batch.write("sampler_logprob", old)
         rloo.write_advantages(batch, config)
-        policy.step(batch, rloo.ClippedLoss(batch, config, 1))
+        policy.update(batch, rloo.ClippedLoss(batch, config, 1))
         clock.stop("policy")
         if step == 0:
             update = changes(model, before)
@@ -219,7 +219,7 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         for _ in range(options.steps + 1):
             clock.start()
             prm.score(batch)
-            prm.step(batch, lambda outputs, micro: outputs["value"].mean())
+            prm.update(batch, lambda outputs, micro: outputs["value"].mean())
             prm.score(batch)
             clock.stop("prm")
     leave_world()

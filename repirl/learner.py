@@ -199,7 +199,7 @@ class Learner:
         reshard(self.model)
         return {name: self.world.sum(stream) for name, stream in collected.items()}
 
-    def step(self, batch: PackedBatch, loss_function: LossFunction) -> dict[str, float]:
+    def update(self, batch: PackedBatch, loss_function: LossFunction) -> dict[str, float]:
         """One update on the whole batch, micro-batch by micro-batch; the loss is the sum over micro-batches.
 
         Normalisers belong into `loss_function`, computed over the whole batch, so that how the batch is cut and dealt

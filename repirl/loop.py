@@ -79,7 +79,7 @@ def _train(run: Run, *, resume: bool) -> None:
 def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
     experts = sample_experts(run)
     with timer("policy"):
-        found = [run.policy.step(experts, sft.loss(experts)) for _ in range(run.config.policy.updates_per_step)]
+        found = [run.policy.update(experts, sft.loss(experts)) for _ in range(run.config.policy.updates_per_step)]
     return _named("policy", found[-1]) | {"tokens": experts.num_tokens}
 
 
@@ -138,7 +138,7 @@ def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, 
         for _ in range(config.prm.updates_per_step):
             batch.write("reward", irl.rewards(prm.score(batch), batch, config.prm))
             metrics = irl.write_coefficients(batch, config.irl, behaviour)
-            metrics |= prm.step(batch, irl.loss(batch, config.prm, config.irl))
+            metrics |= prm.update(batch, irl.loss(batch, config.prm, config.irl))
     return _named("prm", metrics)
 
 
@@ -152,7 +152,7 @@ def update_policy(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[st
     with timer("policy"):
         for _ in range(config.policy.updates_per_step):
             loss = rloo.ClippedLoss(rollouts, config.loss, config.rollout.max_response_tokens)
-            metrics |= run.policy.step(rollouts, loss) | loss.metrics(run.world)
+            metrics |= run.policy.update(rollouts, loss) | loss.metrics(run.world)
     return _named("policy", metrics)
 
 

@@ -35,7 +35,7 @@ def write_advantages(rollouts: PackedBatch, config: LossConfig) -> dict[str, flo
 
 
 class ClippedLoss:
-    """The loss of one policy update, as Learner.step takes it; its normalisers are those of the whole batch.
+    """The loss of one policy update, as Learner.update takes it; its normalisers are those of the whole batch.
 
     Reads the streams `advantage`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
     """

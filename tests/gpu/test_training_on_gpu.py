@@ -104,7 +104,7 @@ def test_an_idle_model_leaves_the_gpu(tmp_path):
     path = make_model(tmp_path / "model", head_dim=512)
     residency = Residency(tmp_path / "offload", "rank_0")
     first, second = (learner(path, DEVICE) for _ in range(2))
-    first.step(batch(), loss)
+    first.update(batch(), loss)
     before = {n: w.clone().cpu() for n, w in first.model.named_parameters()}
     # A weight and two moments; what is small stays.
     large = sum(3 * w.nbytes for w in before.values() if w.nbytes >= 1 << 16)
@@ -113,7 +113,7 @@ def test_an_idle_model_leaves_the_gpu(tmp_path):
     residency.add(first)
     assert held - torch.cuda.memory_allocated() >= large
     residency.add(second)
-    second.step(batch(), loss)
+    second.update(batch(), loss)
     first.score(batch())
     assert all(torch.equal(w.cpu(), before[n]) for n, w in first.model.named_parameters())
     assert not list((tmp_path / "offload").iterdir())

@@ -264,7 +264,7 @@ def test_an_asynchronous_save_holds_the_moment_that_it_was_asked_for(tmp_path, m
         return writing(*arguments)
 
     def update():
-        learner.step(batch, lambda outputs, _: outputs["logprob"].sum())
+        learner.update(batch, lambda outputs, _: outputs["logprob"].sum())
 
     monkeypatch.setattr(checkpoint, "_write", waiting)
     world = World(torch.device("cpu"))
@@ -573,7 +573,7 @@ def test_a_save_before_the_first_update_changes_nothing(tmp_path):
         if name == "loaded":
             checkpoint.load_checkpoint(writer.choose(), {"policy": learner}, World(torch.device("cpu")))
         for _ in range(2):
-            learner.step(batch, lambda outputs, _: outputs["logprob"].sum())
+            learner.update(batch, lambda outputs, _: outputs["logprob"].sum())
         updated.append([w.detach().clone() for w in learner.trained.values()])
     saved, never, loaded = updated
     assert all(torch.equal(a, b) for a, b in zip(saved, never, strict=True))
@@ -632,15 +632,15 @@ def skip_together(_group, values, path):
     def equal(before):
         return len(before) == len(state()) and all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 
-    learner.step(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
+    learner.update(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
     before = state()
-    skipped = learner.step(batch, loss)["skipped_updates"]
+    skipped = learner.update(batch, loss)["skipped_updates"]
     same = equal(before)
-    learner.step(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
+    learner.update(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
     moved = not equal(before)
-    learner.step(batch, loss)
+    learner.update(batch, loss)
     try:
-        learner.step(batch, loss)
+        learner.update(batch, loss)
     except TrainingError as error:
         return skipped, same, moved, any(seen), str(error)
 

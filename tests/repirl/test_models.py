@@ -118,10 +118,10 @@ def test_layout_covers_every_token_once():
 def test_nonfinite_update_is_skipped_and_counted(tmp_path):
     ours = learner(make_model(tmp_path / "m"))
     before = [p.clone() for p in ours.model.parameters()]
-    result = ours.step(pack(PAIRS), lambda out, mb: out["logprob"].sum() * float("nan"))
+    result = ours.update(pack(PAIRS), lambda out, mb: out["logprob"].sum() * float("nan"))
     assert result["skipped_updates"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
-    assert ours.step(pack(PAIRS), lambda out, mb: -out["logprob"].sum())["skipped_updates"] == 1
+    assert ours.update(pack(PAIRS), lambda out, mb: -out["logprob"].sum())["skipped_updates"] == 1
     assert not all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
 
 

@@ -145,13 +145,13 @@ def weights_of(engine):
 
 
 def test_the_engine_sleeps_while_models_train(tmp_path, monkeypatch):
-    step, asleep = Learner.step, []
+    update, asleep = Learner.update, []
 
     def watched(self, *arguments):
         asleep.append(engines[-1].asleep)
-        return step(self, *arguments)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(Learner, "update", watched)
     for order in ("policy_first", "prm_first"):
         asleep.clear()
         run_with_own_weights(config_of(tmp_path, order, "none", order=order))

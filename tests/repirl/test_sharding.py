@@ -51,7 +51,7 @@ def updates(learner, count, num_steps):
     batch.write("weight", torch.linspace(-1, 1, batch.num_response_tokens))
     before = learner.score(batch)
     grads = gradients(learner, batch, loss)
-    metrics = [learner.step(batch, loss) for _ in range(num_steps)]
+    metrics = [learner.update(batch, loss) for _ in range(num_steps)]
     after = {name: weight.clone() for name, weight in learner.weights()}
     return before, grads, after, [(m["loss"], m["grad_norm"]) for m in metrics], learner.score(batch)
 

@@ -104,7 +104,7 @@ def test_an_update_moves_its_own_adapter_only(tmp_path):
     batch = weighted_batch()
     for learner, loss in ((policy, policy_loss), (prm, value_loss), (policy, policy_loss)):
         before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
-        assert learner.step(batch, loss)["grad_norm"] > 0
+        assert learner.update(batch, loss)["grad_norm"] > 0
         moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == set(learner.trained)
         # Asking others between two updates costs none of them its gradients.
@@ -151,7 +151,7 @@ def sharded_adapters(_group, values, path):
     batch = weighted_batch()
     metrics = []
     for _ in range(2):
-        metrics += [policy.step(batch, policy_loss)["loss"], prm.step(batch, value_loss)["loss"]]
+        metrics += [policy.update(batch, policy_loss)["loss"], prm.update(batch, value_loss)["loss"]]
     scores = (
         policy.score(batch) | prm.score(batch) | {"reference": Learner(model, None, **options).score(batch)["logprob"]}
     )
@@ -164,7 +164,7 @@ def test_sharded_adapters_train_as_those_of_one_process(tmp_path, compute_dtype)
     policy, prm, reference = shared(path, getattr(torch, compute_dtype))
     batch, expected = weighted_batch(), []
     for _ in range(2):
-        expected += [policy.step(batch, policy_loss)["loss"], prm.step(batch, value_loss)["loss"]]
+        expected += [policy.update(batch, policy_loss)["loss"], prm.update(batch, value_loss)["loss"]]
     scores = policy.score(batch) | prm.score(batch) | {"reference": reference.score(batch)["logprob"]}
     atol = 2e-5 if compute_dtype == "float32" else 5e-2
     with rank_processes(2) as ranks:
@@ -221,7 +221,7 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
     models = [load_model(str(path), kind="causal", dtype=torch.float32, device=CPU) for _ in range(2)]
     first, second = (Learner(m, OPTIMIZER, tokens_per_microbatch=99) for m in models)
     batch = weighted_batch()
-    first.step(batch, policy_loss)
+    first.update(batch, policy_loss)
     expected = first.score(batch)["logprob"]
     weights = {n: w.clone() for n, w in first.weights()}
     moments = {n: {k: v.clone() for k, v in first.optimizer.state[p].items()} for n, p in first.trained.items()}

@@ -64,14 +64,14 @@ def make_data(folder: Path, count: int = 24) -> dict[str, str]:
 
 
 def gradients(learner: Learner, batch: PackedBatch, loss: LossFunction) -> dict[str, torch.Tensor]:
-    """The whole gradients, by parameter, of the update that `step` is about to make; it is not made."""
+    """The whole gradients, by parameter, of the update that `update` is about to make; it is not made."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
         found.update({name: whole(p.grad).clone() for name, p in learner.trained.items() if p.grad is not None})
 
     step, learner.optimizer.step = learner.optimizer.step, keep
-    learner.step(batch, loss)
+    learner.update(batch, loss)
     learner.optimizer.step = step
     return found
 
