@@ -195,7 +195,8 @@ class SlabGradient {
  public:
   SlabGradient(const Problem &problem, const LinearGradients &gradients, int64_t workspace_bytes)
       : padded_rows_(round_up(problem.operands.num_rows, kTileRows)),
-        row_words_(padded_rows_ / problem.products.values_per_word), num_columns_(choose_width(problem, workspace_bytes)),
+        row_words_(padded_rows_ / problem.products.values_per_word),
+        num_columns_(choose_width(problem, workspace_bytes)),
         rows_(allocate<char>(gradients.hidden ? padded_rows_ * num_columns_ * problem.value_bytes : 0)),
         blocks_(allocate<uint32_t>(gradients.weight || gradients.weight_sum ? row_words_ * num_columns_ : 0)),
         rows_view_{gradients.hidden ? rows_.get() : nullptr, num_columns_, problem.value_bytes},
@@ -233,7 +234,8 @@ class SlabGradient {
 // One worker's buffers for the products of the backward pass.
 struct Scratch {
   explicit Scratch(const Problem &problem)
-      : logits(problem), panel(allocate<uint32_t>(std::max(kDepthWords, problem.words(kMaxSlabColumns)) * kPanelColumns)),
+      : logits(problem),
+        panel(allocate<uint32_t>(std::max(kDepthWords, problem.words(kMaxSlabColumns)) * kPanelColumns)),
         sums(allocate<float>(kTaskColumns * kPanelColumns)) {}
 
   LogitTile logits;
@@ -263,8 +265,10 @@ class SlabBackward {
         compute_gradient(scratch, first, num_columns, task / num_gradient_chunks_, task % num_gradient_chunks_);
       });
       const int64_t row_chunks = gradients_.hidden ? num_row_chunks_ : 0;
-      const int64_t column_chunks = gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
-      const int64_t num_row_tasks = row_chunks * num_feature_panels_, num_column_tasks = column_chunks * num_feature_panels_;
+      const int64_t column_chunks =
+          gradients_.weight || gradients_.weight_sum ? divide_up(num_columns, kTaskColumns) : 0;
+      const int64_t num_row_tasks = row_chunks * num_feature_panels_,
+                    num_column_tasks = column_chunks * num_feature_panels_;
       phases.run(num_workers, num_row_tasks + num_column_tasks + (gradients_.bias ? 1 : 0), [&](int64_t task) {
         if (task < num_row_tasks) {  // the longer tasks first: at the end, workers wait for a short one
           sum_over_columns(scratch, first, num_columns, task % row_chunks, task / row_chunks);
@@ -287,10 +291,11 @@ class SlabBackward {
     double *bias_sums = gradients_.bias ? bias_sums_.data() + row_chunk * slab_.max_columns() + column : nullptr;
     if (bias_sums) std::fill_n(bias_sums, count, 0.0);
     if (row_chunk == 0 && gradients_.weight != nullptr && problem_.rows_in_gradient == 0)
-      populate(static_cast<char *>(gradients_.weight) +
-                   (first + column) * operands_.num_features * problem_.value_bytes,
-               count * operands_.num_features * problem_.value_bytes);
-    const int64_t first_row = row_chunk * gradient_rows_, end = std::min(first_row + gradient_rows_, operands_.num_rows);
+      populate(
+          static_cast<char *>(gradients_.weight) + (first + column) * operands_.num_features * problem_.value_bytes,
+          count * operands_.num_features * problem_.value_bytes);
+    const int64_t first_row = row_chunk * gradient_rows_,
+                  end = std::min(first_row + gradient_rows_, operands_.num_rows);
     if (problem_.recompute())
       tile.pack(first + column, count, operands_.num_columns, divide_up(end - first_row, kTileRows));
     for (int64_t row = first_row; row < end; row += kTileRows) {
@@ -329,8 +334,8 @@ class SlabBackward {
     const char *next = static_cast<const char *>(problem_.kept(ahead, column, count));
     for (int64_t i = 0; i < count * operands_.kept.value_bytes(); i += kLineBytes) __builtin_prefetch(next + i, 0, 3);
     if (operands_.kept.powers) {
-      problem_.kernels.gradient_of_kept(static_cast<const uint16_t *>(kept), problem_.kept_maximum(row, column), out, count,
-                                        transform, target, rows_[row]);
+      problem_.kernels.gradient_of_kept(static_cast<const uint16_t *>(kept), problem_.kept_maximum(row, column), out,
+                                        count, transform, target, rows_[row]);
     } else {
       problem_.kernels.gradient_f32(static_cast<const float *>(kept), out, count, transform, target, rows_[row]);
     }
@@ -369,7 +374,8 @@ class SlabBackward {
                              scratch.panel.get());
       for (int64_t column = begin; column < end; column += kTileRows)
         problem_.products.multiply_block(slab_.block(column, problem_.words(row)), scratch.panel.get(),
-                                         problem_.words(num_rows), scratch.sums.get() + (column - begin) * kPanelColumns);
+                                         problem_.words(num_rows),
+                                         scratch.sums.get() + (column - begin) * kPanelColumns);
     }
     for (int64_t column = begin; column < end; ++column) {
       const float *sums = scratch.sums.get() + (column - begin) * kPanelColumns;
@@ -392,7 +398,8 @@ class SlabBackward {
     int64_t row = chunk * kTaskRows;
     const int64_t end = std::min(row + kTaskRows, operands_.num_rows);
     if (first == 0)
-      for (int64_t r = row; r < end; ++r) std::fill_n(gradients_.hidden + r * operands_.num_features + feature, width, 0.0f);
+      for (int64_t r = row; r < end; ++r)
+        std::fill_n(gradients_.hidden + r * operands_.num_features + feature, width, 0.0f);
     for (;;) {
       int64_t indices[kTileRows];
       int64_t count = 0;

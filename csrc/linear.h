@@ -55,10 +55,10 @@ extern const ProductKernels products_f32, products_bf16;
 // logits before bias, softcap and temperature. As far as they fit they lie in the memory that the weight's gradient will
 // take: a group of columns is read before that group's rows of the gradient are written.
 struct Kept {
-  char *buffer;               // kept_bytes() of them, aligned to 4 bytes; null: nothing is kept
-  void *weight_gradient;      // [num_columns, num_features] in the operand type, contiguous, or null
-  int64_t num_rows;           // of the forward pass
-  const int64_t *rows;        // backward's rows among these; null: all of them
+  char *buffer;           // kept_bytes() of them, aligned to 4 bytes; null: nothing is kept
+  void *weight_gradient;  // [num_columns, num_features] in the operand type, contiguous, or null
+  int64_t num_rows;       // of the forward pass
+  const int64_t *rows;    // backward's rows among these; null: all of them
   bool powers;
 
   int64_t value_bytes() const { return powers ? 2 : 4; }
@@ -95,8 +95,8 @@ struct LinearOperands {
 };
 
 struct LinearGradients {
-  float *hidden;  // [num_rows, num_features], contiguous; overwritten
-  void *weight;   // [num_columns, num_features], contiguous, in the operand type; overwritten
+  float *hidden;      // [num_rows, num_features], contiguous; overwritten
+  void *weight;       // [num_columns, num_features], contiguous, in the operand type; overwritten
   float *weight_sum;  // the same in float32; added to
   float *bias;        // [num_columns]; overwritten
 };  // null where not wanted

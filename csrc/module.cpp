@@ -87,7 +87,8 @@ template <class Function>
 void parallel_rows(size_t num_rows, size_t num_columns, int num_threads, const Function &function) {
   constexpr size_t kMinElements = 1 << 15;  // a thread is not worth starting for less
   const size_t useful = std::max<size_t>(1, num_rows * num_columns / kMinElements);
-  const size_t workers = std::min({static_cast<size_t>(std::max(1, num_threads)), useful, std::max<size_t>(1, num_rows)});
+  const size_t workers =
+      std::min({static_cast<size_t>(std::max(1, num_threads)), useful, std::max<size_t>(1, num_rows)});
   repirl::run_workers(static_cast<int>(workers), [&](int worker, int num_workers) {
     const size_t index = static_cast<size_t>(worker), count = static_cast<size_t>(num_workers);
     const size_t end = num_rows * (index + 1) / count;
@@ -139,8 +140,12 @@ States make_states(size_t num_rows, const Column<float> &maximum, const Column<d
   for (const Doubles *column : {&weighted, &sum})
     if (*column) check_length((*column)->shape(0), num_rows);
   if (argmax) check_length(argmax->shape(0), num_rows);
-  return {maximum.data(), target_logit.data(), total.data(), weighted ? weighted->data() : nullptr,
-          sum ? sum->data() : nullptr, argmax ? argmax->data() : nullptr};
+  return {maximum.data(),
+          target_logit.data(),
+          total.data(),
+          weighted ? weighted->data() : nullptr,
+          sum ? sum->data() : nullptr,
+          argmax ? argmax->data() : nullptr};
 }
 
 const float *make_temperatures(const Temperatures &temperatures, size_t num_rows) {
@@ -301,7 +306,8 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   check_gradient(dhidden, num_rows, num_features);
   check_gradient(dweight, weight.shape(0), num_features);
   check_gradient(dweight_sum, weight.shape(0), num_features);
-  Kept kept = make_kept<T>(buffer, dweight, static_cast<size_t>(num_buffer_rows), num_features, weight.shape(0), softcap);
+  Kept kept =
+      make_kept<T>(buffer, dweight, static_cast<size_t>(num_buffer_rows), num_features, weight.shape(0), softcap);
   if (buffer_rows) {
     check_length(buffer_rows->shape(0), num_rows);
     kept.rows = buffer_rows->data();
@@ -312,8 +318,8 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   }
   const LinearOperands operands =
       make_operands(hidden, weight, bias, temperature, temperatures, softcap, Wanted{}, targets, kept);
-  for (size_t length : {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0),
-                        uniform.shape(0)})
+  for (size_t length :
+       {logsumexp.shape(0), mean_logit.shape(0), mass.shape(0), onehot.shape(0), slope.shape(0), uniform.shape(0)})
     check_length(length, num_rows);
   if (dbias) check_length(dbias->shape(0), weight.shape(0));
   if (skip_below) check_length(skip_below->shape(0), num_rows);
@@ -321,8 +327,8 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
                                   dweight_sum ? dweight_sum->data() : nullptr, dbias ? dbias->data() : nullptr};
   std::vector<RowGradient> rows(num_rows);
   for (size_t row = 0; row < num_rows; ++row)
-    rows[row] = {logsumexp.data()[row], mean_logit.data()[row], mass.data()[row], onehot.data()[row],
-                 slope.data()[row], uniform.data()[row]};
+    rows[row] = {logsumexp.data()[row], mean_logit.data()[row], mass.data()[row],
+                 onehot.data()[row],    slope.data()[row],      uniform.data()[row]};
   const repirl::SkipLimits limits = skip_below ? skip_below->data() : nullptr;
   nb::gil_scoped_release release;
   repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, limits, workspace_bytes, num_threads);
@@ -333,25 +339,23 @@ auto array(const char *name) { return nb::arg(name).noconvert(); }
 
 template <class T>
 void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
-  module.def(forward_name, &linear_forward<T>,
-             "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
-             "of computed again.",
-             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"),
-             array("temperatures").none(), nb::arg("softcap"),
-             array("targets"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"),
-             array("sum").none(), array("argmax").none(),
-             array("buffer").none(), array("dweight").none(), nb::arg("num_threads"));
-  module.def(backward_name, &linear_backward<T>,
-             "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
-             "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
-             array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"),
-             array("temperatures").none(), nb::arg("softcap"),
-             array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
-             array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(),
-             array("dweight_sum").none(),
-             array("dbias").none(), array("buffer").none(), nb::arg("num_buffer_rows"),
-             array("buffer_rows").none(), array("skip_below").none(), nb::arg("workspace_bytes"),
-             nb::arg("num_threads"));
+  module.def(
+      forward_name, &linear_forward<T>,
+      "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
+      "of computed again.",
+      array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(),
+      nb::arg("softcap"), array("targets"), array("maximum"), array("total"), array("weighted").none(),
+      array("target_logit"), array("sum").none(), array("argmax").none(), array("buffer").none(),
+      array("dweight").none(), nb::arg("num_threads"));
+  module.def(
+      backward_name, &linear_backward<T>,
+      "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
+      "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
+      array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(),
+      nb::arg("softcap"), array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
+      array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(), array("dweight_sum").none(),
+      array("dbias").none(), array("buffer").none(), nb::arg("num_buffer_rows"), array("buffer_rows").none(),
+      array("skip_below").none(), nb::arg("workspace_bytes"), nb::arg("num_threads"));
 }
 
 }  // namespace
@@ -360,36 +364,33 @@ NB_MODULE(_native, module) {
   module.doc() = "One-pass statistics and gradients of slabs of logits on the CPU.";
   module.def("instruction_sets", &list_instruction_sets, "Names of the instruction sets that run here, best last.");
   module.def("instruction_set", [] { return g_kernels->name; }, "Name of the instruction set in use.");
-  module.def("use_instruction_set", [](const char *name) { use_instruction_set(name); }, nb::arg("name"),
-             "Run with another instruction set of instruction_sets() from now on (for tests).");
+  module.def(
+      "use_instruction_set", [](const char *name) { use_instruction_set(name); }, nb::arg("name"),
+      "Run with another instruction set of instruction_sets() from now on (for tests).");
   module.def(
       "update_f32",
       [](Matrix<const float> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
-         Column<const int64_t> targets,
-         int64_t first_column, Column<float> maximum, Column<double> total, Doubles weighted,
-         Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
+         Column<const int64_t> targets, int64_t first_column, Column<float> maximum, Column<double> total,
+         Doubles weighted, Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
         update<float>(slab, bias, temperature, temperatures, softcap, targets, first_column, maximum, total, weighted,
                       target_logit, sum, argmax, num_threads, g_kernels->update_f32);
       },
       "Take a slab of float32 logits into the rows' running statistics.", array("slab"), array("bias").none(),
       nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
-      nb::arg("first_column"), array("maximum"),
-      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
-      nb::arg("num_threads"));
+      nb::arg("first_column"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"),
+      array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
   module.def(
       "update_bf16",
       [](Matrix<const uint16_t> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
-         Column<const int64_t> targets,
-         int64_t first_column, Column<float> maximum, Column<double> total, Doubles weighted,
-         Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
+         Column<const int64_t> targets, int64_t first_column, Column<float> maximum, Column<double> total,
+         Doubles weighted, Column<float> target_logit, Doubles sum, Indices argmax, int num_threads) {
         update<uint16_t>(slab, bias, temperature, temperatures, softcap, targets, first_column, maximum, total,
                          weighted, target_logit, sum, argmax, num_threads, g_kernels->update_bf16);
       },
       "The same for bfloat16 logits, passed as their bits.", array("slab"), array("bias").none(),
       nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
-      nb::arg("first_column"), array("maximum"),
-      array("total"), array("weighted").none(), array("target_logit"), array("sum").none(), array("argmax").none(),
-      nb::arg("num_threads"));
+      nb::arg("first_column"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"),
+      array("sum").none(), array("argmax").none(), nb::arg("num_threads"));
   module.def(
       "gradient_f32",
       [](Matrix<const float> slab, Matrix<float> out, Bias bias, float temperature, Temperatures temperatures,
@@ -399,11 +400,10 @@ NB_MODULE(_native, module) {
         gradient<float>(slab, out, bias, temperature, temperatures, softcap, targets, first_column, logsumexp,
                         mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_f32);
       },
-      "Write the gradient of a slab of float32 logits to `out`, which may be the slab.", array("slab"),
-      array("out"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
-      array("targets"),
-      nb::arg("first_column"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
-      array("slope"), array("uniform"), nb::arg("num_threads"));
+      "Write the gradient of a slab of float32 logits to `out`, which may be the slab.", array("slab"), array("out"),
+      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      nb::arg("first_column"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"), array("slope"),
+      array("uniform"), nb::arg("num_threads"));
   module.def(
       "gradient_bf16",
       [](Matrix<const uint16_t> slab, Matrix<uint16_t> out, Bias bias, float temperature, Temperatures temperatures,
@@ -414,12 +414,12 @@ NB_MODULE(_native, module) {
                            mean_logit, mass, onehot, slope, uniform, num_threads, g_kernels->gradient_bf16);
       },
       "The same for bfloat16 logits and gradients, passed as their bits.", array("slab"), array("out"),
-      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"),
-      array("targets"), nb::arg("first_column"),
-      array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"), array("slope"),
+      array("bias").none(), nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
+      nb::arg("first_column"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"), array("slope"),
       array("uniform"), nb::arg("num_threads"));
-  module.def("has_products", [] { return choose_products<float>() != nullptr; },
-             "Whether linear_forward and linear_backward run with the instruction set in use.");
+  module.def(
+      "has_products", [] { return choose_products<float>() != nullptr; },
+      "Whether linear_forward and linear_backward run with the instruction set in use.");
   bind_linear<float>(module, "linear_forward_f32", "linear_backward_f32");
   bind_linear<uint16_t>(module, "linear_forward_bf16", "linear_backward_bf16");
 }

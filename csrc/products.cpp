@@ -201,7 +201,8 @@ void store_gradient_bf16(const float *tile, int64_t tile_stride, int64_t num_col
 void add(const float *values, int64_t count, float *sums) {
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 inside = lanes(count - i);
-    const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(inside, sums + i), _mm512_maskz_loadu_ps(inside, values + i));
+    const __m512 sum =
+        _mm512_add_ps(_mm512_maskz_loadu_ps(inside, sums + i), _mm512_maskz_loadu_ps(inside, values + i));
     _mm512_mask_storeu_ps(sums + i, inside, sum);
   }
 }
@@ -221,12 +222,12 @@ void round_bf16(const float *values, int64_t count, void *result) {
 }  // namespace
 
 extern const ProductKernels products_f32, products_bf16;
-const ProductKernels products_f32 = {Float32::kValuesPerWord, pack_transposed<Float32>, pack_f32,
-                                     multiply_rows<Float32>, multiply_block<Float32>, store_gradient_f32, add,
-                                     round_f32};
-const ProductKernels products_bf16 = {BFloat16::kValuesPerWord, pack_transposed<BFloat16>, pack_bf16,
-                                      multiply_rows<BFloat16>, multiply_block<BFloat16>, store_gradient_bf16,
-                                      add, round_bf16};
+const ProductKernels products_f32 = {
+    Float32::kValuesPerWord, pack_transposed<Float32>, pack_f32, multiply_rows<Float32>,
+    multiply_block<Float32>, store_gradient_f32,       add,      round_f32};
+const ProductKernels products_bf16 = {
+    BFloat16::kValuesPerWord, pack_transposed<BFloat16>, pack_bf16, multiply_rows<BFloat16>,
+    multiply_block<BFloat16>, store_gradient_bf16,       add,       round_bf16};
 
 }  // namespace avx512bf16
 }  // namespace repirl

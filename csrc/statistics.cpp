@@ -328,8 +328,9 @@ void gradient_of_kept(const uint16_t *powers, float maximum, float *out, int64_t
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {REPIRL_NAME, update_row<float>, update_row<uint16_t>, gradient_row<float>,
-                         gradient_row<uint16_t>, update_keeping, gradient_of_kept};
+const Kernels kernels = {REPIRL_NAME,         update_row<float>,      update_row<uint16_t>,
+                         gradient_row<float>, gradient_row<uint16_t>, update_keeping,
+                         gradient_of_kept};
 
 }  // namespace REPIRL_ISA
 }  // namespace repirl

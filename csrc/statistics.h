@@ -11,9 +11,9 @@ namespace repirl {
 
 // How stored values become final logits: z = softcap * tanh((x + bias) / softcap) / temperature.
 struct Transform {
-  const float *bias;    // one value a column of the slab, or null
-  float temperature;    // 1 for none
-  float softcap;        // 0 for none
+  const float *bias;  // one value a column of the slab, or null
+  float temperature;  // 1 for none
+  float softcap;      // 0 for none
 };
 
 // What is wanted of a row beside its maximum and total.
@@ -23,11 +23,11 @@ struct Wanted {
 
 // Running statistics of one row, over the columns seen so far.
 struct RowState {
-  float maximum;        // m
-  double total;         // a = sum exp(z - m)
-  double weighted;      // b = sum exp(z - m) (z - m), if the entropy is wanted
-  double sum;           // sum z, if that is wanted
-  int64_t argmax;       // the first column with z = m, if that is wanted; -1 for none
+  float maximum;    // m
+  double total;     // a = sum exp(z - m)
+  double weighted;  // b = sum exp(z - m) (z - m), if the entropy is wanted
+  double sum;       // sum z, if that is wanted
+  int64_t argmax;   // the first column with z = m, if that is wanted; -1 for none
 };
 
 inline constexpr RowState kNoColumns{-__builtin_inff(), 0.0, 0.0, 0.0, -1};
@@ -60,8 +60,7 @@ using GradientRowBF16 = void (*)(const uint16_t *x, uint16_t *out, int64_t num_c
 // need more, and at most kMaxKeptColumns.
 constexpr int64_t kMaxKeptColumns = 1024;
 using UpdateKeeping = void (*)(const float *x, int64_t num_columns, const Transform &, const Wanted &,
-                               int64_t first_column, int64_t target, RowState &, float &target_logit,
-                               uint16_t *powers);
+                               int64_t first_column, int64_t target, RowState &, float &target_logit, uint16_t *powers);
 using GradientOfKept = void (*)(const uint16_t *powers, float maximum, float *out, int64_t num_columns,
                                 const Transform &, int64_t target, const RowGradient &);
 
