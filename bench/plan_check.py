@@ -23,7 +23,7 @@ from repirl.config import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.plan.fit import describe_fit, find_fit, gib, usable
 from repirl.plan.plan import GIB, PROCESS_BYTES, plan
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Plan and reality

@@ -41,10 +41,10 @@ from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.distributed.shard import whole
 from repirl.distributed.world import join_world, leave_world
 from repirl.objectives import rloo
-from repirl.report.metrics import Work, peak_memory_bytes, reset_peak_memory
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine
 from repirl.run import build_learners
+from repirl.work import Work, peak_memory_bytes, reset_peak_memory
 
 NUM_PROMPTS, NUM_SAMPLES = 4, 4
 # Name -> (lengths equal, gradient checkpointing, sequences in a micro-batch).

@@ -213,7 +213,8 @@ def print_summary(config: Config) -> None:
     """The final table: the first, best and last value of the run's key metrics, and where everything is."""
     from pathlib import Path
 
-    from repirl.report.metrics import SHOWN, print_table, read_metrics
+    from repirl.report.display import SHOWN, print_table
+    from repirl.report.log import read_metrics
 
     lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
     rows = []

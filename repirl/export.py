@@ -14,8 +14,8 @@ from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
 from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import build_model, load_tokenizer, quiet_transformers
-from repirl.report.metrics import Work
 from repirl.run import build_learners
+from repirl.work import Work
 
 
 def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:

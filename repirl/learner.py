@@ -21,7 +21,7 @@ from repirl.distributed.offload import Residency
 from repirl.distributed.shard import gathered, reshard, whole
 from repirl.distributed.world import World
 from repirl.models import forward_flops, ordinary_attention
-from repirl.report.metrics import Work
+from repirl.work import Work
 
 # What a model says about each response token of a (micro-)batch: name -> [R] float32.
 Outputs = dict[str, Tensor]

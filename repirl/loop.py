@@ -10,7 +10,7 @@ from repirl.config import Config, ConfigError
 from repirl.evaluate import evaluate
 from repirl.learner import TrainingError
 from repirl.objectives import irl, rloo, sft
-from repirl.report.metrics import PhaseTimer, Reporter, peak_flops_of, peak_memory_bytes
+from repirl.report.reporter import Reporter
 from repirl.rollout.engine import MismatchError
 from repirl.run import Run, build, check_output_dir
 from repirl.sampling import (
@@ -21,6 +21,7 @@ from repirl.sampling import (
     write_expert_streams,
     write_reference,
 )
+from repirl.work import PhaseTimer, peak_flops_of, peak_memory_bytes
 
 
 def train(config: Config, *, resume: bool = False) -> int:

@@ -23,11 +23,11 @@ from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
 from repirl.learner import Learner
 from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
-from repirl.report.metrics import Work
 from repirl.rollout.engine import Engine
 from repirl.rollout.transformers import TransformersEngine
 from repirl.sampling import InFlight, in_flight_state, restore_in_flight
 from repirl.verify.verifier import Verifier
+from repirl.work import Work
 
 logger = logging.getLogger(__name__)
 

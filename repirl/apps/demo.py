@@ -40,8 +40,10 @@ from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model, quiet_transformers
 from repirl.objectives import irl
+from repirl.report.display import print_table
 from repirl.report.html import write_report
-from repirl.report.metrics import print_table, read_metrics, reset_peak_memory
+from repirl.report.log import read_metrics
+from repirl.work import reset_peak_memory
 
 NUM_STEPS = (4, 5)
 NUM_WARM, NUM_SLOPPY, NUM_TRAIN, NUM_HELD_OUT, NUM_PLANTED = 4000, 2000, 4000, 200, 200

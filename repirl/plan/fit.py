@@ -11,7 +11,7 @@ from rich.console import Console
 
 from repirl.config import Config, ConfigError, build_config, merge
 from repirl.plan.plan import GIB, Plan, plan
-from repirl.report.metrics import print_table
+from repirl.report.display import print_table
 
 
 def usable(memory: float, device: str) -> float:

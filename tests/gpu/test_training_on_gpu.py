@@ -25,7 +25,7 @@ from repirl.distributed.world import World, leave_world
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", 0)
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1])]

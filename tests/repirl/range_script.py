@@ -20,7 +20,7 @@ def run(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from repirl.config import build_config, describe
-    from repirl.report.metrics import read_metrics
+    from repirl.report.log import read_metrics
 
     # Compiling the 8-bit optimiser takes longer than all the rest.
     torch.compile = lambda function, **_: function

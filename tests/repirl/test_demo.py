@@ -6,7 +6,7 @@ import pytest
 
 from repirl.apps import demo
 from repirl.config import ConfigError
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 
 
 @pytest.fixture

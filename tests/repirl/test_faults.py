@@ -41,7 +41,7 @@ from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, TrainingError
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 from repirl.run import build
 from repirl.verify.verifier import Verifier
 

@@ -25,7 +25,7 @@ from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.objectives import irl, rloo
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 from repirl.rollout.engine import MismatchError
 from repirl.run import build, needs_reference
 from repirl.sampling import check_sampler

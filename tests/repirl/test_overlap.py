@@ -13,7 +13,7 @@ from repirl.evaluate import evaluate_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 from repirl.rollout.transformers import TransformersEngine
 
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")

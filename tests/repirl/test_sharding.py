@@ -25,7 +25,7 @@ from repirl.distributed.world import World, join_world
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 
 # Uneven on purpose; with three ranks and the first two only, one rank has none.
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1]), ([7], [8, 8, 8, 1])]

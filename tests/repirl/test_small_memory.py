@@ -22,7 +22,7 @@ from repirl.export import export_checkpoint
 from repirl.learner import Learner, make_optimizer
 from repirl.loop import train
 from repirl.models import load_model
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 from repirl.run import build
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from tiny import make_model, tiny_config
 
 from repirl.config import describe
 from repirl.loop import train
-from repirl.report.metrics import read_metrics
+from repirl.report.log import read_metrics
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)

@@ -1,0 +1,105 @@
+"""What the terminal shows: a live display of a run, and tables."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# What people look at: metric, label, format.
+SHOWN = [
+    ("eval/accuracy", "held-out accuracy", "{:.1%}"),
+    ("rollout/outcome", "train accuracy", "{:.1%}"),
+    ("policy/entropy", "entropy (nats/token)", "{:.3f}"),
+    ("prm/ess_fraction", "effective sample share", "{:.2f}"),
+    ("prm/reward_gap", "expert - policy reward", "{:+.3f}"),
+    ("policy/loss", "policy loss", "{:+.4f}"),
+    ("prm/loss", "PRM loss", "{:+.4f}"),
+    ("seconds/step", "seconds", "{:.2f}"),
+]
+
+
+class ProgressDisplay:
+    """A bar, the running phase and the newest metrics; plain lines where the output is no terminal."""
+
+    def __init__(self, total_steps: int, title: str, *, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.total_steps, self.title = total_steps, title
+        self._history: dict[str, list[float]] = {}
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(title, total=total_steps, phase="")
+        self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def phase(self, name: str) -> None:
+        self._progress.update(self._task, phase=name)
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """`step` steps are done, with these metrics."""
+        for name, value in metrics.items():
+            self._history.setdefault(name, []).append(value)
+        self._progress.update(self._task, completed=step)
+        if self.console.is_terminal:
+            self._live.update(self._view())
+            return
+        every = max(1, self.total_steps // 20)
+        if step % every == 0 or step == self.total_steps or "eval/accuracy" in metrics:
+            shown = [f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics]
+            self.console.print(f"{self.title} {step}/{self.total_steps}: {', '.join(shown)}", soft_wrap=True)
+
+    def _view(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, label, form in SHOWN:
+            values = self._history.get(name)
+            if values:
+                table.add_row(f"  {label}", form.format(values[-1]), sparkline(values))
+        return Group(self._progress, table)
+
+
+def sparkline(values: list[float], width: int = 32) -> str:
+    values = [v for v in values if math.isfinite(v)][-width:]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((v - low) / (high - low or 1) * (len(bars) - 1))] for v in values)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]], console: Console | None = None) -> None:
+    """A table whose cells are never cut or broken; where the output is narrow, its headings are stacked instead."""
+    console = console or Console()
+    for narrow in (False, True):
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(not narrow)))
+        for index, column in enumerate(columns):
+            heading = column.replace(" ", "\n") if narrow else column
+            table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(str, row))
+        needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+        if needed <= console.width:
+            break
+    # Wider than the output even so: long lines are better than lost digits.
+    table.width = needed
+    console.print(table, crop=False)
