@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
 from bench.demo_seeds import machine
-from repirl.config import build_config, describe, merge
+from repirl.configfile import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.plan.fit import describe_fit, find_fit, gib, usable
 from repirl.plan.plan import GIB, PROCESS_BYTES, plan

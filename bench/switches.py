@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.demo_seeds import machine
 from bench.plan_check import RETURNED, make_files, settings_of, train
-from repirl.config import build_config, describe, merge
+from repirl.configfile import build_config, describe, merge
 from repirl.plan.plan import GIB
 
 BASE: dict[str, Any] = {"prm": {"reward": "logprob"}, "irl": {"base_measure": "reference"}}

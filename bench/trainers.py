@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bench.demo_seeds import machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
-from repirl.config import Config, LossConfig, OptimizerConfig, build_config
+from repirl.config import Config, LossConfig, OptimizerConfig
+from repirl.configfile import build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.distributed.shard import whole
 from repirl.distributed.world import join_world, leave_world

@@ -31,7 +31,8 @@ def missing_packages() -> list[str]:
 
 
 try:
-    from repirl.config import Config, ConfigError, RunError, describe, list_presets, load_config
+    from repirl.config import Config, ConfigError, RunError
+    from repirl.configfile import describe, list_presets, load_config
 except ModuleNotFoundError:
     # `main` says what to install, rather than a traceback of whoever imports this.
     if not missing_packages():

@@ -1,20 +1,14 @@
 """Every option of a run: type, default, meaning, and its source in the paper where it has one.
 
-A configuration is a preset (optional), then a YAML file, then overrides `--a.b value`. Relative paths count
-from the working directory. Whatever is wrong with one is a `ConfigError` with one clear message.
+Options that do not fit together are refused here; `repirl.configfile` reads them from presets, files and overrides.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from contextlib import suppress
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -361,126 +355,3 @@ class Config(Section):
                     f"{name}.activation_offload moves what gradient checkpointing keeps: set "
                     f"{name}.gradient_checkpointing, too"
                 )
-
-
-def list_presets() -> list[str]:
-    folder = resources.files("repirl") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_preset(name: str) -> dict[str, Any]:
-    """The values of a shipped preset; ConfigError with the list where there is none of that name."""
-    if name not in list_presets():
-        raise ConfigError(
-            f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
-        )
-    return yaml.safe_load((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Preset (key `preset` of the file, or `--preset`), file, overrides, in this order.
-
-    overrides: ["--a.b", "value", "--c=value", ...]; values are read as YAML.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"configuration file {str(path)!r} does not exist")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold options by name, got a {type(values).__name__}")
-    changes = parse_overrides(overrides or [])
-    preset = changes.pop("preset", values.pop("preset", None))
-    return build_config(merge(merge(load_preset(preset) if preset is not None else {}, values), changes))
-
-
-def build_config(values: dict[str, Any]) -> Config:
-    """Validate plain values; ConfigError with the first thing that is wrong."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """["--a.b", "1"] or ["--a.b=1"] -> {"a": {"b": 1}}."""
-    values: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--") or name == "--":
-            raise ConfigError(f"unexpected argument {name!r}; options of the configuration are given as --a.b value")
-        name, equals, text = name[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ConfigError(f"option --{name} has no value; give --{name} VALUE")
-            text = rest.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value {text!r} of --{name} is not valid YAML") from error
-        if isinstance(value, str):
-            # YAML 1.1 reads 1e-4 as text; a person means a number.
-            with suppress(ValueError):
-                value = float(value) if any(c.isdigit() for c in value) else value
-        *parents, last = name.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--{name} goes into {parent!r}, which another option sets to {place!r}")
-        place[last] = value
-    return values
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def describe(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Config
-    for key in location:
-        field = section.model_fields.get(key) if section else None
-        if field is None:
-            return None
-        candidates = [field.annotation, *get_args(field.annotation)]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    return section
-
-
-def _explain(error: ValidationError) -> str:
-    first, more = error.errors()[0], error.error_count() - 1
-    path = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        section = _section_at(first["loc"][:-1])
-        names = list(section.model_fields) if section else []
-        parents = ".".join(map(str, first["loc"][:-1]))
-        full = [f"{parents}.{name}" if parents else name for name in names]
-        message = f"unknown option {path!r}{_nearest(path, full)}"
-    elif first["type"] == "missing":
-        message = f"option {path!r} is required"
-    elif not path:
-        message = first["msg"].removeprefix("Value error, ")
-    else:
-        message = f"option {path!r} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return message + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")

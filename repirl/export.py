@@ -9,7 +9,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
-from repirl.config import Config, build_config
+from repirl.config import Config
+from repirl.configfile import build_config
 from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
 from repirl.distributed.world import World
 from repirl.learner import Learner

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repirl.adapters import add_adapters, init_adapters
-from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig, describe
+from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig
+from repirl.configfile import describe
 from repirl.data.experts import Expert, load_experts
 from repirl.data.prompts import Cursor, PromptSet, load_prompts
 from repirl.distributed.checkpoint import Checkpointer, list_checkpoints, load_checkpoint

@@ -25,7 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from repirl.apps.localize import judge, step_scores
 from repirl.batch import PackedBatch, pack
-from repirl.config import Config, ConfigError, build_config, describe, load_preset, merge
+from repirl.config import Config, ConfigError
+from repirl.configfile import build_config, describe, load_preset, merge
 from repirl.data.tasks.arithmetic import (
     Problem,
     Solution,

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from repirl.config import Config, ConfigError, build_config, merge
+from repirl.config import Config, ConfigError
+from repirl.configfile import build_config, merge
 from repirl.plan.plan import GIB, Plan, plan
 from repirl.report.display import print_table
 

@@ -6,7 +6,7 @@ import pytest
 
 from bench import switches
 from bench.plan_check import settings_of
-from repirl.config import build_config, describe, merge
+from repirl.configfile import build_config, describe, merge
 from repirl.plan.plan import GIB
 
 

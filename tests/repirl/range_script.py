@@ -19,7 +19,7 @@ def run(folder: Path) -> None:
     from tiny import tiny_values
     from transformers import AutoModelForCausalLM
 
-    from repirl.config import build_config, describe
+    from repirl.configfile import build_config, describe
     from repirl.report.log import read_metrics
 
     # Compiling the 8-bit optimiser takes longer than all the rest.

@@ -3,16 +3,8 @@
 import pytest
 import yaml
 
-from repirl.config import (
-    ConfigError,
-    build_config,
-    describe,
-    list_presets,
-    load_config,
-    load_preset,
-    merge,
-    parse_overrides,
-)
+from repirl.config import ConfigError
+from repirl.configfile import build_config, describe, list_presets, load_config, load_preset, merge, parse_overrides
 
 
 def test_file_over_preset_and_override_over_file(tmp_path):

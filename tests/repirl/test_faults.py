@@ -28,7 +28,8 @@ from tiny import make_model, tiny_config, tiny_values
 
 from repirl.batch import pack
 from repirl.cli import main
-from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig, build_config
+from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig
+from repirl.configfile import build_config
 from repirl.distributed import checkpoint
 from repirl.distributed.checkpoint import (
     Checkpointer,

@@ -176,7 +176,9 @@ def test_kill_9_and_resume_continues_to_the_bit(tmp_path):
     killed = tiny_values(tmp_path, output_dir=str(tmp_path / "killed"), **options)
     file = tmp_path / "killed.yaml"
     file.write_text(yaml.safe_dump(killed))
-    code = f"from repirl.config import load_config; from repirl.loop import train; train(load_config({str(file)!r}))"
+    code = (
+        f"from repirl.configfile import load_config; from repirl.loop import train; train(load_config({str(file)!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     folder, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
     while len(list_checkpoints(folder)) < 2 and time.monotonic() < deadline:
@@ -280,7 +282,7 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     values = tiny_values(tmp_path, steps=2)
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:-3]))
-    from repirl.config import build_config
+    from repirl.configfile import build_config
 
     with pytest.raises(ConfigError, match=r"24 rows .* now there are 21 rows"):
         train(build_config(values), resume=True)

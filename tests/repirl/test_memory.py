@@ -23,7 +23,8 @@ from transformers import (
 from repirl.adapters import add_adapters, init_adapters, select_adapter
 from repirl.attention import PackedLayout
 from repirl.batch import pack
-from repirl.config import AdapterConfig, ConfigError, build_config, merge
+from repirl.config import AdapterConfig, ConfigError
+from repirl.configfile import build_config, merge
 from repirl.learner import Learner, enable_checkpointing
 from repirl.models import fuse
 from repirl.plan.activations import (

@@ -8,7 +8,8 @@ import torch
 from rank_processes import rank_processes
 from tiny import tiny_config, tiny_values
 
-from repirl.config import ConfigError, build_config
+from repirl.config import ConfigError
+from repirl.configfile import build_config
 from repirl.evaluate import evaluate_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train

@@ -18,7 +18,8 @@ from tiny import gradients, make_model, tiny_config, tiny_values
 
 from repirl.apps.demo import make_base, make_data
 from repirl.batch import pack
-from repirl.config import ConfigError, OptimizerConfig, build_config, load_preset, merge
+from repirl.config import ConfigError, OptimizerConfig
+from repirl.configfile import build_config, load_preset, merge
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.shard import units, whole
 from repirl.distributed.world import World, join_world

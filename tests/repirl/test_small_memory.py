@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from repirl.adapters import add_adapters, belongs, init_adapters, select_adapter
 from repirl.batch import pack
-from repirl.config import AdapterConfig, ConfigError, OptimizerConfig, build_config
+from repirl.config import AdapterConfig, ConfigError, OptimizerConfig
+from repirl.configfile import build_config
 from repirl.distributed.checkpoint import resolve_checkpoint
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import HostMemory, Parked, Residency

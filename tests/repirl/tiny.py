@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from repirl.batch import PackedBatch
-from repirl.config import Config, build_config, merge
+from repirl.config import Config
+from repirl.configfile import build_config, merge
 from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
 from repirl.distributed.shard import whole
 from repirl.learner import Learner, LossFunction

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import make_model, tiny_config
 
-from repirl.config import describe
+from repirl.configfile import describe
 from repirl.loop import train
 from repirl.report.log import read_metrics
 
