@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -204,10 +205,7 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
             f"the benchmarks are part of the source checkout, not of the installed package, and {checkout} has no "
             "bench/run.py: clone the repository and run `make bench` there"
         )
-    sys.path.insert(0, str(checkout))
-    from bench.run import main as run_benchmarks
-
-    return run_benchmarks(arguments)
+    return subprocess.run([sys.executable, "-m", "bench.run", *arguments], cwd=checkout).returncode
 
 
 def print_summary(config: Config) -> None:
