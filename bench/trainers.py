@@ -41,7 +41,7 @@ from repirl.configfile import build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.distributed.shard import whole
 from repirl.distributed.world import join_world, leave_world
-from repirl.objectives import rloo
+from repirl.objectives.rloo import RLOO
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine
 from repirl.run import build_learners
@@ -168,6 +168,9 @@ def configuration(options: argparse.Namespace, objective: str, budget: int) -> C
             "compute_dtype": options.compute_dtype,
             "policy": {"model": options.model} | side,
             "prm": {"reward": "value"} | side,
+            # The sequence's sum of log-probabilities, averaged over sequences, as RLOOTrainer has it; no entropy bonus.
+            "loss": {"aggregation": "constant_length", "entropy_coefficient": 0.0, "sampler_ratio_cap": None},
+            "rollout": {"max_response_tokens": 1},
             "data": {"train": "unused", "solution_column": "unused"},
             "batch": {"tokens_per_microbatch": budget},
         }
@@ -178,12 +181,11 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
     """Updates of the policy, then the PRM's part."""
     longest = max(len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"])
     budget = options.microbatch * longest
-    world = join_world(configuration(options, "rloo", budget))
-    policy, _, _ = build_learners(configuration(options, "rloo", budget), world, Work())
+    config = configuration(options, "rloo", budget)
+    world = join_world(config)
+    policy, objective = build_learners(config, world, Work())["policy"], RLOO(config)
     device, model = world.device, policy.model
     before = parameters(model)
-    # The sequence's sum of log-probabilities, averaged over sequences, as RLOOTrainer has it; no entropy bonus there.
-    config = LossConfig(aggregation="constant_length", entropy_coefficient=0.0, sampler_ratio_cap=None)
     clock, update = Clock(device), {}
     reset_peak_memory(device)
     base = peak_memory_bytes(device)
@@ -195,8 +197,8 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         clock.start()
         batch.write("old_logprob", old)
         batch.write("sampler_logprob", old)
-        rloo.write_advantages(batch, config)
-        policy.update(batch, rloo.ClippedLoss(batch, config, 1))
+        objective.prepare(batch)
+        policy.update(batch, objective)
         clock.stop("policy")
         if step == 0:
             update = changes(model, before)
@@ -213,14 +215,13 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(len(r.token_ids) for r in found)]
         del engine
     if options.prm:
-        # The policy comes along with it, and must not be there twice.
         del policy, model
-        _, prm, _ = build_learners(configuration(options, "repirl", budget), world, Work())
-        assert prm is not None
+        prm = build_learners(configuration(options, "repirl", budget), world, Work(), ("prm",))["prm"]
+        mean_value = SimpleNamespace(loss=lambda outputs, micro: (outputs["value"].mean(), {}))
         for _ in range(options.steps + 1):
             clock.start()
             prm.score(batch)
-            prm.update(batch, lambda outputs, micro: outputs["value"].mean())
+            prm.update(batch, mean_value)
             prm.score(batch)
             clock.stop("prm")
     leave_world()

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from repirl.config import AdapterConfig, ConfigError
+from repirl.distributed.shard import local_slices, whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -112,6 +112,11 @@ def belongs(parameter_name: str, adapter: str) -> bool:
     return f".{adapter}." in parameter_name or (is_value_head and adapter == "prm")
 
 
+def has_value_head(model: nn.Module, adapter: str) -> bool:
+    """Whether outputs with this adapter are those of the value head."""
+    return hasattr(model, "value_head") and belongs("value_head.weight", adapter)
+
+
 def base_name(parameter_name: str) -> str | None:
     """The name that a parameter has in the model without adapters; None for what adapters brought."""
     if "lora_" in parameter_name or parameter_name.startswith("value_head."):
@@ -142,10 +147,8 @@ def _part(values: Tensor, parameter: Tensor) -> Tensor:
     """What this process holds of a sharded parameter with these values."""
     if not isinstance(parameter, DTensor):
         return values
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if 0 in shape:
-        return values.new_empty(shape)
-    return values[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    where = local_slices(parameter)
+    return values.new_empty(parameter.to_local().shape) if where is None else values[where]
 
 
 @torch.no_grad()
@@ -158,14 +161,9 @@ def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tupl
         plain = base_name(name)
         if plain is None:
             continue
-        value = _whole(parameter)
+        value = whole(parameter.detach())
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if adapter is not None and layer is not None and adapter in layer.lora_A:
-            a, b = _whole(layer.lora_A[adapter].weight), _whole(layer.lora_B[adapter].weight)
+            a, b = (whole(part[adapter].weight.detach()) for part in (layer.lora_A, layer.lora_B))
             value = value.float() + layer.scaling[adapter] * (b.float() @ a.float())
         yield plain, value
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

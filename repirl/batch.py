@@ -3,6 +3,19 @@
 Axes: T tokens of S sequences lie end to end without padding; R of the T tokens are response tokens
 (the tokens that the policy or the expert chose). Streams are named [T] tensors aligned with the tokens;
 a value at token t belongs to the action a_t = token_ids[t] taken in the state of all tokens before it.
+
+The streams, all log-probabilities in nats:
+
+| stream            | what it holds                                  | written by          | read by                        |
+|-------------------|------------------------------------------------|---------------------|--------------------------------|
+| `sampler_logprob` | log mu, as the sampler says                    | rollout/sampler.py  | objectives rloo, irl           |
+| `old_logprob`     | log pi_old, as the trainer says                | loop.py             | objectives rloo, irl           |
+| `ref_logprob`     | log pi_ref at the policy's temperature         | run.py, Reference   | objectives rloo (KL), irl (b)  |
+| `prm_ref_logprob` | log pi_ref at the PRM's temperature            | run.py, Reference   | rewards.py (`implicit`)        |
+| `reward`          | r_t of the PRM                                 | loop.py             | objectives irl, rloo           |
+| `coefficient`     | dL/dr_t of the IRL loss                        | objectives/irl.py   | objectives/irl.py              |
+| `advantage`       | A_t                                            | objectives/rloo.py  | objectives/rloo.py             |
+| `loss_weight`     | share of a token's loss in the batch's         | objectives/rloo.py  | objectives/rloo.py             |
 """
 
 from __future__ import annotations
@@ -195,11 +208,11 @@ def pack(
 
 
 def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Batches one after the other; only streams that all of them have are kept."""
+    """Batches one after the other. A stream that one of them lacks is NaN there: whoever reads it by mistake sees it."""
     offsets = [0]
     for batch in batches:
         offsets.append(offsets[-1] + batch.num_tokens)
-    names = set.intersection(*(set(batch.streams) for batch in batches)) if batches else set()
+    names = sorted(set().union(*(batch.streams for batch in batches)))
     return PackedBatch(
         torch.cat([b.token_ids for b in batches]),
         torch.cat(
@@ -209,5 +222,10 @@ def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
         torch.cat([b.group_ids for b in batches]),
         torch.cat([b.source for b in batches]),
         torch.cat([b.outcome for b in batches]),
-        {name: torch.cat([b.streams[name] for b in batches]) for name in sorted(names)},
+        {name: torch.cat([_stream_or_nan(b, name) for b in batches]) for name in names},
     )
+
+
+def _stream_or_nan(batch: PackedBatch, name: str) -> Tensor:
+    stream = batch.streams.get(name)
+    return torch.full((batch.num_tokens,), math.nan) if stream is None else stream

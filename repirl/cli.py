@@ -39,6 +39,8 @@ except ModuleNotFoundError:
     if not missing_packages():
         raise
 
+# How people call the learners.
+LEARNERS = {"policy": "policy", "prm": "PRM"}
 OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 
 
@@ -234,8 +236,7 @@ def batch_arithmetic(config: Config) -> str:
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     rollout, budget = config.rollout, config.batch.tokens_per_microbatch
     lines = []
-    experts_per_step = config.irl.experts_per_step or rollout.prompts_per_step
-    if config.objective != "sft":
+    if config.system.online:
         prompts = load_prompts(config.data, tokenizer, "train")
         longest = max(len(p.token_ids) for p in prompts.prompts)
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
@@ -248,21 +249,20 @@ def batch_arithmetic(config: Config) -> str:
             f"run: {config.steps} steps = {config.steps * rollout.prompts_per_step} prompts = "
             f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
         ]
-    if config.objective != "rloo":
+    if "experts" in config.system.data:
         experts = load_experts(config.data, tokenizer)
         lengths = [len(e.prompt_ids) + len(e.response_ids) for e in experts]
         lines.append(
-            f"experts: {len(experts)} trajectories, {experts_per_step} a step, "
+            f"experts: {len(experts)} trajectories, {config.experts_per_step} a step, "
             f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
         )
     if config.data.eval:
         held_out = load_prompts(config.data, tokenizer, "eval")
         used = min(config.eval.num_prompts or len(held_out), len(held_out))
         lines.append(f"held out: {used} of {len(held_out)} prompts, every {config.eval.every} steps")
-    updates = f"{config.steps * config.policy.updates_per_step} of the policy"
-    if config.objective == "repirl":
-        updates += f", {config.steps * config.prm.updates_per_step} of the PRM"
-    return "\n".join([*lines, f"optimiser updates: {updates}"])
+    sections = sorted(config.trained_sections.items(), key=lambda item: item[0] != "policy")
+    updates = [f"{config.steps * section.updates_per_step} of the {LEARNERS[name]}" for name, section in sections]
+    return "\n".join([*lines, f"optimiser updates: {', '.join(updates)}"])
 
 
 def _microbatches(sequences: int, length: int, budget: int) -> int:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from repirl.systems import SYSTEMS, System
+
 
 class ConfigError(ValueError):
     """What the user can mend: an option, a file, a column. The message is all that needs to be shown."""
@@ -206,7 +208,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    objective: Literal["repirl", "rloo", "sft"] = Field("repirl", description="what is trained, and on what")
+    objective: str = Field("repirl", description=f"the training system (systems.py): {', '.join(SYSTEMS)}")
     output_dir: str = Field(description="metrics, checkpoints and reports go here")
     seed: int = Field(0, description="of sampling and of data order")
     steps: Positive = Field(description="turns of the dual loop")
@@ -243,11 +245,33 @@ class Config(Section):
         return self.compute_dtype or self.dtype
 
     @property
+    def system(self) -> System:
+        """The row of systems.py."""
+        return SYSTEMS[self.objective]
+
+    @property
+    def experts_per_step(self) -> int:
+        """Expert trajectories a step."""
+        return self.irl.experts_per_step or self.rollout.prompts_per_step
+
+    @property
+    def trained_sections(self) -> dict[str, PolicyConfig | PRMConfig]:
+        """The options of each learner that is trained."""
+        return {name: getattr(self, name) for name in self.system.trains}
+
+    @property
     def longest_sequence(self) -> int:
-        """Tokens that a sequence of a batch may have: a prompt, and what the objective trains on behind it."""
-        responses = [self.rollout.max_response_tokens] * (self.objective != "sft")
-        experts = [self.data.max_expert_tokens] * (self.objective != "rloo")
-        return self.data.max_prompt_tokens + max(responses + experts)
+        """Tokens that a sequence of a batch may have: a prompt, and what is trained on behind it."""
+        responses = [self.rollout.max_response_tokens] * self.system.online
+        experts = [self.data.max_expert_tokens] * ("experts" in self.system.data)
+        return self.data.max_prompt_tokens + max(responses + experts, default=0)
+
+    @field_validator("objective")
+    @classmethod
+    def _system_exists(cls, objective: str) -> str:
+        if objective not in SYSTEMS:
+            raise ValueError(f"input should be one of {[*SYSTEMS]}")
+        return objective
 
     @field_validator("data")
     @classmethod
@@ -259,50 +283,61 @@ class Config(Section):
         return data
 
     @model_validator(mode="after")
-    def _sides_fit(self) -> Config:
-        if self.objective != "sft":
-            if self.data.train is None:
-                raise ValueError(f"objective {self.objective!r} samples on prompts: set data.train")
-            if self.rollout.samples_per_prompt < 2:
-                raise ValueError(
-                    "rollout.samples_per_prompt is 1, but the leave-one-out baseline needs 2 or more responses a prompt"
-                )
-            uses_answers = self.loss.outcome_coefficient > 0 or (self.objective == "repirl" and self.irl.use_outcome)
-            if uses_answers and self.data.answer_column is None:
-                raise ValueError(
-                    "data.answer_column is null, but loss.outcome_coefficient > 0 or irl.use_outcome needs answers; "
-                    "without a verifier set loss.outcome_coefficient: 0 and irl.use_outcome: false"
-                )
-            if self.objective == "rloo" and self.loss.outcome_coefficient == 0:
-                raise ValueError("objective 'rloo' with loss.outcome_coefficient 0 has no reward at all")
-        if self.objective != "rloo" and self.data.experts is None and self.data.solution_column is None:
-            raise ValueError(
-                f"objective {self.objective!r} learns from experts: set data.solution_column, or data.experts"
-            )
-        if self.data.eval is not None and self.data.answer_column is None:
-            raise ValueError("data.eval is set but data.answer_column is null: nothing could be judged")
-        trained = {"policy": self.policy} | ({"prm": self.prm} if self.objective == "repirl" else {})
-        for name, section in trained.items():
+    def _options_fit(self) -> Config:
+        self._data_fits()
+        self._rewards_fit()
+        for name, section in self.trained_sections.items():
             if self.dtype == "bfloat16" and section.optimizer.lr < 1e-4:
                 raise ValueError(
                     f"dtype is bfloat16 and {name}.optimizer.lr {section.optimizer.lr}: bfloat16 weights round away "
                     "updates below about 1e-4, so nothing would be learned; use dtype: float32, and "
                     "compute_dtype: bfloat16 for products and activations"
                 )
-        if self.objective == "repirl" and self.loss.outcome_coefficient == self.loss.process_coefficient == 0:
-            raise ValueError(
-                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
-            )
         if self.prm.gguf_file is not None and self.prm.model is None:
             raise ValueError(
                 f"prm.gguf_file is {self.prm.gguf_file!r}, but without prm.model the PRM starts from the policy's "
                 "files: set prm.model, or leave it out"
             )
+        if "prm" in self.system.reads and self.prm.model is None:
+            raise ValueError(f"objective {self.objective!r} reads a trained PRM: set prm.model to its folder")
         self._rollout_options_fit()
         self._memory_options_fit()
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
         return self
+
+    def _data_fits(self) -> None:
+        """The data that the system learns from is there."""
+        needed = self.system.data
+        if "prompts" in needed and self.data.train is None:
+            raise ValueError(f"objective {self.objective!r} samples on prompts: set data.train")
+        if "experts" in needed and self.data.experts is None and self.data.solution_column is None:
+            raise ValueError(
+                f"objective {self.objective!r} learns from experts: set data.solution_column, or data.experts"
+            )
+        if self.data.eval is not None and self.data.answer_column is None:
+            raise ValueError("data.eval is set but data.answer_column is null: nothing could be judged")
+
+    def _rewards_fit(self) -> None:
+        """Rollouts can be judged, and the policy has a reward."""
+        if not self.system.online:
+            return
+        if self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                "rollout.samples_per_prompt is 1, but the leave-one-out baseline needs 2 or more responses a prompt"
+            )
+        sorts_rollouts = "experts" in self.system.data and self.irl.use_outcome
+        if (self.loss.outcome_coefficient > 0 or sorts_rollouts) and self.data.answer_column is None:
+            raise ValueError(
+                "data.answer_column is null, but loss.outcome_coefficient > 0 or irl.use_outcome needs answers; "
+                "without a verifier set loss.outcome_coefficient: 0 and irl.use_outcome: false"
+            )
+        if self.loss.outcome_coefficient == 0 and not self.system.has_prm:
+            raise ValueError(f"objective {self.objective!r} with loss.outcome_coefficient 0 has no reward at all")
+        if self.loss.outcome_coefficient == self.loss.process_coefficient == 0:
+            raise ValueError(
+                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
+            )
 
     def _rollout_options_fit(self) -> None:
         overlap = self.rollout.overlap
@@ -336,13 +371,13 @@ class Config(Section):
 
     def _memory_options_fit(self) -> None:
         if self.adapters is not None:
-            if self.prm.model is not None and self.objective == "repirl":
+            if self.prm.model is not None and self.system.has_prm:
                 raise ValueError(
                     f"adapters put policy and PRM on one base, but prm.model is {self.prm.model!r}: leave it out"
                 )
             if self.offload_idle:
                 raise ValueError("offload_idle moves whole models, but with adapters there is only one: leave it out")
-            if self.policy.gradient_checkpointing != self.prm.gradient_checkpointing and self.objective == "repirl":
+            if len({section.gradient_checkpointing for section in self.trained_sections.values()}) > 1:
                 raise ValueError(
                     "policy.gradient_checkpointing and prm.gradient_checkpointing differ, but with adapters there is "
                     "only one model: set both"

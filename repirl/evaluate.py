@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from repirl.checkpoint.load import load_weights
+from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import Config, ConfigError
-from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
-from repirl.rollout.engine import Sampling, sequence_seed
-from repirl.run import Run, build
-from repirl.sampling import begin_responses, judge
+from repirl.data.prompts import PromptSet, load_prompts
+from repirl.distributed.world import join_world
+from repirl.models import load_tokenizer
+from repirl.rollout.choose import make_engine
+from repirl.rollout.engine import sequence_seed
+from repirl.rollout.sampler import Sampler
+from repirl.run import build_learners, set_up_process
+from repirl.verify.process import Verifier
+from repirl.work import PhaseTimer
 
 
-def evaluate(run: Run) -> float:
+def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
     """Share of held-out prompts that the policy answers right; greedy at eval.temperature 0."""
-    config = run.config
-    if run.in_flight is not None and not run.engine_is_current:
-        # These are sampled from older weights: the engine gets the present ones when it is done with everybody's.
-        run.in_flight.future.result()
-        run.world.barrier()
-    run.ready_engine()
-    prompts = run.held_out.prompts[: config.eval.num_prompts]
+    prompts = held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
-    sampling = Sampling(config.rollout.max_response_tokens, config.eval.temperature, (run.tokenizer.eos_token_id,))
-    mine, future = begin_responses(run, prompts, seeds, sampling)
-    judged = judge(run, prompts, mine, future.result())
-    run.rest_engine()
+    judged = sampler.ask(prompts, seeds, config.eval.temperature)
     return sum(outcome or 0.0 for _, outcome in judged) / len(prompts)
 
 
@@ -34,15 +32,19 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     if config.data.eval is None:
         raise ConfigError("data.eval is not set: there are no held-out prompts to evaluate on")
     path = resolve_checkpoint(checkpoint) if checkpoint is not None else None
-    # Only the policy is needed, so neither a PRM nor a reference is loaded.
-    policy_only = {
-        "objective": "rloo",
-        "loss": config.loss.model_copy(update={"kl_coefficient": 0.0}),
-        "data": config.data.model_copy(update={"train": config.data.eval}),
-    }
-    run = build(config.model_copy(update=policy_only))
-    if path is not None:
-        load_weights(path, "policy", run.policy)
-    accuracy = evaluate(run)
-    run.close()
-    return accuracy, len(run.held_out.prompts[: config.eval.num_prompts])
+    set_up_process(config)
+    world, timer = join_world(config), PhaseTimer()
+    tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
+    held_out = load_prompts(config.data, tokenizer, "eval")
+    policy = build_learners(config, world, timer.work, ("policy",))["policy"]
+    engine, verifier = make_engine(config, policy, tokenizer), Verifier(config.verifier)
+    sampler = Sampler(config, policy, tokenizer, engine, verifier, None, timer)
+    try:
+        if path is not None:
+            load_weights(path, "policy", policy)
+        accuracy = evaluate(sampler, held_out, config)
+    finally:
+        sampler.close()
+        if policy.residency is not None:
+            policy.residency.close()
+    return accuracy, len(held_out.prompts[: config.eval.num_prompts])

@@ -9,12 +9,13 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
+from repirl.checkpoint.load import load_weights
+from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import Config
 from repirl.configfile import build_config
-from repirl.distributed.checkpoint import load_weights, resolve_checkpoint
 from repirl.distributed.world import World
 from repirl.learner import Learner
-from repirl.models import build_model, load_tokenizer, quiet_transformers
+from repirl.models import add_value_head, build_model, load_tokenizer, quiet_transformers
 from repirl.run import build_learners
 from repirl.work import Work
 
@@ -48,20 +49,19 @@ def _whole(folder: Path) -> dict[str, PreTrainedModel]:
 
 
 def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
-    # How it was trained, on a GPU maybe, is of no matter here.
+    # Options of training, which may ask for a GPU, do not matter here.
     plain = {"gradient_checkpointing": False, "activation_offload": False}
-    sections = {name: getattr(config, name).model_copy(update=plain) for name in ("policy", "prm")}
-    policy, prm, _ = build_learners(config.model_copy(update=sections), World(torch.device("cpu")), Work())
+    sections = {name: section.model_copy(update=plain) for name, section in config.trained_sections.items()}
+    world = World(torch.device("cpu"))
+    learners = build_learners(config.model_copy(update=sections), world, Work(), config.system.trains)
     models = {}
-    for name, learner in {"policy": policy, "prm": prm}.items():
-        if learner is None:
-            continue
+    for name, learner in learners.items():
         load_weights(folder, name, learner)
         weights = dict(learner.weights())
         plain_config = AutoConfig.from_pretrained(folder / name)
         factory = AutoModelForCausalLM
         if learner.reads_values:
-            plain_config.num_labels, plain_config.classifier_dropout = 1, 0.0
+            add_value_head(plain_config)
             factory = AutoModelForTokenClassification
             weights.pop("lm_head.weight", None)
             head = learner.model.value_head

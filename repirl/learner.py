@@ -1,19 +1,26 @@
-"""One trainable model: token streams out of it, gradients into it. It knows no algorithm."""
+"""A model with what it takes to train it: token streams out of it, gradients into it. It knows no algorithm."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import PreTrainedModel, get_scheduler
 
-from repirl.adapters import belongs, is_shared, merged_weights, select_adapter
+from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, select_adapter
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError, OptimizerConfig, RunError
@@ -21,12 +28,16 @@ from repirl.distributed.offload import Residency
 from repirl.distributed.shard import gathered, reshard, whole
 from repirl.distributed.world import World
 from repirl.models import forward_flops, ordinary_attention
+from repirl.objectives import Figures, Metrics, Outputs
 from repirl.work import Work
 
-# What a model says about each response token of a (micro-)batch: name -> [R] float32.
-Outputs = dict[str, Tensor]
-# Maps the outputs for a micro-batch and that micro-batch to its share of the loss, a scalar.
-LossFunction = Callable[[Outputs, PackedBatch], Tensor]
+
+class Loss(Protocol):
+    """What an update needs of an objective."""
+
+    def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
+        """See objectives.Objective.loss."""
+        ...
 
 
 class TrainingError(RunError):
@@ -34,15 +45,17 @@ class TrainingError(RunError):
 
 
 class Learner:
-    """A model with its optimiser and schedule.
+    """A model, and with an optimiser its schedule and counters.
 
-    model: a fused model (models.fuse), sharded where `world.mesh` says so · optimizer: None for a model that is only
-    asked · num_updates: optimiser updates that the schedule is laid out for · tokens_per_microbatch: what one forward
-    and backward may hold · temperature: the sampling temperature, at which the model's distribution is read ·
-    reads_values: whether the model's one-output head is what is asked, not its distribution; by default where there
-    is no other · adapter: which of the adapters of a shared model (adapters.add_adapters) this is, None for its base ·
-    world: the processes that share the work; each of them calls the same methods with the same batches · work: counts
-    what was computed.
+    Args:
+        model: a fused model (models.fuse), sharded where `world.mesh` says so.
+        optimizer: None for a frozen model.
+        num_updates: optimiser updates that the schedule is laid out for.
+        tokens_per_microbatch: what one forward and backward pass may hold.
+        temperature: the sampling temperature, at which the model's distribution is read.
+        adapter: which of the adapters of a shared model (adapters.add_adapters) this is, None for its base.
+        world: the processes that share the work; each of them calls the same methods with the same batches.
+        work: counts what was computed.
     """
 
     def __init__(
@@ -53,9 +66,6 @@ class Learner:
         num_updates: int = 1,
         tokens_per_microbatch: int,
         temperature: float = 1.0,
-        gradient_checkpointing: bool = False,
-        activation_offload: bool = False,
-        reads_values: bool | None = None,
         adapter: str | None = None,
         world: World | None = None,
         work: Work | None = None,
@@ -65,11 +75,10 @@ class Learner:
         self.work = work or Work()
         self.tokens_per_microbatch = tokens_per_microbatch
         self.temperature = temperature
-        self.reads_values = not hasattr(model, "lm_head") if reads_values is None else reads_values
         self.adapter, self.shares_model = adapter, is_shared(model)
+        # Whether outputs are those of a one-output head rather than of the distribution over the vocabulary.
+        self.reads_values = not hasattr(model, "lm_head") or (adapter is not None and has_value_head(model, adapter))
         self.residency: Residency | None = None
-        if gradient_checkpointing:
-            enable_checkpointing(model, offload=activation_offload)
         # Training mode everywhere, for checkpointing and because rollouts and updates must be one distribution:
         # dropout would make pi_old differ from itself.
         model.train()
@@ -103,7 +112,68 @@ class Learner:
     def device(self) -> torch.device:
         return self.world.device
 
-    def set_num_updates(self, count: int) -> None:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter once, whole, by its Hugging Face name, as a sampling engine loads it; where the model is
+        sharded, every process has to go through all of them."""
+        self._activate()
+        if self.shares_model:
+            yield from merged_weights(self.model, self.adapter)
+            return
+        for name, parameter in self.model.named_parameters():
+            yield name, whole(parameter.detach())
+
+    # What a checkpoint holds.
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Weights, sharded as they are: all of the model's, or of a shared model those that are trained here."""
+        self._activate()
+        state = get_model_state_dict(self.model)
+        return {name: state[name] for name in self.trained} if self.shares_model else state
+
+    def load_model_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `model_state` gave."""
+        self._activate()
+        set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
+        self.version += 1
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Plain numbers that belong to its state: updates that the schedule has counted, and skipped ones."""
+        return {
+            "num_updates": self.scheduler.last_epoch,
+            "num_skipped_updates": self.num_skipped_updates,
+            "num_skipped_in_a_row": self.num_skipped_in_a_row,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this learner needs to go on: `model` and `optimizer` (tensors, sharded as they are) and `counters`
+        (plain numbers). Empty for a frozen one."""
+        if self.optimizer is None:
+            return {}
+        model = self.model_state()
+        never_stepped = not self.optimizer.state
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        if never_stepped:
+            # To have moments to write, PyTorch has made a step with gradients of zero: it must not count.
+            for state in self.optimizer.state.values():
+                state["step"].zero_()
+        return {"model": model, "optimizer": optimizer, "counters": self.counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave. The optimiser's options and the schedule stay those of this learner, so
+        that a run can go on with others than it began with."""
+        assert self.optimizer is not None
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.load_model_state(state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        for group, mine in zip(self.optimizer.param_groups, options, strict=True):
+            group |= mine
+        counters = state["counters"]
+        self._set_num_updates(counters["num_updates"])
+        self.num_skipped_updates = counters["num_skipped_updates"]
+        self.num_skipped_in_a_row = counters["num_skipped_in_a_row"]
+
+    def _set_num_updates(self, count: int) -> None:
         """Go on as if `count` updates had been made: the schedule's place, and the rate that belongs to it."""
         assert self.optimizer is not None
         self.scheduler.last_epoch, self.scheduler._step_count = count, count + 1
@@ -115,30 +185,8 @@ class Learner:
             else:
                 group["lr"] = rate
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once, whole, by its Hugging Face name, as a sampling engine loads it; where the model is
-        sharded, every process has to go through all of them."""
-        self._take_place()
-        if self.shares_model:
-            yield from merged_weights(self.model, self.adapter)
-            return
-        for name, parameter in self.model.named_parameters():
-            yield name, whole(parameter.detach())
-
-    def model_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: all of it, or of a shared one what is trained here."""
-        self._take_place()
-        state = get_model_state_dict(self.model)
-        return {name: state[name] for name in self.trained} if self.shares_model else state
-
-    def load_model_state(self, state: dict[str, Tensor]) -> None:
-        """Take back what `model_state` gave."""
-        self._take_place()
-        set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
-        self.version += 1
-
-    def _take_place(self) -> None:
-        """Be the one whose tensors are on the device, and whose adapter is on."""
+    def _activate(self) -> None:
+        """Bring this learner's tensors to the device, where idle ones leave it, and switch its adapter on."""
         if self.residency is not None:
             self.residency.use(self)
         if self.shares_model:
@@ -147,7 +195,7 @@ class Learner:
     @contextmanager
     def ordinary_model(self) -> Iterator[PreTrainedModel]:
         """The model for ordinary forward passes (padded batches, KV cache, no gradients) by this process alone."""
-        self._take_place()
+        self._activate()
         training = self.model.training
         self.model.eval()
         try:
@@ -188,7 +236,7 @@ class Learner:
     @torch.no_grad()
     def score(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
         """Outputs for every response token [R], on the CPU, without gradients; at another temperature on request."""
-        self._take_place()
+        self._activate()
         collected: Outputs = {}
         for sequences, micro in self._microbatches(batch, flops_factor=1):
             positions = batch.response_positions(sequences)
@@ -199,30 +247,49 @@ class Learner:
         reshard(self.model)
         return {name: self.world.sum(stream) for name, stream in collected.items()}
 
-    def update(self, batch: PackedBatch, loss_function: LossFunction) -> dict[str, float]:
+    def update(self, batch: PackedBatch, objective: Loss) -> Metrics:
         """One update on the whole batch, micro-batch by micro-batch; the loss is the sum over micro-batches.
 
-        Normalisers belong into `loss_function`, computed over the whole batch, so that how the batch is cut and dealt
-        out to processes changes nothing. An update whose loss or gradient is not finite is skipped and counted;
-        TrainingError after `max_skipped_updates` of them in a row.
+        Normalisers belong into `objective`, computed over the whole batch, so that how the batch is cut and dealt out
+        to processes changes nothing. An update whose loss or gradient is not finite is skipped and counted.
+
+        Returns:
+            `loss`, `grad_norm` before clipping, `lr`, `skipped_updates` so far, and the objective's figures.
+
+        Raises:
+            TrainingError: after `max_skipped_updates` skipped updates in a row.
         """
-        assert self.optimizer is not None, "this model is only asked"
-        self._take_place()
-        total = torch.zeros(1, dtype=torch.float64)
+        assert self.optimizer is not None, "a frozen model cannot be updated"
+        self._activate()
+        totals: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
         for sequences, micro in self._microbatches(batch, flops_factor=3):
             outputs = self._outputs(micro)
             if sequences:
-                loss = loss_function(outputs, micro)
-                total += float(loss.detach())
+                loss, figures = objective.loss(outputs, micro)
+                sums = torch.stack([loss.detach().double(), *(total.double() for total, _ in figures.values())])
+                for name, value in zip(["loss", *figures], sums.tolist(), strict=True):
+                    totals[name] += value
+                for name, (_, count) in figures.items():
+                    counts[name] += count
             else:
                 loss = 0.0 * sum(values.sum() for values in outputs.values())
             # FSDP averages gradients over the processes, here they are to be added.
             (loss * self.world.size).backward()
         reshard(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)))
-        loss_value = float(self.world.sum(total))
+        everybodys = self.world.gather([(totals, counts)])
+        totals, counts = _added([part for part, _ in everybodys]), _added([part for _, part in everybodys])
+        loss_value = totals.pop("loss", 0.0)
         rate = float(self.scheduler.get_last_lr()[0])
-        if math.isfinite(norm) and math.isfinite(loss_value):
+        self._apply(loss_value, norm)
+        metrics = {"loss": loss_value, "grad_norm": norm, "lr": rate, "skipped_updates": self.num_skipped_updates}
+        return metrics | {name: total / counts[name] for name, total in totals.items()}
+
+    def _apply(self, loss: float, norm: float) -> None:
+        """Step the optimiser where loss and gradient are finite; TrainingError after too many that are not."""
+        assert self.optimizer is not None
+        if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             self.version += 1
             self.num_skipped_in_a_row = 0
@@ -235,10 +302,18 @@ class Learner:
         if self.num_skipped_in_a_row >= self.max_skipped_updates:
             raise TrainingError(
                 f"{self.num_skipped_in_a_row} updates in a row had a loss or gradient that is not finite (loss "
-                f"{loss_value}, gradient norm {norm}) and were skipped: lower the learning rate, or look at the data; "
+                f"{loss}, gradient norm {norm}) and were skipped: lower the learning rate, or look at the data; "
                 "optimizer.max_skipped_updates sets how many are let pass"
             )
-        return {"loss": loss_value, "grad_norm": norm, "lr": rate, "skipped_updates": self.num_skipped_updates}
+
+
+def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every process's numbers, by name, added up."""
+    total: dict[str, Any] = defaultdict(int)
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value
+    return total
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:

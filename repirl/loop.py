@@ -1,6 +1,7 @@
-"""The dual loop of rePIRL (Wu et al., ICML 2026, algorithm 1): sample, verify, update the PRM, update the policy.
+"""The training loop: turns of whatever the system in systems.py says.
 
-Plain RLOO is the same loop without the PRM, supervised fine-tuning the same without rollouts.
+An online turn is rePIRL's (Wu et al., ICML 2026, algorithm 1): sample, verify, update the PRM, update the policy. An
+offline turn updates on data alone. Neither knows a system by name.
 """
 
 from __future__ import annotations
@@ -9,23 +10,16 @@ from repirl.batch import PackedBatch
 from repirl.config import Config, ConfigError
 from repirl.evaluate import evaluate
 from repirl.learner import TrainingError
-from repirl.objectives import irl, rloo, sft
+from repirl.objectives import Metrics
 from repirl.report.reporter import Reporter
+from repirl.rewards import read_rewards
 from repirl.rollout.engine import MismatchError
 from repirl.run import Run, build, check_output_dir
-from repirl.sampling import (
-    begin_rollouts,
-    check_sampler,
-    finish_rollouts,
-    sample_experts,
-    write_expert_streams,
-    write_reference,
-)
-from repirl.work import PhaseTimer, peak_flops_of, peak_memory_bytes
+from repirl.work import peak_flops_of, peak_memory_bytes
 
 
 def train(config: Config, *, resume: bool = False) -> int:
-    """Train `config.steps` steps, from the newest sound checkpoint with `resume`; returns the steps done in all.
+    """Train `config.steps` turns, from the newest sound checkpoint with `resume`; returns the turns done in all.
 
     Under torchrun every process calls it.
     """
@@ -48,27 +42,22 @@ def train(config: Config, *, resume: bool = False) -> int:
 
 
 def _train(run: Run, *, resume: bool) -> None:
-    config = run.config
+    config, timer = run.config, run.timer
     start = run.resume() if resume else 0
-    timer, peak_flops = PhaseTimer(run.work), peak_flops_of(config, run.world)
+    peak_flops = peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
-        for step in range(start, config.steps):
-            metrics: dict[str, float] = {}
-            if step == 0 and run.held_out and config.eval.every:
-                accuracy = evaluate(run)
-                reporter.log(0, {"eval/accuracy": accuracy} | timer.step_metrics(run.world, peak_flops))
-            if config.objective == "sft":
-                metrics |= sft_step(run, timer)
-            else:
-                metrics |= dual_step(run, step, timer, reporter)
-            done = step + 1
+        for turn in range(start, config.steps):
+            if turn == 0 and run.held_out and config.eval.every:
+                reporter.log(0, _evaluate(run) | timer.step_metrics(run.world, peak_flops))
+            metrics = online_turn(run, turn, reporter) if run.config.system.online else offline_turn(run)
+            done = turn + 1
             if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
                 with timer("eval"):
-                    metrics["eval/accuracy"] = evaluate(run)
+                    metrics |= _evaluate(run)
             metrics |= timer.step_metrics(run.world, peak_flops)
             metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
             reporter.log(done, metrics)
-            # After the log: a step that a checkpoint holds has its line. Its seconds count for the next step.
+            # After the log: a turn that a checkpoint holds has its line. Its seconds count for the next one.
             with timer("checkpoint"):
                 if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                     run.save(done, metrics.get("eval/accuracy"))
@@ -77,85 +66,66 @@ def _train(run: Run, *, resume: bool) -> None:
         run.checkpointer.finish()
 
 
-def sft_step(run: Run, timer: PhaseTimer) -> dict[str, float]:
-    experts = sample_experts(run)
-    with timer("policy"):
-        found = [run.policy.update(experts, sft.loss(experts)) for _ in range(run.config.policy.updates_per_step)]
-    return _named("policy", found[-1]) | {"tokens": experts.num_tokens}
+def _evaluate(run: Run) -> Metrics:
+    assert run.sampler is not None
+    assert run.held_out is not None
+    return {"eval/accuracy": evaluate(run.sampler, run.held_out, run.config)}
 
 
-def dual_step(run: Run, step: int, timer: PhaseTimer, reporter: Reporter) -> dict[str, float]:
-    """One turn of the dual loop."""
-    config = run.config
-    more_to_come = step + 1 < config.steps
-    reporter.phase("rollout")
-    if run.in_flight is None:
-        with timer("push_weights"):
-            run.ready_engine()
-    with timer("rollout"):
-        rollouts, metrics = finish_rollouts(run, step)
-    if config.rollout.overlap == "step" and more_to_come:
-        # The next step's are sampled from weights that this step is about to improve.
-        with timer("push_weights"):
-            run.ready_engine()
-        begin_rollouts(run, step + 1)
-    run.rest_engine()
-    with timer("old_logprob"):
-        outputs = run.policy.score(rollouts)
-        rollouts.write("old_logprob", outputs["logprob"])
-        write_reference(run, rollouts)
-    mismatch = (rollouts.read("old_logprob") - rollouts.read("sampler_logprob")).abs()
-    check_sampler(run, mismatch)
-    metrics |= {
-        "policy/entropy": float(outputs["entropy"].mean()),
-        "rollout/sampler_mismatch_max": float(mismatch.max()),
-    }
-    for side in ("policy", "prm") if config.order == "policy_first" else ("prm", "policy"):
-        reporter.phase(side)
-        if side == "policy":
-            metrics |= update_policy(run, rollouts, timer)
-            if config.rollout.overlap == "prm" and more_to_come:
-                with timer("push_weights"):
-                    run.ready_engine()
-                begin_rollouts(run, step + 1)
-        elif run.prm:
-            metrics |= update_prm(run, rollouts, timer)
+def offline_turn(run: Run) -> Metrics:
+    """Update each learner on data."""
+    metrics: Metrics = {}
+    for name in run.objectives:
+        metrics |= update(run, name, None)
     return metrics
 
 
-def update_prm(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
-    """n_prm updates on experts against rollouts; two passes each."""
-    config, prm = run.config, run.prm
-    # log mu: what the trainer says of the weights that sampled. Only the sampler itself knows of older ones, and of
-    # adapters that it has rounded together with their base.
-    merged = config.adapters is not None and config.rollout.engine != "transformers"
-    behaviour = "sampler_logprob" if config.rollout.overlap == "step" or merged else "old_logprob"
-    with timer("prm"):
-        experts = sample_experts(run)
-        write_expert_streams(run, experts)
-        batch = irl.training_batch(experts, rollouts, config.irl.use_outcome)
-        if batch is None:
-            return {"prm/skipped_no_failures": 1}
-        for _ in range(config.prm.updates_per_step):
-            batch.write("reward", irl.rewards(prm.score(batch), batch, config.prm))
-            metrics = irl.write_coefficients(batch, config.irl, behaviour)
-            metrics |= prm.update(batch, irl.loss(batch, config.prm, config.irl))
-    return _named("prm", metrics)
+def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
+    """One turn of the dual loop."""
+    assert run.sampler is not None
+    last = turn + 1 == run.config.steps
+    reporter.phase("rollout")
+    rollouts, metrics = run.sampler.rollouts(turn, last=last)
+    with run.timer("old_logprob"):
+        metrics |= score_rollouts(run, rollouts)
+    for name in run.objectives:
+        reporter.phase(name)
+        metrics |= update(run, name, rollouts)
+        if name == "policy":
+            run.sampler.policy_updated(turn, last=last)
+    return metrics
 
 
-def update_policy(run: Run, rollouts: PackedBatch, timer: PhaseTimer) -> dict[str, float]:
-    """Advantages from outcome and PRM, then n_policy updates."""
-    config = run.config
-    if run.prm and config.loss.process_coefficient != 0:
-        with timer("reward"):
-            rollouts.write("reward", irl.rewards(run.prm.score(rollouts), rollouts, config.prm))
-    metrics = rloo.write_advantages(rollouts, config.loss)
-    with timer("policy"):
-        for _ in range(config.policy.updates_per_step):
-            loss = rloo.ClippedLoss(rollouts, config.loss, config.rollout.max_response_tokens)
-            metrics |= run.policy.update(rollouts, loss) | loss.metrics(run.world)
-    return _named("policy", metrics)
+def score_rollouts(run: Run, rollouts: PackedBatch) -> Metrics:
+    """What policy and reference say of rollouts; MismatchError where the sampler is not the policy."""
+    assert run.sampler is not None
+    outputs = run.learners["policy"].score(rollouts)
+    rollouts.write("old_logprob", outputs["logprob"])
+    if run.reference is not None:
+        run.reference.write(rollouts)
+    mismatch = (rollouts.read("old_logprob") - rollouts.read("sampler_logprob")).abs()
+    run.sampler.check(mismatch)
+    return {"policy/entropy": float(outputs["entropy"].mean()), "rollout/sampler_mismatch_max": float(mismatch.max())}
 
 
-def _named(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
+    """This turn's updates of one learner, with its objective."""
+    learner, objective = run.learners[name], run.objectives[name]
+    prm = run.learners.get("prm")
+    with run.timer(name):
+        batch = objective.select(rollouts, run.data)
+    if batch is None:
+        return {f"{name}/skipped": 1}
+    metrics: Metrics = {}
+    scored_by = None
+    for _ in range(getattr(run.config, name).updates_per_step):
+        # Rewards are those of the present PRM; they are still, where it was not updated since.
+        if objective.reads_rewards and prm is not None and scored_by != prm.version:
+            with run.timer(name if prm is learner else "reward"):
+                batch.write("reward", read_rewards(prm.score(batch), batch, run.config.prm))
+            scored_by = prm.version
+        with run.timer(name):
+            metrics |= objective.prepare(batch)
+            metrics |= learner.update(batch, objective)
+    found = {f"{name}/{key}": value for key, value in metrics.items()}
+    return found if rollouts is not None else found | {"tokens": batch.num_tokens}

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -162,6 +163,11 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
+def add_value_head(config: PretrainedConfig) -> None:
+    """Let a model's configuration be that of a token classifier with one output, in place."""
+    config.num_labels, config.classifier_dropout = 1, 0.0
+
+
 def load_model(
     name: str, *, kind: str, dtype: torch.dtype, device: torch.device, gguf_file: str | None = None
 ) -> PreTrainedModel:
@@ -178,7 +184,7 @@ def load_model(
             model = AutoModelForCausalLM.from_pretrained(name, **options)
         else:
             config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
-            config.num_labels, config.classifier_dropout = 1, 0.0
+            add_value_head(config)
             model, info = AutoModelForTokenClassification.from_pretrained(
                 name, config=config, output_loading_info=True, **options
             )

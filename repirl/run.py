@@ -1,11 +1,9 @@
-"""From a configuration to everything that a run holds: models, data, engine, and where it stands."""
+"""From a configuration to everything that a run holds: learners, data, sampler, and where it stands."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,104 +12,77 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repirl.adapters import add_adapters, init_adapters
+from repirl.batch import PackedBatch
+from repirl.checkpoint.load import load_checkpoint
+from repirl.checkpoint.manifest import list_checkpoints
+from repirl.checkpoint.save import Checkpointer
 from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig
 from repirl.configfile import describe
-from repirl.data.experts import Expert, load_experts
-from repirl.data.prompts import Cursor, PromptSet, load_prompts
-from repirl.distributed.checkpoint import Checkpointer, list_checkpoints, load_checkpoint
+from repirl.data import Data
+from repirl.data.experts import Experts, load_experts
+from repirl.data.prompts import PromptSet, load_prompts
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
-from repirl.learner import Learner
+from repirl.learner import Learner, enable_checkpointing
 from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
-from repirl.rollout.engine import Engine
-from repirl.rollout.transformers import TransformersEngine
-from repirl.sampling import InFlight, in_flight_state, restore_in_flight
-from repirl.verify.verifier import Verifier
-from repirl.work import Work
+from repirl.objectives import Objective
+from repirl.rollout.choose import make_engine
+from repirl.rollout.sampler import Sampler
+from repirl.systems import System
+from repirl.verify.process import Verifier
+from repirl.work import PhaseTimer, Work
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class Reference:
+    """The frozen initial policy, and at which temperature the PRM reads it (None: its rewards are not relative to it)."""
+
+    learner: Learner
+    prm_temperature: float | None
+
+    def write(self, batch: PackedBatch) -> None:
+        """Write `ref_logprob`, at the policy's temperature, and `prm_ref_logprob`, at the PRM's."""
+        logprob = self.learner.score(batch)["logprob"]
+        batch.write("ref_logprob", logprob)
+        if self.prm_temperature == self.learner.temperature:
+            batch.write("prm_ref_logprob", logprob)
+        elif self.prm_temperature is not None:
+            batch.write("prm_ref_logprob", self.for_prm(batch))
+
+    def for_prm(self, batch: PackedBatch) -> Tensor:
+        """log pi_ref of each response token [R] at the PRM's temperature."""
+        return self.learner.score(batch, self.prm_temperature)["logprob"]
 
 
 @dataclass
 class Run:
-    """State of a run. `policy`, `prm` and the cursors change while it trains; the rest does not."""
+    """State of a run. learners: trained ones, by name, and frozen ones that the system reads. objectives: of the
+    trained ones, in the order of their updates. sampler: None where nothing is sampled."""
 
     config: Config
-    tokenizer: PreTrainedTokenizerBase
-    policy: Learner
-    prm: Learner | None
-    reference: Learner | None
-    engine: Engine
-    prompts: PromptSet | None
-    experts: list[Expert]
-    held_out: PromptSet | None
-    prompt_cursor: Cursor | None
-    expert_cursor: Cursor | None
     world: World
-    work: Work
+    tokenizer: PreTrainedTokenizerBase
+    learners: dict[str, Learner]
+    objectives: dict[str, Objective]
+    reference: Reference | None
+    data: Data
+    held_out: PromptSet | None
+    sampler: Sampler | None
     checkpointer: Checkpointer
-    verifier: Verifier
-    # Row of the expert -> the frozen reference's log-probability of each of its response tokens, where it is needed.
-    expert_reference: dict[int, Tensor] = field(default_factory=dict)
-    in_flight: InFlight | None = None
-    # Where the engine samples beside the training; None: in its turn.
-    background: ThreadPoolExecutor | None = None
-    # The version of the policy's weights that the engine has.
-    pushed: int | None = None
+    timer: PhaseTimer
 
     @property
-    def learners(self) -> dict[str, Learner]:
-        return {"policy": self.policy} | ({"prm": self.prm} if self.prm else {})
-
-    @property
-    def prm_reads_reference(self) -> bool:
-        """Whether rewards are relative to the frozen reference."""
-        return self.prm is not None and self.config.prm.reward == "implicit"
-
-    @property
-    def engine_is_current(self) -> bool:
-        """Whether the engine has the policy's present weights."""
-        return self.pushed == self.policy.version
-
-    def ready_engine(self) -> None:
-        """Before sampling: the engine is awake and has the policy's present weights. All processes call it."""
-        self.engine.wake()
-        if not self.engine_is_current:
-            self.engine.update_weights(self.policy)
-            self.pushed = self.policy.version
-
-    def rest_engine(self) -> None:
-        """After sampling: the engine gives its memory to the training, unless it still samples."""
-        if self.in_flight is None:
-            self.engine.sleep()
-
-    def abort(self) -> None:
-        """The run has failed: nothing that was begun beside it is waited for."""
-        if self.background is not None:
-            self.background.shutdown(wait=False, cancel_futures=True)
-            self.engine.close()
-        self.verifier.close()
-
-    def close(self) -> None:
-        """Complete what is still being written, end the engine, and remove what idle models left on disk."""
-        self.checkpointer.finish()
-        if self.background is not None:
-            self.background.shutdown()
-        self.engine.close()
-        self.verifier.close()
-        if self.policy.residency is not None:
-            self.policy.residency.close()
+    def trained(self) -> dict[str, Learner]:
+        """The learners that are updated, which checkpoints hold."""
+        return {name: self.learners[name] for name in self.config.system.trains}
 
     def save(self, step: int, accuracy: float | None = None) -> None:
         """Checkpoint after `step` finished steps; accuracy: on the held-out prompts, if it was measured after it."""
-        cursors = {"prompts": self.prompt_cursor, "experts": self.expert_cursor}
-        state: dict[str, Any] = {name: cursor.state_dict() for name, cursor in cursors.items() if cursor}
-        state["expert_reference"] = self.expert_reference
-        state["in_flight"] = in_flight_state(self)
-        self.checkpointer.save(
-            step, self.learners, state, self.tokenizer, description=describe(self.config), score=accuracy
-        )
+        parts = {"sampler": self.sampler, "experts": self.data.experts}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        description = describe(self.config)
+        self.checkpointer.save(step, self.trained, state, self.tokenizer, description=description, score=accuracy)
 
     def resume(self) -> int:
         """Go on from the newest sound checkpoint; damaged ones are set aside. Returns the number of finished steps."""
@@ -119,173 +90,182 @@ class Run:
 
     def restore(self, path: Path) -> int:
         """Load a checkpoint; returns the number of finished steps."""
-        step, state = load_checkpoint(path, self.learners, self.world)
-        for name, cursor in {"prompts": self.prompt_cursor, "experts": self.expert_cursor}.items():
-            if cursor and name not in state:
-                raise ConfigError(f"checkpoint {str(path)!r} is of a run without {name}; it had another objective")
-            if cursor:
-                cursor.load_state_dict(state[name])
-        self.expert_reference = state["expert_reference"]
-        restore_in_flight(self, state["in_flight"])
+        step, state = load_checkpoint(path, self.trained, self.world)
+        for name, part in {"sampler": self.sampler, "experts": self.data.experts}.items():
+            if part is not None:
+                part.load_state_dict(state.get(name))
         return step
+
+    def close(self) -> None:
+        """Complete what is still being written, end the sampler, and remove what idle models left on disk."""
+        self.checkpointer.finish()
+        if self.sampler is not None:
+            self.sampler.close()
+        for learner in self.learners.values():
+            if learner.residency is not None:
+                learner.residency.close()
+
+    def abort(self) -> None:
+        """The run has failed: nothing that was begun beside it is waited for."""
+        if self.sampler is not None:
+            self.sampler.abort()
 
 
 def needs_reference(config: Config) -> bool:
     """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
-    trains_prm = config.objective == "repirl"
-    return (
-        (config.objective != "sft" and config.loss.kl_coefficient > 0)
-        or (trains_prm and config.irl.base_measure == "reference")
-        or (trains_prm and config.prm.reward == "implicit")
-    )
+    system = config.system
+    reads_it = system.has_prm and config.prm.reward == "implicit"
+    return reads_it or any(kind.needs_reference(config) for kind in system.load_objectives().values())
 
 
-def build_learners(config: Config, world: World, work: Work) -> tuple[Learner, Learner | None, Learner | None]:
-    """Policy, PRM and frozen reference, the last two where the configuration needs them."""
-    dtype, compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
-    trains_prm = config.objective == "repirl"
-    sections: dict[str, PolicyConfig | PRMConfig] = {"policy": config.policy} | (
-        {"prm": config.prm} if trains_prm else {}
-    )
-    for name, section in sections.items():
-        if section.activation_offload and world.device.type == "cpu":
-            raise ConfigError(
-                f"{name}.activation_offload moves activations from a GPU to host memory; this runs on a CPU"
-            )
-    prm_reads_values = trains_prm and config.prm.reward == "value"
-    # SFT teaches the untempered distribution; everything else reads the policy at the temperature it samples at.
-    temperature = 1.0 if config.objective == "sft" else config.rollout.temperature
+def build_learners(config: Config, world: World, work: Work, names: tuple[str, ...] | None = None) -> dict[str, Learner]:
+    """Learners by name, frozen ones without an optimiser.
 
-    residency = None
-    if config.offload_idle:
-        residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
+    Args:
+        config: the run's.
+        world: its processes.
+        work: counts what they compute.
+        names: which; by default all that the system trains and reads, and "reference" where it is needed.
 
-    def load(
-        section: PolicyConfig | PRMConfig,
-        kind: str,
-        dtype: torch.dtype,
-        prepare: Callable[[PreTrainedModel], None] | None = None,
+    Raises:
+        ConfigError: where a model cannot be loaded, or not as the configuration says.
+    """
+    system = config.system
+    if names is None:
+        # Policy first: the order in which they are loaded.
+        names = tuple(sorted({*system.trains, *system.reads}, key=lambda name: name != "policy"))
+        names += ("reference",) * needs_reference(config)
+    return _Builder(config, system, world, work).build(names)
+
+
+class _Builder:
+    """Loads the learners of one configuration; a class because all parts of it want the same few values."""
+
+    def __init__(self, config: Config, system: System, world: World, work: Work) -> None:
+        self.config, self.system, self.world, self.work = config, system, world, work
+        self.dtype, self.compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
+        # Offline the untempered distribution is taught; a policy that is sampled from is read as it is sampled.
+        self.temperature = config.rollout.temperature if system.online else 1.0
+        self.residency: Residency | None = None
+        if config.offload_idle:
+            self.residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
+
+    def build(self, names: tuple[str, ...]) -> dict[str, Learner]:
+        for name in names:
+            section = self._section(name)
+            if section is not None and section.activation_offload and self.world.device.type == "cpu":
+                raise ConfigError(
+                    f"{name}.activation_offload moves activations from a GPU to host memory; this runs on a CPU"
+                )
+        if self.config.adapters is None:
+            return {name: self._learner(name, self._load(name, self.dtype)) for name in names}
+        adapters, trained = self.config.adapters, [name for name in names if name in self.system.trains]
+        value_head = "prm" in trained and self.config.prm.reward == "value"
+
+        def prepare(model: PreTrainedModel) -> None:
+            add_adapters(model, adapters, trained, self.dtype, value_head=value_head)
+
+        # The frozen base needs no more precision than it is computed with.
+        model = self._load("policy", self.compute_dtype, prepare)
+        init_adapters(model, self.config.seed)
+        return {name: self._learner(name, model) for name in names}
+
+    def _section(self, name: str) -> PolicyConfig | PRMConfig | None:
+        """The options that a learner is trained with; None for a frozen one."""
+        return getattr(self.config, name) if name in self.system.trains else None
+
+    def _load(
+        self, name: str, dtype: torch.dtype, prepare: Callable[[PreTrainedModel], None] | None = None
     ) -> PreTrainedModel:
-        source = config.policy if section.model is None else section
-        name, files = str(source.model), {"gguf_file": source.gguf_file}
+        config, world = self.config, self.world
+        source = config.prm if name == "prm" and config.prm.model is not None else config.policy
+        model_name, files = str(source.model), {"gguf_file": source.gguf_file}
+        kind = "value" if name == "prm" and config.prm.reward == "value" else "causal"
         if world.mesh is None:
-            model = load_model(name, kind=kind, dtype=dtype, device=world.device, **files)
+            model = load_model(model_name, kind=kind, dtype=dtype, device=world.device, **files)
             if prepare is not None:
                 prepare(model)
         else:
-            offload = config.parallel.cpu_offload
-            options = {"compute_dtype": compute_dtype, "world": world, "cpu_offload": offload, "prepare": prepare}
-            model = load_sharded_model(name, kind=kind, dtype=dtype, **options, **files)
-        check_window(model, name, config.longest_sequence)
+            options: dict[str, Any] = {"compute_dtype": self.compute_dtype, "world": world, "prepare": prepare}
+            options["cpu_offload"] = config.parallel.cpu_offload
+            model = load_sharded_model(model_name, kind=kind, dtype=dtype, **options, **files)
+        check_window(model, model_name, config.longest_sequence)
         return model
 
-    def learner(model: PreTrainedModel, section: PolicyConfig | PRMConfig | None, **options: Any) -> Learner:
-        if section is not None:
-            options |= {
-                "num_updates": config.steps * section.updates_per_step,
-                "gradient_checkpointing": section.gradient_checkpointing,
-                "activation_offload": section.activation_offload,
-            }
-        optimizer = section.optimizer if section is not None else None
-        budget = config.batch.tokens_per_microbatch
-        made = Learner(model, optimizer, tokens_per_microbatch=budget, world=world, work=work, **options)
-        if residency is not None:
+    def _learner(self, name: str, model: PreTrainedModel) -> Learner:
+        section = self._section(name)
+        if section is not None and section.gradient_checkpointing:
+            enable_checkpointing(model, offload=section.activation_offload)
+        learner = Learner(
+            model,
+            section.optimizer if section is not None else None,
+            num_updates=self.config.steps * section.updates_per_step if section is not None else 1,
+            tokens_per_microbatch=self.config.batch.tokens_per_microbatch,
+            temperature=1.0 if name == "prm" else self.temperature,
+            adapter=name if self.config.adapters is not None and section is not None else None,
+            world=self.world,
+            work=self.work,
+        )
+        if self.residency is not None:
             # At once, so that there is room for the next one.
-            residency.add(made)
-        return made
-
-    prm = reference = None
-    if config.adapters is not None:
-        names = ["policy", "prm"] if trains_prm else ["policy"]
-        options = {"value_head": prm_reads_values, "dtype": dtype}
-        adapters = config.adapters
-        # The frozen base needs no more precision than it is computed with.
-        model = load(config.policy, "causal", compute_dtype, lambda m: add_adapters(m, adapters, names, **options))
-        init_adapters(model, config.seed)
-        policy = learner(model, config.policy, temperature=temperature, adapter="policy")
-        if trains_prm:
-            prm = learner(model, config.prm, reads_values=prm_reads_values, adapter="prm")
-        if needs_reference(config):
-            reference = learner(model, None, temperature=temperature)
-    else:
-        policy = learner(load(config.policy, "causal", dtype), config.policy, temperature=temperature)
-        if trains_prm:
-            prm = learner(load(config.prm, "value" if prm_reads_values else "causal", dtype), config.prm)
-        if needs_reference(config):
-            reference = learner(load(config.policy, "causal", dtype), None, temperature=temperature)
-    return policy, prm, reference
+            self.residency.add(learner)
+        return learner
 
 
-def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """What samples, as `rollout.engine` says. ConfigError where it cannot be had."""
-    rollout, options = config.rollout, config.rollout.vllm
-    samples_nothing = config.objective == "sft" and config.data.eval is None
-    if rollout.engine == "transformers" or samples_nothing:
-        return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=rollout.max_sequences)
-    if config.adapters is not None and config.computes_in == "bfloat16":
-        logger.warning(
-            "with adapters, vLLM in bfloat16 samples from their sum with the base rounded to bfloat16, in which small "
-            "adapters vanish: rollout/sampler_mismatch_max tells how far it is from what is trained"
-        )
-    if rollout.engine == "vllm":
-        from repirl.rollout.vllm import VLLMEngine
-
-        return VLLMEngine(
-            policy.model.config,
-            dtype=getattr(torch, config.computes_in),
-            max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
-            max_sequences=rollout.max_sequences,
-            kv_cache_bytes=int(options.kv_cache_gib * 2**30),
-            tensor_parallel=options.tensor_parallel,
-            enforce_eager=options.enforce_eager,
-            timeout_seconds=options.timeout_seconds,
-        )
-    from repirl.rollout.vllm_server import VLLMServerEngine
-
-    return VLLMServerEngine(
-        options.url,
-        # All processes ask the same server.
-        max_sequences=max(1, rollout.max_sequences // policy.world.size),
-        timeout_seconds=options.timeout_seconds,
-        push_host=options.push_host,
-    )
-
-
-def build(config: Config) -> Run:
-    """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
+def set_up_process(config: Config) -> None:
+    """What a run changes in its process: threads, the seed, and how much transformers says."""
     quiet_transformers()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
-    world, work = join_world(config), Work()
+
+
+def build(config: Config) -> Run:
+    """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
+    set_up_process(config)
+    world, timer = join_world(config), PhaseTimer()
+    system = config.system
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
 
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
-    is_sft = config.objective == "sft"
-    prompts = None if is_sft else load_prompts(config.data, tokenizer, "train")
+    prompts = load_prompts(config.data, tokenizer, "train") if "prompts" in system.data else None
     held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
-    experts = [] if config.objective == "rloo" else load_experts(config.data, tokenizer)
+    rows = load_experts(config.data, tokenizer) if "experts" in system.data else None
 
-    policy, prm, reference = build_learners(config, world, work)
-    engine = make_engine(config, policy, tokenizer)
+    learners = build_learners(config, world, timer.work)
+    reference = None
+    if (frozen := learners.pop("reference", None)) is not None:
+        relative = system.has_prm and config.prm.reward == "implicit"
+        reference = Reference(frozen, learners["prm"].temperature if relative else None)
+    experts = sampler = None
+    if rows is not None:
+        per_turn = config.experts_per_step
+        asked = reference.for_prm if reference is not None and reference.prm_temperature is not None else None
+        experts = Experts(rows, seed=config.seed + 1, per_turn=per_turn, reference=asked)
+    if prompts is not None or held_out is not None:
+        engine = make_engine(config, learners["policy"], tokenizer)
+        verifier = Verifier(config.verifier)
+        sampler = Sampler(config, learners["policy"], tokenizer, engine, verifier, prompts, timer)
     return Run(
         config,
-        tokenizer,
-        policy,
-        prm,
-        reference,
-        engine,
-        prompts,
-        experts,
-        held_out,
-        Cursor(len(prompts), config.seed) if prompts else None,
-        Cursor(len(experts), config.seed + 1) if experts else None,
         world,
-        work,
+        tokenizer,
+        learners,
+        {name: kind(config) for name, kind in _in_order(config, system.load_objectives()).items()},
+        reference,
+        Data(experts),
+        held_out,
+        sampler,
         Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world),
-        Verifier(config.data.verifier_timeout_seconds),
-        background=ThreadPoolExecutor(1, "rollout") if config.rollout.overlap != "none" else None,
+        timer,
     )
+
+
+def _in_order(config: Config, objectives: dict[str, Any]) -> dict[str, Any]:
+    """The table's order, but with `order: policy_first` the policy before all others."""
+    if config.order == "policy_first":
+        return dict(sorted(objectives.items(), key=lambda item: item[0] != "policy"))
+    return objectives
 
 
 def check_output_dir(config: Config, resume: bool) -> bool:

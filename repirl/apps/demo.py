@@ -40,10 +40,10 @@ from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model, quiet_transformers
-from repirl.objectives import irl
 from repirl.report.display import print_table
 from repirl.report.html import write_report
 from repirl.report.log import read_metrics
+from repirl.rewards import read_rewards
 from repirl.work import reset_peak_memory
 
 NUM_STEPS = (4, 5)
@@ -86,7 +86,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
         reset_peak_memory(torch.device("cpu"))
         train(config)
         results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-        if config.objective == "repirl":
+        if "prm" in config.system.trains:
             export_checkpoint(config.output_dir, Path(config.output_dir) / "export")
             prms[name] = _frozen(Path(config.output_dir) / "export" / "prm", config)
     scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
@@ -180,7 +180,7 @@ def _frozen(model: Path, config: Config) -> tuple[Learner, Config]:
     kind = "value" if config.prm.reward == "value" else "causal"
     loaded = load_model(str(model), kind=kind, dtype=torch.float32, device=torch.device("cpu"))
     budget = config.batch.tokens_per_microbatch
-    return Learner(loaded, config.prm.optimizer, num_updates=1, tokens_per_microbatch=budget), config
+    return Learner(loaded, None, tokens_per_microbatch=budget), config
 
 
 def _encode(solutions: list[Solution]) -> tuple[PackedBatch, list[list[int]]]:
@@ -198,7 +198,7 @@ def score_solutions(prm: tuple[Learner, Config], solutions: list[Solution]) -> l
     """For each solution: a score for each worked step (its worst token), and every token's reward."""
     learner, config = prm
     batch, step_lens = _encode(solutions)
-    reward = irl.rewards(learner.score(batch), batch, config.prm)
+    reward = read_rewards(learner.score(batch), batch, config.prm)
     parts = reward.split(batch.response_cu_seqlens.diff().tolist())
     return [(step_scores(part, lens), part.tolist()) for part, lens in zip(parts, step_lens, strict=True)]
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import DataConfig
-from repirl.data.prompts import DataError, LengthLimit, encode_prompt, read_rows
+from repirl.batch import EXPERT, PackedBatch, pack
+from repirl.config import ConfigError, DataConfig
+from repirl.data.prompts import Cursor, DataError, LengthLimit, encode_prompt, read_rows
+
+# A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints.
+MAX_SAVED_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -56,3 +64,59 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
                 experts.append(Expert(prompt_ids, response_ids))
     limit.report(len(experts))
     return experts
+
+
+class Experts:
+    """Expert trajectories in the order of a run.
+
+    rows: all of them. seed: of the order. per_turn: how many `next` gives. reference: what the frozen reference says of
+    a batch's response tokens [R], where rewards are relative to it; each expert is asked for once, as neither changes.
+    """
+
+    def __init__(
+        self,
+        rows: list[Expert],
+        *,
+        seed: int,
+        per_turn: int,
+        reference: Callable[[PackedBatch], Tensor] | None = None,
+    ) -> None:
+        self.rows, self.per_turn = rows, per_turn
+        self._cursor = Cursor(len(rows), seed)
+        self._reference = reference
+        # Row -> log-probability of each of its response tokens.
+        self._cache: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def next(self) -> PackedBatch:
+        """The next experts, with the stream `prm_ref_logprob` where there is a reference."""
+        indices = self._cursor.next(self.per_turn)
+        chosen = [self.rows[i] for i in indices]
+        # Experts estimate no Z, so their groups are free; prompts' groups begin at 0.
+        groups = [-1 - i for i in indices]
+        batch = pack([(e.prompt_ids, e.response_ids) for e in chosen], source=EXPERT, group_ids=groups)
+        if self._reference is not None:
+            first = {index: place for place, index in enumerate(indices) if index not in self._cache}
+            if first:
+                new = batch.select(list(first.values()))
+                parts = self._reference(new).split(new.response_cu_seqlens.diff().tolist())
+                self._cache |= {index: part.clone() for index, part in zip(first, parts, strict=True)}
+            batch.write("prm_ref_logprob", torch.cat([self._cache[index] for index in indices]))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, and the reference's log-probabilities as long as they are small."""
+        num_bytes = sum(part.nbytes for part in self._cache.values())
+        return {
+            "cursor": self._cursor.state_dict(),
+            "reference": self._cache if num_bytes <= MAX_SAVED_CACHE_BYTES else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """ConfigError where the checkpoint is of a run without experts, or of other data."""
+        if state is None:
+            raise ConfigError("the checkpoint is of a run without experts; it had another objective")
+        self._cursor.load_state_dict(state["cursor"])
+        self._cache = dict(state["reference"])

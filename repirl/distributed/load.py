@@ -13,16 +13,15 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from repirl.adapters import base_name
 from repirl.config import ConfigError
-from repirl.distributed.shard import reshard, shard
+from repirl.distributed.shard import local_slices, reshard, shard
 from repirl.distributed.world import World
-from repirl.models import check_packed, fuse, load_message, load_model
+from repirl.models import add_value_head, check_packed, fuse, load_message, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def _files_by_name(name: str) -> dict[str, str] | None:
 def _empty_model(name: str, kind: str, dtype: torch.dtype) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name)
     if kind == "value":
-        config.num_labels, config.classifier_dropout = 1, 0.0
+        add_value_head(config)
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
     # Buffers (rotary frequencies) are computed for real: nothing in the files could restore them.
     with init_empty_weights(include_buffers=False):
@@ -131,15 +130,11 @@ def _read(model: nn.Module, files: dict[str, str]) -> None:
     for path, parameters in by_file.items():
         with safe_open(path, "pt") as file:
             for name, parameter in parameters:
-                shape, offset = compute_local_shape_and_global_offset(
-                    parameter.shape, parameter.device_mesh, parameter.placements
-                )
                 source = file.get_slice(name)
                 if tuple(source.get_shape()) != tuple(parameter.shape):
                     raise ConfigError(
                         f"{path} holds {name!r} with shape {tuple(source.get_shape())}, the configuration beside it "
                         f"says {tuple(parameter.shape)}"
                     )
-                if 0 not in shape:
-                    where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+                if (where := local_slices(parameter)) is not None:
                     parameter.to_local().copy_(source[where])

@@ -5,19 +5,27 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-if TYPE_CHECKING:
-    from repirl.learner import Learner
 
 # What is smaller is not worth a copy.
 _SMALLEST_BYTES = 1 << 16
 # PyTorch rounds pinned memory up to a power of two: pieces of such a size waste none of it, and fit whoever comes next.
 _PIECE_BYTES = 1 << 26
+
+
+class Resident(Protocol):
+    """A model with its optimiser, as far as it matters here (learner.Learner)."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    residency: Residency | None
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class Residency:
@@ -30,9 +38,9 @@ class Residency:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
         self._away: dict[int, list[Parked]] = {}
-        self._learners: list[Learner] = []
+        self._learners: list[Resident] = []
 
-    def add(self, learner: Learner) -> None:
+    def add(self, learner: Resident) -> None:
         """From now on the learner asks for its place before it works; it starts away."""
         learner.residency = self
         for parameter in learner.model.parameters():
@@ -42,7 +50,7 @@ class Residency:
         self._learners.append(learner)
         self._park(learner)
 
-    def use(self, learner: Learner | None) -> None:
+    def use(self, learner: Resident | None) -> None:
         """Bring this learner's tensors to the device, after everybody else's have left; None: all leave."""
         for other in self._learners:
             if other is not learner and id(other) not in self._away:
@@ -63,7 +71,7 @@ class Residency:
             # Other processes' files may still be there.
             self._folder.rmdir()
 
-    def _park(self, learner: Learner) -> None:
+    def _park(self, learner: Resident) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         number = self._learners.index(learner)
         host_memory = None if learner.device.type == "cpu" else HostMemory()
@@ -133,7 +141,7 @@ def _view(storage: torch.UntypedStorage) -> memoryview:
     return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()))
 
 
-def _storages(learner: Learner) -> list[torch.UntypedStorage]:
+def _storages(learner: Resident) -> list[torch.UntypedStorage]:
     """Every storage of parameters and optimiser state once, whether several tensors share it or not."""
     found: dict[int, torch.UntypedStorage] = {}
     tensors: list[Tensor] = list(learner.model.parameters())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 
@@ -60,6 +61,14 @@ def gathered(model: nn.Module) -> Iterator[None]:
             # The root is not resharded between forward and backward: backward needs it first.
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
+
+
+def local_slices(parameter: DTensor) -> tuple[slice, ...] | None:
+    """Which part of a sharded parameter this process holds; None where it holds nothing."""
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if 0 in shape:
+        return None
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """PRM update: maximum-entropy inverse reinforcement learning from expert trajectories.
 
 rePIRL (Wu et al., ICML 2026), algorithm 1; Finn et al. 2016; Ziebart 2010. Two passes: `write_coefficients`
-turns scored rewards into one constant a token, `loss` is then linear in the rewards, so memory stays that of
+turns scored rewards into one constant a token, the loss is then linear in the rewards, so memory stays that of
 one micro-batch while the gradient is that of the whole loss.
 """
 
@@ -17,28 +17,50 @@ from repirl_kernels import (
     log_importance_weights,
     pareto_smooth,
     self_normalize,
-    token_rewards,
 )
 from torch import Tensor
 
 from repirl.batch import EXPERT, PackedBatch, concatenate
-from repirl.config import IRLConfig, PRMConfig
-from repirl.learner import LossFunction, Outputs
+from repirl.config import Config, IRLConfig
+from repirl.data import Data
+from repirl.objectives import Figures, Metrics, Objective, Outputs
+from repirl.rewards import read_rewards
 
 
-def rewards(outputs: Outputs, batch: PackedBatch, config: PRMConfig) -> Tensor:
-    """r_t of every response token [R], by `config.reward`; `implicit` reads the stream `prm_ref_logprob`."""
-    reference = None
-    if config.reward == "implicit":
-        reference = batch.read("prm_ref_logprob").to(outputs["logprob"].device)
-    return token_rewards(
-        config.reward,
-        **{name: outputs.get(name) for name in ("value", "logprob", "logsumexp", "target_logit")},
-        ref_logprob=reference,
-        cu_seqlens=batch.response_cu_seqlens.to(next(iter(outputs.values())).device),
-        gamma=config.gamma,
-        beta=config.beta,
-    )
+class IRL(Objective):
+    """n_prm updates on experts against rollouts; the rewards of each are those of the PRM as it is then."""
+
+    num_tokens: int
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        # log mu: what the trainer says of the weights that sampled. Only the sampler itself knows of older ones, and of
+        # adapters that it has rounded together with their base.
+        merged = config.adapters is not None and config.rollout.engine != "transformers"
+        self.behaviour = "sampler_logprob" if config.rollout.overlap == "step" or merged else "old_logprob"
+
+    @classmethod
+    def needs_reference(cls, config: Config) -> bool:
+        return config.irl.base_measure == "reference"
+
+    @property
+    def reads_rewards(self) -> bool:
+        return True
+
+    def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch | None:
+        assert rollouts is not None
+        return training_batch(data.next_experts(), rollouts, self.config.irl.use_outcome)
+
+    def prepare(self, batch: PackedBatch) -> Metrics:
+        self.num_tokens = batch.num_response_tokens
+        return write_coefficients(batch, self.config.irl, self.behaviour)
+
+    def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
+        """Second pass: sum of coefficient * reward, plus reward_l2 times the mean squared reward."""
+        reward = read_rewards(outputs, micro, self.config.prm)
+        coefficient = micro.read("coefficient").to(reward.device)
+        reward_l2 = self.config.irl.reward_l2
+        return irl_token_loss(reward, coefficient, reward_l2=reward_l2, num_tokens=self.num_tokens).sum(), {}
 
 
 def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: bool) -> PackedBatch | None:
@@ -56,9 +78,18 @@ def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: boo
     return concatenate([experts, correct, failed])
 
 
-def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob") -> dict[str, float]:
-    """Reads `reward`, the stream `behaviour` (log mu) and, for base_measure `reference`, `ref_logprob`; writes
-    `coefficient`. Returns the importance weights' diagnostics."""
+def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob") -> Metrics:
+    """First pass: importance weights of the rollouts, and from them the stream `coefficient`.
+
+    Args:
+        batch: experts before rollouts, as `training_batch` makes it; of rollouts the streams `reward`, `behaviour` and,
+            for base_measure `reference`, `ref_logprob` are read.
+        config: how weights are made.
+        behaviour: the stream that holds log mu.
+
+    Returns:
+        The importance weights' diagnostics.
+    """
     is_expert = batch.source == EXPERT
     experts, rollouts = batch.select(is_expert), batch.select(~is_expert)
     log_weights = log_importance_weights(
@@ -92,15 +123,3 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
     )
     # NaN says that no group has the 21 samples that a tail fit needs: nothing is wrong, there is just no figure.
     return {name: value for name, value in diagnostics.items() if name != "pareto_k" or not math.isnan(value)}
-
-
-def loss(batch: PackedBatch, prm: PRMConfig, config: IRLConfig) -> LossFunction:
-    """Second pass: sum of coefficient * reward, plus reward_l2 times the mean squared reward."""
-    num_tokens = batch.num_response_tokens
-
-    def loss_function(outputs: Outputs, micro: PackedBatch) -> Tensor:
-        reward = rewards(outputs, micro, prm)
-        coefficient = micro.read("coefficient").to(reward.device)
-        return irl_token_loss(reward, coefficient, reward_l2=config.reward_l2, num_tokens=num_tokens).sum()
-
-    return loss_function

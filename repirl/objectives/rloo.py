@@ -10,46 +10,54 @@ from repirl_kernels import aggregate_weights, policy_loss, rloo_advantages
 from torch import Tensor
 
 from repirl.batch import PackedBatch
-from repirl.config import LossConfig
-from repirl.distributed.world import World
-from repirl.learner import Outputs
-
-FIGURES = ("clip_fraction", "approx_kl", "sampler_ratio", "sampler_ratio_truncated", "kl_reference")
+from repirl.config import Config
+from repirl.data import Data
+from repirl.objectives import Figures, Metrics, Objective, Outputs
 
 
-def write_advantages(rollouts: PackedBatch, config: LossConfig) -> dict[str, float]:
-    """Reads `outcome` and, where there is one, the stream `reward`; writes `advantage`. Returns its statistics."""
-    has_reward = "reward" in rollouts.streams and config.process_coefficient != 0
-    advantage = rloo_advantages(
-        rollouts.outcome if config.outcome_coefficient != 0 else None,
-        rollouts.read("reward") if has_reward else None,
-        rollouts.response_cu_seqlens,
-        rollouts.group_ids,
-        outcome_coefficient=config.outcome_coefficient,
-        process_coefficient=config.process_coefficient if has_reward else 0.0,
-        gamma=config.gamma,
-        whiten=config.whiten,
-    )
-    rollouts.write("advantage", advantage)
-    return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
+class RLOO(Objective):
+    """Advantages from outcomes and, where there is a PRM, from its rewards; then clipped updates on the rollouts."""
 
+    @classmethod
+    def needs_reference(cls, config: Config) -> bool:
+        return config.loss.kl_coefficient > 0
 
-class ClippedLoss:
-    """The loss of one policy update, as Learner.update takes it; its normalisers are those of the whole batch.
+    @property
+    def reads_rewards(self) -> bool:
+        return self.config.system.has_prm and self.config.loss.process_coefficient != 0
 
-    Reads the streams `advantage`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
-    """
+    def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch | None:
+        return rollouts
 
-    def __init__(self, rollouts: PackedBatch, config: LossConfig, max_response_tokens: int) -> None:
-        self.config, self.num_tokens = config, rollouts.num_response_tokens
-        weights = aggregate_weights(
-            rollouts.response_cu_seqlens, config.aggregation, constant_length=max_response_tokens
+    def prepare(self, batch: PackedBatch) -> Metrics:
+        """Reads `outcome` and the stream `reward`; writes `advantage` and `loss_weight`."""
+        config = self.config.loss
+        advantage = rloo_advantages(
+            batch.outcome if config.outcome_coefficient != 0 else None,
+            batch.read("reward") if self.reads_rewards else None,
+            batch.response_cu_seqlens,
+            batch.group_ids,
+            outcome_coefficient=config.outcome_coefficient,
+            process_coefficient=config.process_coefficient if self.reads_rewards else 0.0,
+            gamma=config.gamma,
+            whiten=config.whiten,
         )
-        rollouts.write("loss_weight", weights)
-        self._sums = torch.zeros(len(FIGURES), dtype=torch.float64)
+        batch.write("advantage", advantage)
+        weights = aggregate_weights(
+            batch.response_cu_seqlens,
+            config.aggregation,
+            constant_length=self.config.rollout.max_response_tokens,
+        )
+        batch.write("loss_weight", weights)
+        return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
 
-    def __call__(self, outputs: Outputs, micro: PackedBatch) -> Tensor:
-        config, logprob = self.config, outputs["logprob"]
+    def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
+        """Reads `advantage`, `loss_weight`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
+
+        Figures, as means over all response tokens: the share whose gradient the clip removed; KL(pi_old || pi),
+        estimated as k3; pi_old / mu after truncation, and the share of those truncated; the KL term.
+        """
+        config, logprob = self.config.loss, outputs["logprob"]
         old_logprob = micro.read("old_logprob").to(logprob.device)
         found = policy_loss(
             logprob,
@@ -66,16 +74,10 @@ class ClippedLoss:
             kl_estimator=config.kl_estimator,
         )
         log_ratio = (logprob.detach() - old_logprob).double()
-        figures = (found.clipped, log_ratio.expm1() - log_ratio, found.sampler_ratio, found.truncated, found.kl)
-        self._sums += torch.stack([x.sum(dtype=torch.float64) for x in figures]).cpu()
-        return (found.loss * micro.read("loss_weight").to(logprob.device)).sum()
-
-    def metrics(self, world: World) -> dict[str, float]:
-        """Means over all response tokens of what the update met, on all processes: the share whose gradient the clip
-        removed; KL(pi_old || pi), estimated as k3; pi_old / mu after truncation, the share of those; the KL term."""
-        means = dict(zip(FIGURES, (world.sum(self._sums.clone()) / self.num_tokens).tolist(), strict=True))
-        if self.config.sampler_ratio_cap is None:
-            del means["sampler_ratio"], means["sampler_ratio_truncated"]
-        if self.config.kl_coefficient == 0:
-            del means["kl_reference"]
-        return means
+        tokens = {"clip_fraction": found.clipped, "approx_kl": log_ratio.expm1() - log_ratio}
+        if config.sampler_ratio_cap is not None:
+            tokens |= {"sampler_ratio": found.sampler_ratio, "sampler_ratio_truncated": found.truncated}
+        if config.kl_coefficient != 0:
+            tokens["kl_reference"] = found.kl
+        figures = {name: (x.sum(dtype=torch.float64), micro.num_response_tokens) for name, x in tokens.items()}
+        return (found.loss * micro.read("loss_weight").to(logprob.device)).sum(), figures

@@ -5,14 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from repirl.batch import PackedBatch
-from repirl.learner import LossFunction, Outputs
+from repirl.data import Data
+from repirl.objectives import Figures, Metrics, Objective, Outputs
 
 
-def loss(experts: PackedBatch) -> LossFunction:
+class SFT(Objective):
     """Normalised by the whole batch's number of response tokens."""
-    num_tokens = experts.num_response_tokens
 
-    def loss_function(outputs: Outputs, micro: PackedBatch) -> Tensor:
-        return -outputs["logprob"].sum() / num_tokens
+    num_tokens: int
 
-    return loss_function
+    def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch:
+        return data.next_experts()
+
+    def prepare(self, batch: PackedBatch) -> Metrics:
+        self.num_tokens = batch.num_response_tokens
+        return {}
+
+    def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
+        return -outputs["logprob"].sum() / self.num_tokens, {}

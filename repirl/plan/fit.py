@@ -91,7 +91,7 @@ def _ladder(config: Config, ranks: int, device: str) -> list[list[Step]]:
     """Switches that could still be changed, the cheapest first, each with its settings, the mildest first."""
 
     def both(name: str, values: dict[str, Any]) -> Step:
-        return name, {"policy": values} | ({"prm": values} if config.objective == "repirl" else {}), 1
+        return name, dict.fromkeys(config.system.trains, values), 1
 
     budgets = _halved(config.batch.tokens_per_microbatch, config.longest_sequence)
     counts = _halved(config.rollout.max_sequences, config.rollout.samples_per_prompt)

@@ -113,7 +113,7 @@ def plan(config: Config, ranks: int = 1, device: str | None = None) -> Plan:
     if ranks < 1 or ranks % config.parallel.replicate:
         raise ConfigError(f"ranks is {ranks}: expected a multiple of parallel.replicate, {config.parallel.replicate}")
     shapes = [_load_shape(config.policy.model, config.policy.gguf_file)]
-    if config.objective == "repirl" and config.prm.model is not None:
+    if config.system.has_prm and config.prm.model is not None:
         shapes.append(_load_shape(config.prm.model, config.prm.gguf_file))
     return _Planner(config, ranks, device, shapes[0], shapes[-1]).plan()
 
@@ -133,7 +133,7 @@ class _Planner:
         other_type = config.computes_in != config.dtype and config.adapters is None
         self.sharded = ranks > 1 or other_type or config.parallel.cpu_offload
         self.away = config.parallel.cpu_offload and self.on_gpu
-        trains_prm = config.objective == "repirl"
+        system = config.system
         self.base, self.base_name = 0, ""
         if config.adapters is None:
             make = self._full_side
@@ -142,16 +142,16 @@ class _Planner:
             self.base = self.computed * sum(map(self._local, policy.weights()))
         sections = config.policy, config.prm
         self.policy = make("policy", policy, False, sections[0])
-        self.prm = make("PRM", prm, config.prm.reward == "value", sections[1]) if trains_prm else None
+        self.prm = make("PRM", prm, config.prm.reward == "value", sections[1]) if system.has_prm else None
         self.reference = make("reference", policy, False, None) if needs_reference(config) else None
         self.sides = [side for side in (self.policy, self.prm, self.reference) if side is not None]
-        self.has_engine = config.objective != "sft" and config.rollout.engine == "vllm"
+        self.has_engine = system.online and config.rollout.engine == "vllm"
         # Sequences of a step: how many, their prompt tokens, their response tokens.
         prompt, count = config.data.max_prompt_tokens, config.rollout.prompts_per_step
         rollouts = (count * config.rollout.samples_per_prompt, prompt, config.rollout.max_response_tokens)
-        experts = (config.irl.experts_per_step or count, prompt, config.data.max_expert_tokens)
+        experts = (config.experts_per_step, prompt, config.data.max_expert_tokens)
         self.scored = [rollouts]
-        self.trained = {"policy": [experts if config.objective == "sft" else rollouts], "PRM": [experts, rollouts]}
+        self.trained = {"policy": [rollouts if system.online else experts], "PRM": [experts, rollouts]}
 
     def _local(self, shape: Sizes) -> int:
         """Values that this process holds of a weight."""
@@ -208,7 +208,7 @@ class _Planner:
         for target in targets:
             out, features = shape.layer[f"{target}.weight"]
             lora += [(adapters.rank, features), (out, adapters.rank)]
-        count = sum(map(math.prod, lora)) * (2 if self.config.objective == "repirl" else 1)
+        count = sum(map(math.prod, lora)) * len(self.config.system.trains)
         layer = self.computed * (sum(map(math.prod, shape.layer.values())) + count)
         units = self._units(shape, reads_values, layer)
         # A sharded model is computed in one type throughout.
@@ -267,11 +267,11 @@ class _Planner:
     def plan(self) -> Plan:
         config = self.config
         phases = [self._load()]
-        if config.objective != "sft":
+        if config.system.online:
             rows = min(config.rollout.max_sequences, -(-self.scored[0][0] // self.ranks))
             phases.append(self._decode("rollout", rows, -(-rows // config.rollout.samples_per_prompt)))
             phases.append(self._score("old_logprob", self.policy))
-        if config.objective != "sft" and self.reference is not None:
+        if config.system.online and self.reference is not None:
             phases.append(self._score("reference", self.reference))
         if self.prm is not None:
             phases.append(self._update("prm", self.prm))

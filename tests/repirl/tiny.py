@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from repirl.config import Config
 from repirl.configfile import build_config, merge
 from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
 from repirl.distributed.shard import whole
-from repirl.learner import Learner, LossFunction
+from repirl.learner import Learner, Loss
 
 
 def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", head_dim: int = 8) -> Path:
@@ -64,7 +66,12 @@ def make_data(folder: Path, count: int = 24) -> dict[str, str]:
     }
 
 
-def gradients(learner: Learner, batch: PackedBatch, loss: LossFunction) -> dict[str, torch.Tensor]:
+def objective(loss: Callable[[dict[str, torch.Tensor], PackedBatch], torch.Tensor]) -> Loss:
+    """What an update needs of an objective, made of a loss alone."""
+    return SimpleNamespace(loss=lambda outputs, micro: (loss(outputs, micro), {}))
+
+
+def gradients(learner: Learner, batch: PackedBatch, loss: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole gradients, by parameter, of the update that `update` is about to make; it is not made."""
     found: dict[str, torch.Tensor] = {}
 
@@ -72,7 +79,7 @@ def gradients(learner: Learner, batch: PackedBatch, loss: LossFunction) -> dict[
         found.update({name: whole(p.grad).clone() for name, p in learner.trained.items() if p.grad is not None})
 
     step, learner.optimizer.step = learner.optimizer.step, keep
-    learner.update(batch, loss)
+    learner.update(batch, objective(loss))
     learner.optimizer.step = step
     return found
 

@@ -1,0 +1,75 @@
+"""Reading checkpoints, onto any number of processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from repirl.checkpoint.errors import reason
+from repirl.checkpoint.manifest import FORMAT
+from repirl.checkpoint.rng import set_rng_state
+from repirl.config import ConfigError
+from repirl.distributed.world import World
+from repirl.learner import Learner
+
+
+def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> tuple[int, dict[str, Any]]:
+    """Restore learners and random generators in place.
+
+    Args:
+        path: a checkpoint's folder.
+        learners: those that are trained, by name.
+        world: the processes of this run, as many as there may be.
+
+    Returns:
+        Finished steps, and what else the run had put there (save.Checkpointer.save).
+
+    Raises:
+        ConfigError: where it is of another format, or of other models.
+    """
+    content = json.loads((path / "trainer.json").read_text())
+    check_format(path, content)
+    missing = sorted(set(learners) - set(content["learners"]))
+    if missing:
+        raise ConfigError(f"checkpoint {str(path)!r} has no {missing[0]!r}; it holds {sorted(content['learners'])}")
+    for name, learner in learners.items():
+        state = learner.state_dict()
+        del state["counters"]
+        _read(state, path / name / "tensors")
+        learner.load_state_dict(state | {"counters": content["learners"][name]})
+    rest = torch.load(path / "run.pt", weights_only=True)
+    set_rng_state(rest["rng"][world.rank % len(rest["rng"])])
+    return content["step"], rest["run"]
+
+
+def check_format(path: Path, content: dict[str, Any]) -> None:
+    """ConfigError where what trainer.json holds is not of the format that is read here."""
+    if (found := content.get("format", 1)) != FORMAT:
+        written = f"repirl {content['repirl']}" if "repirl" in content else "a repirl before 0.2"
+        raise ConfigError(
+            f"checkpoint {str(path)!r} has format {found}, written by {written}; this repirl reads format {FORMAT}: "
+            "finish or export the run with the version that wrote it"
+        )
+
+
+def load_weights(path: Path, name: str, learner: Learner) -> None:
+    """Fill a model with the weights that a checkpoint holds under `name` ("policy" or "prm")."""
+    check_format(path, json.loads((path / "trainer.json").read_text()))
+    state = {"model": learner.model_state()}
+    _read(state, path / name / "tensors")
+    learner.load_model_state(state["model"])
+
+
+def _read(state: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise ConfigError(
+            f"checkpoint {str(folder)!r} does not fit the configured models: {reason(error).splitlines()[-1]}"
+        ) from error
