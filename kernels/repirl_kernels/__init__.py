@@ -3,7 +3,18 @@
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
+from repirl_kernels.advantages import rloo_advantages
 from repirl_kernels.backends import choose_backend
+from repirl_kernels.importance import (
+    Coefficients,
+    LogWeights,
+    effective_sample_size,
+    importance_diagnostics,
+    irl_coefficients,
+    log_importance_weights,
+    log_partition,
+    self_normalize,
+)
 from repirl_kernels.linear_loss import TokenLoss, linear_token_loss
 from repirl_kernels.losses import (
     PolicyLoss,
@@ -14,23 +25,8 @@ from repirl_kernels.losses import (
     token_rewards,
 )
 from repirl_kernels.ops import TokenStats, TokenStatsWithArgmax, linear_token_stats, token_stats
-from repirl_kernels.segments import (
-    Coefficients,
-    LogWeights,
-    effective_sample_size,
-    importance_diagnostics,
-    irl_coefficients,
-    log_importance_weights,
-    log_partition,
-    pareto_smooth,
-    prefix_sums,
-    returns_to_go,
-    rloo_advantages,
-    segment_mean,
-    segment_sum,
-    self_normalize,
-    sequence_ids,
-)
+from repirl_kernels.packed import prefix_sums, returns_to_go, segment_mean, segment_sum, sequence_ids
+from repirl_kernels.pareto import pareto_smooth
 
 try:
     __version__ = _version("repirl")  # of the distribution that holds this package

@@ -15,18 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repirl_kernels.segments import (
-    check_choice,
-    check_finite,
-    check_number,
-    check_packed,
-    irl_coefficients,
-    log_importance_weights,
-    log_partition,
-    pareto_smooth,
-    self_normalize,
-    sequence_ids,
-)
+from repirl_kernels.importance import irl_coefficients, log_importance_weights, log_partition, self_normalize
+from repirl_kernels.packed import check_choice, check_finite, check_number, check_packed, sequence_ids
+from repirl_kernels.pareto import pareto_smooth
 
 REWARD_KINDS = ("value", "logit", "soft_q", "logprob", "implicit")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")

@@ -3,10 +3,11 @@
 import math
 from collections import defaultdict
 
+import packed_ops as segments
 import pytest
 import torch
 from packed_cases import EXPERT_LENGTHS, GROUPS, LENGTHS, cu_of, rollouts, split
-from repirl_kernels import losses, segments
+from repirl_kernels import losses
 from torch import Tensor
 
 

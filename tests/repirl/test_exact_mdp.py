@@ -3,9 +3,10 @@
 import math
 
 import exact_mdp as mdp
+import packed_ops as segments
 import pytest
 import torch
-from repirl_kernels import losses, segments
+from repirl_kernels import losses
 from torch import Tensor
 
 GROUPS = segments.GROUPINGS
