@@ -26,14 +26,13 @@ from repirl_kernels.operands import (
     refuse_forward_mode,
     statistics_dtype,
 )
+from repirl_kernels.operators import OPERATOR_TAGS, under_transforms
 from repirl_kernels.ops import (
-    OPERATOR_TAGS,
     AnyTokenStats,
     as_stats,
     linear_backward,
     linear_forward,
     linear_token_stats,
-    under_transforms,
 )
 from repirl_kernels.rows import RowStats, check_rows, empty_stats, fake_gradients, kept_rows, refuse_double_backward
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repirl_kernels.backends import backend_module, repeats_products
 from repirl_kernels.operands import Options, check_integer, prepare_linear, prepare_logits
+from repirl_kernels.operators import OPERATOR_TAGS, under_transforms
 from repirl_kernels.rows import (
     RowStats,
     SavedStats,
@@ -44,14 +45,11 @@ from repirl_kernels.rows import (
     take_live,
     take_some,
     transformed,
+    upstream_of,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# These operators read values on the host (how many rows count, whether targets are in range): they cannot be part of a
-# CUDA graph, and torch.compile(mode="reduce-overhead") has to know.
-OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 class TokenStats(NamedTuple):
@@ -253,23 +251,6 @@ def as_stats(outputs: Any, targets: Tensor, options: Options) -> AnyTokenStats:
         return TokenStats(*columns)
     # Without a gradient, both.
     return TokenStatsWithArgmax(*columns, *(x.detach().reshape(targets.shape) for x in (row.argmax, row.max_logit)))
-
-
-def under_transforms() -> bool:
-    """Whether ``torch.func`` transforms this call: ``grad``, ``vjp``, ``vmap`` and the like."""
-    if not torch.compiler.is_compiling():
-        return torch._C._are_functorch_transforms_active()
-    if _traces_a_transform():
-        torch._dynamo.graph_break("repirl_kernels: torch.func transforms inside torch.compile run eagerly")
-    return False
-
-
-def _traces_a_transform() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-# Called for real where torch.compile traces, and its result taken as a constant.
-_traces_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("repirl_kernels::token_stats", mutates_args=(), tags=OPERATOR_TAGS)
@@ -543,12 +524,6 @@ def _linear_token_stats_backward(
 def _linear_token_stats_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     needs, (hidden, weight, _, bias) = arguments[7:10], arguments[10:14]
     return fake_gradients(hidden, weight, bias, *needs)
-
-
-def upstream_of(gradients: tuple[Tensor, ...], with_entropy: bool) -> Upstream:
-    """The four statistics' gradients; ``None`` for an entropy that was left out."""
-    g_logprob, g_logsumexp, g_target_logit, g_entropy = (gradient.contiguous() for gradient in gradients[:4])
-    return g_logprob, g_logsumexp, g_target_logit, g_entropy if with_entropy else None
 
 
 def _token_stats_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from repirl_kernels.backends import backend_module, repeats_products
 from repirl_kernels.operands import LinearOperands, Options, check_vocab_size, statistics_dtype
-from repirl_kernels.ops import OPERATOR_TAGS, under_transforms, upstream_of
+from repirl_kernels.operators import OPERATOR_TAGS, under_transforms
 from repirl_kernels.reference import ForwardResult
 from repirl_kernels.rows import (
     RowStats,
@@ -58,6 +58,7 @@ from repirl_kernels.rows import (
     take,
     take_live,
     take_some,
+    upstream_of,
 )
 
 

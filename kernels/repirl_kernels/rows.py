@@ -54,6 +54,12 @@ def take_live(upstream: Upstream, stats: SavedStats, rows: Tensor | None) -> tup
     )
 
 
+def upstream_of(gradients: tuple[Tensor, ...], with_entropy: bool) -> Upstream:
+    """The four statistics' gradients; ``None`` for an entropy that was left out."""
+    g_logprob, g_logsumexp, g_target_logit, g_entropy = (gradient.contiguous() for gradient in gradients[:4])
+    return g_logprob, g_logsumexp, g_target_logit, g_entropy if with_entropy else None
+
+
 def replace_stats(stats: SavedStats, fresh: "RowStats", where: Tensor) -> SavedStats:
     """``stats``, and in some rows those of ``fresh``."""
     logsumexp, entropy, logsumexp_low = stats
