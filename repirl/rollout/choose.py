@@ -30,13 +30,10 @@ def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerB
 
         return VLLMEngine(
             policy.model.config,
+            options,
             dtype=getattr(torch, config.computes_in),
             max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
             max_sequences=rollout.max_sequences,
-            kv_cache_bytes=int(options.kv_cache_gib * 2**30),
-            tensor_parallel=options.tensor_parallel,
-            enforce_eager=options.enforce_eager,
-            timeout_seconds=options.timeout_seconds,
         )
     from repirl.rollout.vllm_server import VLLMServerEngine
 

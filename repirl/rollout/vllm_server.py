@@ -24,7 +24,7 @@ from torch import Tensor
 from repirl.config import ConfigError
 from repirl.learner import Learner
 from repirl.rollout.engine import EngineError, Response, Sampling
-from repirl.rollout.vllm import PROBE, check_request, probe, recorded, require_held, require_parity
+from repirl.rollout.parity import PROBE, check_request, probe, recorded, require_held, require_parity
 from repirl.rollout.vllm_worker import Fingerprint, is_worker, send_end, send_tensor
 
 # Opens the routes by which weights are pushed.

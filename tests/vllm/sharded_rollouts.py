@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from repirl.batch import pack
-from repirl.config import OptimizerConfig
+from repirl.config import OptimizerConfig, VLLMConfig
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.world import World
 from repirl.learner import Learner
@@ -31,11 +31,10 @@ def sample(world: World, model_path: str, tensor_parallel: int) -> dict:
     policy = Learner(model, OptimizerConfig(), num_updates=1, tokens_per_microbatch=4096, world=world)
     engine = VLLMEngine(
         model.config,
+        VLLMConfig(kv_cache_gib=1 / 64, tensor_parallel=tensor_parallel),
         dtype=torch.float32,
         max_model_len=128,
         max_sequences=8,
-        kv_cache_bytes=16 << 20,
-        tensor_parallel=tensor_parallel,
         block_size=32,
     )
     engine.update_weights(policy)

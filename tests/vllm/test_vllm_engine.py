@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repirl.batch import pack
-from repirl.config import ConfigError
+from repirl.config import ConfigError, VLLMConfig
 from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Sampling, sequence_seed
 from repirl.rollout.vllm import VLLMEngine
@@ -47,8 +47,9 @@ def sound(pair):
 
 
 def make_engine(policy, **options):
-    options = {"max_model_len": 128, "max_sequences": 16, "kv_cache_bytes": 16 << 20, "block_size": 32} | options
-    return VLLMEngine(policy.model.config, dtype=torch.float32, **options)
+    options = VLLMConfig(**{"kv_cache_gib": 1 / 64} | options)
+    lengths = {"max_model_len": 128, "max_sequences": 16, "block_size": 32}
+    return VLLMEngine(policy.model.config, options, dtype=torch.float32, **lengths)
 
 
 def difference(policy, responses, temperature=1.0):
@@ -262,9 +263,8 @@ def test_the_rest_of_the_process_is_left_alone(sound):
 def test_bfloat16_weights_are_held_exactly(tmp_path, make_policy, perturb):
     """A policy in float32, an engine in bfloat16: what is pushed is rounded once."""
     policy = make_policy(tmp_path, tied=True)
-    engine = VLLMEngine(
-        policy.model.config, dtype=torch.bfloat16, max_model_len=64, max_sequences=4, kv_cache_bytes=8 << 20
-    )
+    options = VLLMConfig(kv_cache_gib=1 / 128)
+    engine = VLLMEngine(policy.model.config, options, dtype=torch.bfloat16, max_model_len=64, max_sequences=4)
     for seed in range(2):
         perturb(policy.model, seed)
         engine.update_weights(policy)
@@ -278,7 +278,7 @@ def test_what_vllm_cannot_run_is_named(tmp_path, make_policy):
     with pytest.raises(ConfigError, match="tensor_parallel is 2, but there are 1 processes"):
         make_engine(policy, tensor_parallel=2)
     with pytest.raises(ConfigError, match="vLLM cannot run this model"):
-        make_engine(policy, kv_cache_bytes=1)
+        make_engine(policy, kv_cache_gib=1e-9)
 
 
 def test_fingerprints_of_parts_add_up():
