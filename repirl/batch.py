@@ -4,18 +4,18 @@ Axes: T tokens of S sequences lie end to end without padding; R of the T tokens 
 (the tokens that the policy or the expert chose). Streams are named [T] tensors aligned with the tokens;
 a value at token t belongs to the action a_t = token_ids[t] taken in the state of all tokens before it.
 
-The streams, all log-probabilities in nats:
+The streams (log-probabilities in nats):
 
-| stream            | what it holds                                  | written by          | read by                        |
-|-------------------|------------------------------------------------|---------------------|--------------------------------|
-| `sampler_logprob` | log mu, as the sampler says                    | rollout/sampler.py  | objectives rloo, irl           |
-| `old_logprob`     | log pi_old, as the trainer says                | loop.py             | objectives rloo, irl           |
-| `ref_logprob`     | log pi_ref at the policy's temperature         | run.py, Reference   | objectives rloo (KL), irl (b)  |
-| `prm_ref_logprob` | log pi_ref at the PRM's temperature            | run.py, Reference   | rewards.py (`implicit`)        |
-| `reward`          | r_t of the PRM                                 | loop.py             | objectives irl, rloo           |
-| `coefficient`     | dL/dr_t of the IRL loss                        | objectives/irl.py   | objectives/irl.py              |
-| `advantage`       | A_t                                            | objectives/rloo.py  | objectives/rloo.py             |
-| `loss_weight`     | share of a token's loss in the batch's         | objectives/rloo.py  | objectives/rloo.py             |
+| stream            | holds                                  | written by       | read by                       |
+|-------------------|----------------------------------------|------------------|-------------------------------|
+| `sampler_logprob` | log mu, as the sampler says            | rollout/sampler  | objectives rloo, irl          |
+| `old_logprob`     | log pi_old, as the trainer says        | loop             | objectives rloo, irl          |
+| `ref_logprob`     | log pi_ref at the policy's temperature | run.Reference    | objectives rloo (KL), irl (b) |
+| `prm_ref_logprob` | log pi_ref at the PRM's temperature    | run.Reference    | rewards (`implicit`)          |
+| `reward`          | r_t of the PRM                         | loop             | objectives irl, rloo          |
+| `coefficient`     | dL/dr_t of the IRL loss                | objectives irl   | objectives irl                |
+| `advantage`       | A_t                                    | objectives rloo  | objectives rloo               |
+| `loss_weight`     | share of a token in the batch's loss   | objectives rloo  | objectives rloo               |
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def pack(
 
 
 def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Batches one after the other. A stream that one of them lacks is NaN there: whoever reads it by mistake sees it."""
+    """Batches one after the other. A stream that one of them lacks is NaN there, so that reading it is noticed."""
     offsets = [0]
     for batch in batches:
         offsets.append(offsets[-1] + batch.num_tokens)

@@ -207,7 +207,10 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
             f"the benchmarks are part of the source checkout, not of the installed package, and {checkout} has no "
             "bench/run.py: clone the repository and run `make bench` there"
         )
-    return subprocess.run([sys.executable, "-m", "bench.run", *arguments], cwd=checkout).returncode
+    # Beside this package, and in the caller's folder, from which relative paths count.
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-m", "bench.run", *arguments], env=environment).returncode
 
 
 def print_summary(config: Config) -> None:

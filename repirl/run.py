@@ -26,7 +26,7 @@ from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, enable_checkpointing
 from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
-from repirl.objectives import Objective
+from repirl.objectives import Objective, load_objectives
 from repirl.rollout.choose import make_engine
 from repirl.rollout.sampler import Sampler
 from repirl.systems import System
@@ -36,7 +36,7 @@ from repirl.work import PhaseTimer, Work
 
 @dataclass
 class Reference:
-    """The frozen initial policy, and at which temperature the PRM reads it (None: its rewards are not relative to it)."""
+    """The frozen initial policy. prm_temperature: at which the PRM reads it; None where its rewards do not need it."""
 
     learner: Learner
     prm_temperature: float | None
@@ -115,10 +115,12 @@ def needs_reference(config: Config) -> bool:
     """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
     system = config.system
     reads_it = system.has_prm and config.prm.reward == "implicit"
-    return reads_it or any(kind.needs_reference(config) for kind in system.load_objectives().values())
+    return reads_it or any(kind.needs_reference(config) for kind in load_objectives(system.objectives).values())
 
 
-def build_learners(config: Config, world: World, work: Work, names: tuple[str, ...] | None = None) -> dict[str, Learner]:
+def build_learners(
+    config: Config, world: World, work: Work, names: tuple[str, ...] | None = None
+) -> dict[str, Learner]:
     """Learners by name, frozen ones without an optimiser.
 
     Args:
@@ -251,7 +253,7 @@ def build(config: Config) -> Run:
         world,
         tokenizer,
         learners,
-        {name: kind(config) for name, kind in _in_order(config, system.load_objectives()).items()},
+        {name: kind(config) for name, kind in _in_order(config, load_objectives(system.objectives)).items()},
         reference,
         Data(experts),
         held_out,

@@ -1,18 +1,13 @@
 """The table of training systems: what each trains and reads, on which data, and which objective updates what.
 
-A new system is a row here and a file in `objectives/`. Nothing of this is imported before it is used: the table is read
-to check a configuration, which must not wait for torch.
+A new system is a row here and a file in `objectives/`. The table is read to check a configuration, which must not wait
+for torch: so it names objectives, and objectives.load_objectives imports them.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from repirl.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,6 @@ class System:
     def has_prm(self) -> bool:
         """Whether there is a PRM, trained or frozen."""
         return "prm" in (*self.trains, *self.reads)
-
-    def load_objectives(self) -> dict[str, type[Objective]]:
-        """The classes that `objectives` names."""
-        found = {}
-        for learner, place in self.objectives.items():
-            module, _, name = place.partition(":")
-            found[learner] = getattr(importlib.import_module(module), name)
-        return found
 
 
 SYSTEMS: dict[str, System] = {

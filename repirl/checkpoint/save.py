@@ -10,7 +10,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,15 @@ class Checkpointer:
         """
         self.finish()
         temporary = self.folder / f"step_{step}.tmp"
-        rng = self.world.gather([rng_state()])
+        rest = {"rng": self.world.gather([rng_state()]), "run": run_state}
+        content = {
+            "format": FORMAT,
+            "repirl": __version__,
+            "step": step,
+            "score": score,
+            "processes": self.world.size,
+            "learners": {name: learner.counters for name, learner in learners.items()},
+        }
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,32 +110,28 @@ class Checkpointer:
             temporary.mkdir()
             for name, learner in learners.items():
                 save_description(learner.model, tokenizer, temporary / name)
-            content = {
-                "format": FORMAT,
-                "repirl": __version__,
-                "step": step,
-                "score": score,
-                "processes": self.world.size,
-                "learners": {name: learner.counters for name, learner in learners.items()},
-            }
             (temporary / "trainer.json").write_text(json.dumps(content))
             (temporary / "config.yaml").write_text(description)
             # Through a file of Python's: that one says why it cannot be written.
             with open(temporary / "run.pt", "wb") as file:
-                torch.save({"rng": rng, "run": run_state}, file)
+                torch.save(rest, file)
 
         self._together(step, prepare if self.world.is_main else _nothing)
-        # One after the other: idle ones may be away from the device, and there need not be room for all.
+        self._write_tensors(step, learners, temporary)
+
+    def _write_tensors(self, step: int, learners: dict[str, Learner], folder: Path) -> None:
+        """Write now, or from a copy while training goes on. One learner after the other: idle ones may be away from the
+        device, and there need not be room for all."""
         rank = self.world.rank
-        if self._thread is None:
-            written: Manifest = {}
-            for name, learner in learners.items():
-                write = functools.partial(_write, {name: _tensors(learner)}, temporary, rank, None)
-                written |= self._together(step, write)
-            self._complete(step, written)
-        else:
+        if self._thread is not None:
             copies = {name: _copied(_tensors(learner)) for name, learner in learners.items()}
-            self._pending = (step, self._thread.submit(_write, copies, temporary, rank, self._group))
+            self._pending = (step, self._thread.submit(_write, copies, folder, rank, self._group))
+            return
+        written: Manifest = {}
+        for name, learner in learners.items():
+            write = functools.partial(_write, {name: _tensors(learner)}, folder, rank, None)
+            written |= self._together(step, write)
+        self._complete(step, written)
 
     def poll(self) -> None:
         """Complete a checkpoint that is being written, if all processes are done with it. Every process has to call."""

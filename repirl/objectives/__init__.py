@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -16,6 +18,15 @@ Metrics = dict[str, float]
 # Name -> (sum, count) of a figure over a micro-batch. What is reported is the quotient of the sums of both over all
 # micro-batches and processes.
 Figures = dict[str, tuple[Tensor, int]]
+
+
+def load_objectives(places: Mapping[str, str]) -> dict[str, type[Objective]]:
+    """The classes of a row of systems.py, by learner; places: `System.objectives`."""
+    found = {}
+    for learner, place in places.items():
+        module, _, name = place.partition(":")
+        found[learner] = getattr(importlib.import_module(module), name)
+    return found
 
 
 class Objective(ABC):
