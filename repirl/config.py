@@ -98,6 +98,21 @@ class DataConfig(Section):
     overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
 
 
+class VerifierConfig(Section):
+    kind: Literal["math", "custom"] = Field(
+        "math", description="what judges responses: the verifier of mathematical answers, or a function of your own"
+    )
+    function: str | None = Field(
+        None,
+        description='with kind: custom, the function as "module:name": of (response, answer), it returns a number, 1 '
+        "for right and 0 for wrong",
+    )
+    processes: Positive = Field(1, description="worker processes that judge, for each process of the training")
+    timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
+        20.0, description="longest time to judge one answer; then it counts as wrong, and as rollout/verifier_timeouts"
+    )
+
+
 class VLLMConfig(Section):
     kv_cache_gib: PositiveFloat = Field(4.0, description="memory of the KV cache, for each process")
     tensor_parallel: Positive = Field(1, description="neighbouring processes that share one engine")
@@ -222,6 +237,7 @@ class Config(Section):
     policy: PolicyConfig
     prm: PRMConfig = PRMConfig()
     data: DataConfig
+    verifier: VerifierConfig = VerifierConfig()
     rollout: RolloutConfig = RolloutConfig()
     irl: IRLConfig = IRLConfig()
     loss: LossConfig = LossConfig()
@@ -304,6 +320,26 @@ class Config(Section):
         self._memory_options_fit()
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _verifier_fits(self) -> Config:
+        kind, function = self.verifier.kind, self.verifier.function
+        if kind != "custom" and function is not None:
+            raise ValueError(
+                f"verifier.function is {function!r}, but verifier.kind {kind!r} judges by itself: set verifier.kind: "
+                "custom, or leave the function out"
+            )
+        if kind == "custom" and function is None:
+            raise ValueError(
+                "verifier.kind is 'custom', but verifier.function is not set: give the function that judges as "
+                '"module:name", or choose verifier.kind: math'
+            )
+        if function is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", function):
+            raise ValueError(
+                f'verifier.function is {function!r}, expected "module:name", such as my_rewards:judge for the function '
+                "judge of my_rewards.py"
+            )
         return self
 
     def _data_fits(self) -> None:
