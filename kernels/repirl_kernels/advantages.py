@@ -32,18 +32,35 @@ def rloo_advantages(
     gamma: float = 1.0,
     whiten: bool = False,
 ) -> Tensor:
-    """Leave-one-out advantages from outcome and process rewards, [T] (Ahmadian et al. 2024; rePIRL).
+    """Leave-one-out advantages from outcome and process rewards.
 
-        A_o(i)   = R_o(i) - mean_{j != i} R_o(j)
-        r~(i, t) = r(i, t) - mean_{j != i} mean_t r(j, t),    A_p(i, t) = sum_{t' >= t} gamma^(t'-t) r~(i, t')
-        A        = outcome_coefficient A_o + process_coefficient A_p,   whitened over all tokens on request
+    For token t of sequence i, with j over the other sequences of its group:
 
-    outcome [S], reward [T], group_ids [S]: sequences of one prompt share an id; j runs over the group. Either
-    reward may be None where its coefficient is 0. Constant to autograd.
+        A_o(i)   = R_o(i) - mean_j R_o(j)
+        r~(i, t) = r(i, t) - mean_j mean_t' r(j, t')          (over those j that have tokens)
+        A_p(i,t) = sum_{t' >= t} gamma^(t'-t) r~(i, t')
+        A(i, t)  = outcome_coefficient A_o(i) + process_coefficient A_p(i, t)
 
-    ValueError where a sequence has no other in its group to be compared with (for process rewards: no other
-    with tokens), as a baseline of 0 would silently mix raw rewards into the advantages; and for rewards or
-    coefficients that are NaN or infinite.
+    Args:
+        outcome: ``[S]``, R_o; may be ``None`` where its coefficient is 0.
+        reward: ``[T]``, r; may be ``None`` where its coefficient is 0.
+        cu_seqlens: ``[S+1]``.
+        group_ids: ``[S]`` integers; sequences of one prompt share an id.
+        outcome_coefficient, process_coefficient: finite numbers; 0 leaves the part out.
+        gamma: the discount, in [0, 1].
+        whiten: subtract the mean over all tokens and divide by the standard deviation (of the N tokens, not N - 1).
+
+    Returns:
+        ``[T]``, constant to autograd; float64 if a reward that takes part is, else float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`repirl_kernels.packed.check_packed`.
+        ValueError: a sequence is alone in its group (for process rewards: the only one with tokens). Nothing can be its
+            baseline then, and with a baseline of 0 its raw reward would be taken for an advantage.
+        ValueError: a reward or a coefficient is NaN or infinite, a reward that takes part is ``None`` or has a wrong
+            shape, or ``gamma`` is outside [0, 1].
+
+    Sources: RLOO, Ahmadian et al. 2024; rePIRL, Wu et al., ICML 2026.
     """
     check_packed(cu_seqlens, reward=reward)
     check_gamma(gamma)
@@ -80,7 +97,21 @@ def rloo_advantages(
 
 
 def _others_mean(values: Tensor, counted: Tensor, groups: Tensor, num_groups: int, group_ids: Tensor) -> Tensor:
-    """Mean of the other counted sequences of the group, [S]; 0 for a sequence that is not counted itself."""
+    """Mean of the values of the other sequences in the group.
+
+    Args:
+        values: ``[S]``.
+        counted: ``[S]`` bool, the sequences that take part.
+        groups: ``[S]``, ids from 0 to ``num_groups`` - 1.
+        num_groups: how many groups there are.
+        group_ids: ``[S]``, the caller's ids, for the error message.
+
+    Returns:
+        ``[S]`` float64; 0 for a sequence that does not take part.
+
+    Raises:
+        ValueError: a sequence that takes part has no other in its group.
+    """
     values = torch.where(counted, values, 0.0)
     others = bucket_sum(counted, groups, num_groups)[groups] - counted.double()
     lonely = (counted & (others == 0)).nonzero()[:, 0]

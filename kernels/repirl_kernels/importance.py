@@ -32,33 +32,34 @@ from repirl_kernels.pareto import pareto_smooth
 
 WEIGHT_KINDS = ("trajectory", "length_normalized", "per_decision", "token", "uniform")
 NORMALIZATIONS = ("sequence", "token")
-# Below this exponent tempered weights are equal for any reward of a sane scale; it keeps 1/alpha finite.
+# With this exponent the weights are equal for rewards of any usual scale, and 1/alpha is still finite.
 _MIN_ALPHA = 1e-6
 _BISECTION_STEPS = 40
 
 
 class LogWeights(NamedTuple):
-    """Log importance weights and how they are to be normalised.
-
-    log_weight [E] float64, tempering included, differentiable in the rewards · bucket_ids [E] int64 in [0, B)
-    · alpha [B] the exponent that was applied · mass [B] what a bucket's normalised weights are multiplied
-    with in the loss (they sum to 1, the bucket's share of the policy term need not; see `irl_coefficients`) ·
-    per_token: E is T (else S).
-    """
+    """Log importance weights, and how they are to be normalised."""
 
     log_weight: Tensor
+    """``[E]`` float64, times the exponent; differentiable in the rewards."""
     bucket_ids: Tensor
+    """``[E]`` int64, in [0, B): the bucket of each element."""
     alpha: Tensor
+    """``[B]`` float64: the exponent of each bucket."""
     mass: Tensor
+    """``[B]`` float64: what each bucket's normalised weights, which sum to 1, are multiplied by in the loss; see
+    :func:`irl_coefficients`."""
     per_token: bool
+    """Whether the elements are tokens (E = T) or sequences (E = S)."""
 
 
 class Coefficients(NamedTuple):
-    """Constants c_t of the two-pass gradient: expert [T of the experts] and policy [T of the rollouts],
-    float64."""
+    """The constants c_t of the two-pass gradient, one for each token."""
 
     expert: Tensor
+    """``[T]`` of the experts, float64; negative."""
     policy: Tensor
+    """``[T]`` of the rollouts, float64; not negative."""
 
 
 def log_importance_weights(
@@ -73,32 +74,49 @@ def log_importance_weights(
     target_ess: float | None = None,
     group_by: str = "prompt",
 ) -> LogWeights:
-    """Log importance weights of rollouts of mu under p(tau) ~ b(tau) exp(sum_t r_t).
+    """Log importance weights of rollouts that mu sampled, under p(tau) proportional to b(tau) exp(sum_t r_t).
 
-    With x_t = r_t + log b_t - log mu_t (log b = 0, a uniform base measure, without `base_logprob`):
+    With x_t = r_t + log b_t - log mu_t:
 
-    | kind                | log w                              | normalised over                        |
-    |---------------------|------------------------------------|----------------------------------------|
-    | `trajectory`        | sum_t x_t                          | the group's sequences                  |
-    | `length_normalized` | the same, divided by the length    | the group's sequences                  |
-    | `per_decision`      | for token t, the sum of x up to t  | the group's sequences still alive at t |
-    | `token`             | x_t                                | the group's tokens                     |
-    | `uniform`           | 0                                  | the group's sequences                  |
+    | kind                | log w                                   | normalised over                        |
+    |---------------------|-----------------------------------------|----------------------------------------|
+    | `trajectory`        | sum_t x_t                               | the group's sequences                  |
+    | `length_normalized` | sum_t x_t, divided by the length        | the group's sequences                  |
+    | `per_decision`      | of token t: the sum of x from 0 to t    | the group's sequences still alive at t |
+    | `token`             | of token t: x_t                         | the group's tokens                     |
+    | `uniform`           | 0                                       | the group's sequences                  |
 
-    Only `trajectory` estimates the expectation under p for any reward. `per_decision` does where b_t exp(r_t)
-    sums to 1 over the actions of every state (rewards that are log-probabilities), as a prefix's weight
-    leaves out what may follow it; the others trade bias for variance.
+    Only ``trajectory`` estimates the expectation under p for every reward. ``per_decision`` does so where the rewards
+    are log-probabilities, which means that b_t exp(r_t) sums to 1 over the actions of every state: the weight of a
+    prefix leaves out what may follow it. The other kinds are biased and have a lower variance.
 
-    All are multiplied with an exponent: `temper` in (0, 1], or with `target_ess` = f in (0, 1] a bucket's
-    own, the largest <= 1 whose effective sample size is at least f times its number of elements. The exponent
-    is a constant to autograd.
+    Every log weight is multiplied by an exponent alpha, a constant to autograd. It is ``temper``, the same for all
+    buckets; or, with ``target_ess``, each bucket has its own: the largest alpha <= 1 with which the bucket's effective
+    sample size is at least ``target_ess`` times its number of elements.
 
-    Args: reward, sampler_logprob, base_logprob [T]; group_ids [S], sequences of one prompt share an id
-    (without them all are one group); group_by "prompt" or "batch" (one group whatever `group_ids` says).
+    An empty sequence has log w = 0 where the elements are sequences, and no element where they are tokens.
 
-    An empty sequence has log w = 0 among sequences and no element among tokens. Rewards and base log-probs
-    may be -inf (weight 0). ValueError where a log weight would be NaN or +inf, and for options outside their
-    range.
+    Args:
+        reward: ``[T]``, r_t; -inf gives a weight of 0.
+        sampler_logprob: ``[T]``, log mu_t in nats, a constant to autograd.
+        cu_seqlens: ``[S+1]``.
+        group_ids: ``[S]`` integers; sequences of one prompt share an id. ``None``: all sequences are one group.
+        kind: a row of the table.
+        base_logprob: ``[T]``, log b_t in nats, a constant to autograd; -inf gives a weight of 0. ``None``: a uniform
+            base measure, log b_t = 0.
+        temper: alpha, in (0, 1].
+        target_ess: in (0, 1]; not together with ``temper``.
+        group_by: ``"prompt"`` keeps the groups, ``"batch"`` puts all sequences into one.
+
+    Returns:
+        :class:`LogWeights`.
+
+    Raises:
+        TypeError, ValueError: as :func:`repirl_kernels.packed.check_packed`.
+        ValueError: x_t is NaN or +inf for a token, or an option is outside its range.
+
+    Sources: guided cost learning, Finn et al. 2016 (``trajectory``); per-decision importance sampling, Precup et al.
+    2000 (``per_decision``).
     """
     check_choice("kind", kind, WEIGHT_KINDS)
     check_packed(cu_seqlens, reward=reward, sampler_logprob=sampler_logprob, base_logprob=base_logprob)
@@ -133,12 +151,12 @@ def log_importance_weights(
     if kind == "token":
         log_weight = log_ratio
         unique, bucket_ids = torch.unique(token_groups, return_inverse=True)
-        # Tokens per sequence: with equal weights, every token has the coefficient that `uniform` gives it.
+        # Times the tokens per sequence, so that with equal weights a token's coefficient is that of `uniform`.
         mass = bucket_sizes(bucket_ids, unique.numel()).double() / group_sizes[unique] / max(num_groups, 1)
     elif kind == "per_decision":
         log_weight = running_sums(log_ratio, position, longest, 1.0, backward=False)
         unique, bucket_ids = torch.unique(token_groups * longest + position, return_inverse=True)
-        mass = torch.ones_like(unique, dtype=torch.float64)  # completed below, with alpha
+        mass = torch.ones_like(unique, dtype=torch.float64)  # replaced below, where alpha is known
     else:
         bucket_ids = groups
         log_weight = bucket_sum(log_ratio, sequence_ids(cu_seqlens, log_ratio.numel()), lengths.numel())
@@ -160,7 +178,18 @@ def log_importance_weights(
 
 
 def _largest_exponent(log_weight: Tensor, bucket_ids: Tensor, num_buckets: int, fraction: float) -> Tensor:
-    # The effective sample size of w^alpha falls with alpha, so bisection finds the one crossing.
+    """The largest exponent in (0, 1] with which each bucket's effective sample size is at least a fraction of its size.
+
+    Args:
+        log_weight: ``[E]``, before tempering.
+        bucket_ids: ``[E]``.
+        num_buckets: B.
+        fraction: in (0, 1].
+
+    Returns:
+        ``[B]`` float64.
+    """
+    # The effective sample size of w^alpha falls as alpha grows, so it crosses the bound once: bisection finds where.
     least = fraction * bucket_sizes(bucket_ids, num_buckets).double() * (1 - 1e-12)
 
     def reaches(alpha: Tensor) -> Tensor:
@@ -188,11 +217,25 @@ def _survival(
     lengths: Tensor,
     longest: int,
 ) -> Tensor:
-    """Per (group, position) bucket: the share of the group's weight that sequences still alive there hold,
-    [B].
+    """The estimated probability under p, for each (group, position) bucket, that a sequence is alive there.
 
-    E_p[sum_t r_t] = sum_t P_p(alive at t) E_p[r_t | alive at t]: weights normalised over the living estimate
-    the second factor only. Sequences that have ended count with their last prefix.
+        E_p[sum_t r_t] = sum_t P_p(alive at t) E_p[r_t | alive at t]
+
+    Weights that are normalised over the sequences alive at t estimate the second factor only; this is the first. It is
+    the share of the group's weight that the sequences alive at t hold. A sequence that has ended counts with the weight
+    at its last token, an empty one with 1.
+
+    Args:
+        prefix: ``[T]``, the sum of x up to each token, before tempering.
+        alpha: ``[B]``, the exponents.
+        keys: ``[B]``, group times ``longest`` plus position, ascending.
+        bucket_ids: ``[T]``.
+        groups: ``[S]``.
+        lengths: ``[S]``.
+        longest: the length of the longest sequence, at least 1.
+
+    Returns:
+        ``[B]`` float64, in [0, 1].
     """
     num_buckets = keys.numel()
     alive = bucket_logsumexp(prefix * alpha[bucket_ids], bucket_ids, num_buckets)
@@ -208,11 +251,22 @@ def _survival(
 
 
 def self_normalize(log_weight: Tensor, bucket_ids: Tensor, *, truncate: float | None = None) -> Tensor:
-    """Weights exp(log_weight) that sum to 1 in every bucket, [E].
+    """Weights exp(log_weight) divided by the sum of their bucket.
 
-    truncate = c >= 1: no raw weight counts for more than c times its bucket's mean (Ionides 2008 with c =
-    sqrt(M)), then normalised. One cut, so the largest normalised weight may exceed c/M again. ValueError
-    where a bucket has no finite weight, or for NaN, +inf, or c < 1.
+    Args:
+        log_weight: ``[E]``; -inf is a weight of 0.
+        bucket_ids: ``[E]`` int64.
+        truncate: c >= 1. A weight above c times the mean weight of its bucket is cut to that, and what is left is
+            divided by its sum. The cut is made once, so in a bucket of M elements the largest weight can still be above
+            c / M. Ionides takes c = sqrt(M).
+
+    Returns:
+        ``[E]``, of the dtype of ``log_weight``; each bucket sums to 1.
+
+    Raises:
+        ValueError: the shapes differ; ``truncate`` is below 1; or a bucket holds NaN or +inf, or nothing but -inf.
+
+    Source: truncated importance sampling, Ionides 2008.
     """
     if log_weight.shape != bucket_ids.shape:
         raise ValueError(
@@ -238,14 +292,34 @@ def self_normalize(log_weight: Tensor, bucket_ids: Tensor, *, truncate: float | 
 
 
 def effective_sample_size(weights: Tensor, bucket_ids: Tensor) -> Tensor:
-    """Kish's (sum w)^2 / sum w^2 of every bucket, [B]; between 1 and the bucket's number of elements."""
+    """Effective sample size of each bucket: (sum w)^2 / sum w^2.
+
+    Args:
+        weights: ``[E]``, not negative; they need not be normalised.
+        bucket_ids: ``[E]`` int64.
+
+    Returns:
+        ``[B]`` float64, from 1 to the number of elements.
+
+    Source: Kish 1965.
+    """
     num_buckets = count_buckets(bucket_ids)
     total = bucket_sum(weights, bucket_ids, num_buckets)
     return total**2 / bucket_sum(weights.double() ** 2, bucket_ids, num_buckets)
 
 
 def log_partition(log_weight: Tensor, bucket_ids: Tensor) -> Tensor:
-    """Estimate of log Z of every bucket, [B]: logsumexp of its log weights minus the log of their number."""
+    """Estimate of log Z from each bucket: the logsumexp of its log weights, minus the log of their number.
+
+    Args:
+        log_weight: ``[E]``.
+        bucket_ids: ``[E]`` int64.
+
+    Returns:
+        ``[B]`` float64, in nats.
+
+    Source: guided cost learning, Finn et al. 2016.
+    """
     num_buckets = count_buckets(bucket_ids)
     count = bucket_sizes(bucket_ids, num_buckets)
     return bucket_logsumexp(log_weight, bucket_ids, num_buckets) - count.double().log()
@@ -259,23 +333,38 @@ def irl_coefficients(
     *,
     normalize: str = "sequence",
 ) -> Coefficients:
-    """The constants c_t with which sum_t c_t r_t has the gradient of the maximum-entropy IRL loss.
+    """The constants c_t with which sum_t c_t r_t has the gradient of the maximum-entropy inverse-RL loss.
 
-    weights [E]: normalised weights (`self_normalize`, of smoothed log weights or not) of the rollouts that
-    estimate log Z; log_weights: what they come from. With G groups:
+    With N expert sequences and G groups of rollouts:
 
-    * expert tokens: c_t = -1/|E|, over all expert sequences, whatever group they are in.
-    * rollout tokens: c_t = m_b w_e, with e the token's element and b its bucket. The mass m_b is 1/G for
-      weights of sequences, so log Z is averaged over groups; for `token`, (tokens per sequence of the
-      group)/G; for `per_decision`, (estimated probability of being alive at t under p)/G.
+    * an expert token has c_t = -1/N, whatever group its sequence is in;
+    * a rollout token has c_t = m_b w_e, for its element e in bucket b. The mass m_b depends on the kind of weights. For
+      weights of sequences it is 1/G, which averages log Z over the groups; for ``token``, 1/G times the mean length of
+      the group's sequences; for ``per_decision``, 1/G times the estimated probability under p that a sequence is alive
+      at t.
 
-    `normalize="token"` divides either side by its sum: experts get -1/(number of expert tokens), rollouts
-    c_t / sum_t' c_t', so each side's mean reward per token is compared, and adding a constant to every reward
-    changes nothing. For weights of sequences of one group the rollouts' side is then
-    sum_j w_j R_j / sum_j w_j T_j with the denominator constant to autograd.
+    ``normalize="token"`` divides each side by the absolute value of its sum. An expert token then has -1 over the
+    number of expert tokens, and a rollout token c_t / sum_t' c_t'. So the loss compares mean rewards per token, and a
+    constant that is added to every reward changes nothing. With one group, and weights w_j of sequences with rewards
+    R_j and lengths T_j, the side of the rollouts is sum_j w_j R_j / sum_j w_j T_j, its denominator a constant to
+    autograd.
 
-    ValueError where a side has no tokens: the loss has no minimum without both; and for weights that are NaN or
-    infinite.
+    Args:
+        weights: ``[E]``, normalised, of the rollouts that estimate log Z (:func:`self_normalize`); smoothed or not.
+        log_weights: what the weights were made from.
+        policy_cu_seqlens: ``[S+1]`` of the rollouts.
+        expert_cu_seqlens: ``[S+1]`` of the experts.
+        normalize: ``"sequence"`` or ``"token"``.
+
+    Returns:
+        :class:`Coefficients`.
+
+    Raises:
+        TypeError, ValueError: as :func:`repirl_kernels.packed.check_packed`.
+        ValueError: a side has no tokens (without both, the loss has no minimum); ``weights`` is not ``[E]``, or holds
+            NaN or an infinite value; ``normalize`` is unknown.
+
+    Sources: maximum-entropy inverse RL, Ziebart et al. 2008; rePIRL, Wu et al., ICML 2026.
     """
     check_choice("normalize", normalize, NORMALIZATIONS)
     check_packed(policy_cu_seqlens)
@@ -313,15 +402,33 @@ def importance_diagnostics(
     expert_reward: Tensor | None = None,
     expert_cu_seqlens: Tensor | None = None,
 ) -> dict[str, float]:
-    """What to watch while weights and rewards train. reward [T] of the rollouts, expert_reward of the
-    experts.
+    """Figures to watch while weights and rewards train.
 
-    ess, ess_fraction (of the bucket's elements), log_z, alpha: means over buckets · max_weight: largest
-    normalised weight of a bucket with more than one element (1 where there is none) · pareto_k: the largest
-    k_hat, NaN where no bucket has enough elements · reward_mean, reward_std: per rollout token ·
-    reward_length_correlation: between the sum of a sequence's rewards and its length, experts included (0
-    where either is constant) · with experts: reward_gap, expert minus rollout mean reward per token. log_z
-    estimates log Z for `trajectory` weights with alpha 1; for others it is the log of the mean weight.
+    Args:
+        log_weights: of the rollouts.
+        weights: ``[E]``, what :func:`self_normalize` made of them.
+        reward: ``[T]`` of the rollouts.
+        cu_seqlens: ``[S+1]`` of the rollouts.
+        expert_reward: ``[T]`` of the experts, or ``None``.
+        expert_cu_seqlens: ``[S+1]`` of the experts; needed with ``expert_reward``.
+
+    Returns:
+        A number for each name:
+
+        * ``ess``: effective sample size, mean over buckets.
+        * ``ess_fraction``: the same, as a fraction of the bucket's elements.
+        * ``max_weight``: the largest weight among buckets with more than one element; 1 if there is no such bucket.
+        * ``pareto_k``: the largest k_hat of a bucket; NaN if none has enough elements.
+        * ``log_z``: :func:`log_partition`, mean over buckets. For ``trajectory`` weights with an exponent of 1 it
+          estimates log Z, for others it is no more than the log of the mean weight.
+        * ``alpha``: the exponent, mean over buckets.
+        * ``reward_mean``, ``reward_std``: over the tokens of the rollouts.
+        * ``reward_length_correlation``: over sequences, experts included, between the sum of rewards and the length;
+          0 if one of the two is constant.
+        * ``reward_gap``: mean reward of an expert token minus that of a rollout token; only with ``expert_reward``.
+
+    Raises:
+        ValueError: ``expert_reward`` comes without ``expert_cu_seqlens``.
     """
     with torch.no_grad():
         bucket_ids = log_weights.bucket_ids
@@ -354,10 +461,12 @@ def importance_diagnostics(
 
 
 def _mean(values: Tensor) -> float:
+    """The mean as a number; 0 without values."""
     return float(values.double().mean()) if values.numel() else 0.0
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's correlation of two tensors ``[S]``; 0 where one of them is constant."""
     if x.numel() < 2:
         return 0.0
     x, y = x - x.mean(), y - y.mean()

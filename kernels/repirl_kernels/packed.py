@@ -20,13 +20,26 @@ GROUPINGS = ("prompt", "batch")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """ValueError that names the option, its value and the choices."""
+    """Refuse an option that is not one of its choices.
+
+    Raises:
+        ValueError: names the option, its value and the choices.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_packed(cu_seqlens: Tensor, **values: Tensor | None) -> None:
-    """ValueError or TypeError unless `cu_seqlens` is well formed and every value is a floating [T] tensor."""
+    """Refuse a malformed ``cu_seqlens`` and values that do not fit it.
+
+    Args:
+        cu_seqlens: ``[S+1]``, int32 or int64, from 0 and never decreasing.
+        values: floating-point tensors ``[T]``, T = ``cu_seqlens[-1]``; ``None`` is skipped.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: ``cu_seqlens`` is malformed, or a value is not ``[T]``.
+    """
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
@@ -46,10 +59,17 @@ def check_packed(cu_seqlens: Tensor, **values: Tensor | None) -> None:
 
 
 def check_finite(row_mask: Tensor | None = None, **values: Tensor | None) -> None:
-    """ValueError that names the first value that is NaN or infinite in a row that counts; one read for all of them.
+    """Refuse values that are NaN or infinite in a row that counts.
 
-    Nothing is read where that would end a graph or a transform: under `torch.compile`, `torch.func` and while a CUDA
-    graph is captured.
+    All values are read at once, with one synchronisation. Nothing is checked where a read would break a graph or a
+    transform: under ``torch.compile`` and ``torch.func``, and while a CUDA graph is captured.
+
+    Args:
+        row_mask: bool, of the values' shape; only rows with ``True`` count. ``None``: all do.
+        values: floating-point tensors; ``None`` is skipped.
+
+    Raises:
+        ValueError: names the first tensor that holds such a value, how many it holds, and where the first one is.
     """
     given = {name: value.detach() for name, value in values.items() if value is not None}
     if torch.compiler.is_compiling() or not given or torch._C._are_functorch_transforms_active():
@@ -70,49 +90,100 @@ def check_finite(row_mask: Tensor | None = None, **values: Tensor | None) -> Non
 
 
 def check_number(name: str, value: float) -> None:
-    """ValueError unless the option is finite."""
+    """Refuse an option that is NaN or infinite.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
     if not abs(value) < math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_gamma(gamma: float) -> None:
+    """Refuse a discount outside [0, 1].
+
+    Raises:
+        ValueError: names the discount.
+    """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}")
 
 
 def sequence_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
-    """The sequence of each token, [T] int64. `num_tokens`, if known, spares a device synchronisation."""
+    """The index of the sequence that each token belongs to.
+
+    Args:
+        cu_seqlens: ``[S+1]``.
+        num_tokens: T; where it is given, a device is not synchronised to find it.
+
+    Returns:
+        ``[T]`` int64, in [0, S).
+    """
     index = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
     return torch.repeat_interleave(index, cu_seqlens.diff().long(), output_size=num_tokens)
 
 
 def token_positions(cu_seqlens: Tensor) -> Tensor:
-    """Position of each token in its sequence, [T]."""
+    """The position of each token in its sequence, from 0, ``[T]`` int64."""
     lengths = cu_seqlens.diff().long()
     start = cu_seqlens[:-1].long().repeat_interleave(lengths)
     return torch.arange(start.numel(), device=start.device) - start
 
 
 def max_length(lengths: Tensor) -> int:
+    """The largest of ``lengths [S]``; 0 if there is none. Synchronises the device."""
     return int(lengths.max()) if lengths.numel() else 0
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum of ``values [T]`` over each sequence, [S]; 0 for an empty one."""
+    """Sum of the values of each sequence.
+
+    Args:
+        values: ``[T]``, floating-point.
+        cu_seqlens: ``[S+1]``.
+
+    Returns:
+        ``[S]``, of the values' dtype; 0 for an empty sequence.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_packed`.
+    """
     check_packed(cu_seqlens, values=values)
     ids = sequence_ids(cu_seqlens, values.numel())
     return bucket_sum(values, ids, cu_seqlens.numel() - 1).to(values.dtype)
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean of ``values [T]`` over each sequence, [S]; 0 for an empty one."""
+    """Mean of the values of each sequence.
+
+    Args:
+        values: ``[T]``, floating-point.
+        cu_seqlens: ``[S+1]``.
+
+    Returns:
+        ``[S]``, of the values' dtype; 0 for an empty sequence.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_packed`.
+    """
     check_packed(cu_seqlens, values=values)
     total = bucket_sum(values, sequence_ids(cu_seqlens, values.numel()), cu_seqlens.numel() - 1)
     return (total / cu_seqlens.diff().clamp(min=1)).to(values.dtype)
 
 
 def prefix_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Inclusive running sum within each sequence, [T]."""
+    """Running sum within each sequence, from its first token to each token, both included.
+
+    Args:
+        values: ``[T]``, floating-point.
+        cu_seqlens: ``[S+1]``.
+
+    Returns:
+        ``[T]``, of the values' dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_packed`.
+    """
     check_packed(cu_seqlens, values=values)
     lengths = cu_seqlens.diff().long()
     steps_before = token_positions(cu_seqlens)
@@ -120,10 +191,21 @@ def prefix_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def returns_to_go(reward: Tensor, cu_seqlens: Tensor, gamma: float = 1.0) -> Tensor:
-    """Discounted sum of the rewards from each token to the end of its sequence: sum_{t'>=t} gamma^(t'-t)
-    r_t'.
+    """Discounted sum of the rewards from each token to the end of its sequence.
 
-    reward [T]; gamma in [0, 1]. Returns [T]. ValueError for a gamma outside.
+        G_t = sum_{t' >= t} gamma^(t'-t) r_t'
+
+    Args:
+        reward: ``[T]``, floating-point.
+        cu_seqlens: ``[S+1]``.
+        gamma: the discount, in [0, 1].
+
+    Returns:
+        ``[T]``, of the rewards' dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_packed`.
+        ValueError: ``gamma`` is outside [0, 1].
     """
     check_packed(cu_seqlens, reward=reward)
     check_gamma(gamma)
@@ -133,9 +215,20 @@ def returns_to_go(reward: Tensor, cu_seqlens: Tensor, gamma: float = 1.0) -> Ten
 
 
 def running_sums(values: Tensor, distance: Tensor, longest: int, gamma: float, *, backward: bool) -> Tensor:
-    # Doubling: after k rounds every token holds its own value and 2^k - 1 neighbours', discounted.
-    # log2(longest) rounds on [T] tensors, and what lies across a border is never added in, not even as a NaN
-    # times zero.
+    """Discounted running sum within each sequence, by doubling (Hillis and Steele 1986).
+
+    Args:
+        values: ``[T]``.
+        distance: ``[T]``, how many tokens of the same sequence lie before each token (after it, if ``backward``).
+        longest: the length of the longest sequence.
+        gamma: the discount of a neighbour, to the power of its distance.
+        backward: sum from each token to the end of its sequence, instead of from the start to the token.
+
+    Returns:
+        ``[T]``, of the values' dtype.
+    """
+    # After k rounds each token holds the discounted sum of its own value and those of 2^k - 1 neighbours. Values across
+    # a border are selected away, not multiplied by zero: a NaN there stays there.
     reach = 1
     while reach < longest:
         padding = values.new_zeros(min(reach, values.numel()))
@@ -146,7 +239,19 @@ def running_sums(values: Tensor, distance: Tensor, longest: int, gamma: float, *
 
 
 def dense_group_ids(group_ids: Tensor | None, cu_seqlens: Tensor, group_by: str) -> tuple[Tensor, int]:
-    """Groups renumbered from 0, and how many there are; one group where they are not told apart."""
+    """Groups of sequences, renumbered from 0 without gaps.
+
+    Args:
+        group_ids: ``[S]``, any integers; ``None`` puts all sequences into one group.
+        cu_seqlens: ``[S+1]``.
+        group_by: ``"prompt"`` keeps the groups, ``"batch"`` puts all sequences into one.
+
+    Returns:
+        The ids ``[S]`` int64, and the number of groups.
+
+    Raises:
+        ValueError: ``group_by`` is unknown, or ``group_ids`` is not ``[S]``.
+    """
     check_choice("group_by", group_by, GROUPINGS)
     num_sequences = cu_seqlens.numel() - 1
     if group_ids is not None and group_ids.shape != (num_sequences,):
@@ -158,24 +263,29 @@ def dense_group_ids(group_ids: Tensor | None, cu_seqlens: Tensor, group_by: str)
 
 
 def count_buckets(bucket_ids: Tensor) -> int:
+    """One more than the largest of ``bucket_ids [E]``; 0 if there is none. Synchronises the device."""
     return int(bucket_ids.max()) + 1 if bucket_ids.numel() else 0
 
 
 def bucket_sizes(bucket_ids: Tensor, num_buckets: int) -> Tensor:
+    """The number of elements in each bucket, ``[B]`` int64."""
     return torch.bincount(bucket_ids, minlength=num_buckets)
 
 
 def bucket_sum(values: Tensor, bucket_ids: Tensor, num_buckets: int) -> Tensor:
+    """Sum of ``values [E]`` over each bucket, ``[B]`` float64; 0 for an empty one."""
     zero = torch.zeros(num_buckets, dtype=torch.float64, device=values.device)
     return zero.index_add(0, bucket_ids, values.double())
 
 
 def _bucket_max(values: Tensor, bucket_ids: Tensor, num_buckets: int) -> Tensor:
+    """Largest of ``values [E]`` in each bucket, ``[B]``; -inf for an empty one."""
     lowest = torch.full((num_buckets,), -math.inf, dtype=values.dtype, device=values.device)
     return lowest.scatter_reduce(0, bucket_ids, values, "amax")
 
 
 def bucket_logsumexp(values: Tensor, bucket_ids: Tensor, num_buckets: int) -> Tensor:
+    """Log of the sum of ``exp(values [E])`` over each bucket, ``[B]`` float64; -inf for an empty one."""
     values = values.double()
     shift = _bucket_max(values.detach(), bucket_ids, num_buckets)
     shift = torch.where(shift.isfinite(), shift, 0.0)

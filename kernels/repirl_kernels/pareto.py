@@ -12,18 +12,29 @@ from torch import Tensor
 
 from repirl_kernels.packed import bucket_sizes, count_buckets
 
-# A generalised Pareto distribution is not fitted to fewer points than this (Vehtari et al. 2024).
+# The fewest elements of a tail that is fitted (Vehtari et al. 2024).
 _MIN_TAIL = 5
 
 
 def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Pareto-smoothed log weights [E] and the tail's shape k_hat [B] (Vehtari et al. 2024; one bucket without
-    ids).
+    """Log weights of which the largest in each bucket are smoothed, and the shape k_hat of each bucket's tail.
 
-    The largest ceil(min(M/5, 3 sqrt(M))) weights of a bucket of M are replaced by quantiles of a generalised
-    Pareto distribution fitted to them, at most the largest raw weight. k_hat > 0.7 says that the estimate is
-    not to be trusted. A bucket whose tail has fewer than 5 elements (M <= 20), or no spread, is left as it
-    is, k_hat NaN. The result is a constant to autograd. ValueError for NaN or +inf.
+    In a bucket of M elements the largest ceil(min(M/5, 3 sqrt(M))) weights are the tail. A generalised Pareto
+    distribution is fitted to it, and its quantiles replace the tail's weights, in the same order and at most as large
+    as the largest raw weight. k_hat > 0.7 means that the estimate is not to be trusted.
+
+    Args:
+        log_weight: ``[E]``; -inf is a weight of 0.
+        bucket_ids: ``[E]`` int64; ``None``: all elements are one bucket.
+
+    Returns:
+        The log weights ``[E]``, of the dtype of ``log_weight`` and constant to autograd, and k_hat ``[B]`` float64. A
+        bucket whose tail has fewer than 5 elements (M <= 20), or no spread, is left as it is, and its k_hat is NaN.
+
+    Raises:
+        ValueError: ``log_weight`` holds NaN or +inf.
+
+    Source: Pareto-smoothed importance sampling, Vehtari et al. 2024.
     """
     raw = log_weight.detach()
     if bucket_ids is None:
@@ -40,7 +51,7 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
     if fitted.numel() == 0:
         return raw.clone(), k_hat
 
-    # Elements in ascending order within their bucket; `row` r holds the tail of bucket fitted[r].
+    # The elements bucket by bucket, ascending in each. Row r of what follows, [R, N], is the tail of bucket fitted[r].
     order = raw.argsort(stable=True)
     order = order[bucket_ids[order].argsort(stable=True)]
     end = count.cumsum(0)[fitted, None]
@@ -52,7 +63,7 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
     tail = (raw.double()[order[where]] - largest).exp()
     cutoff = (raw.double()[order[end - size - 1]] - largest).exp().clamp(min=torch.finfo(torch.float64).tiny)
     k, sigma = _fit_generalized_pareto((tail - cutoff).clamp(min=0.0), valid, size)
-    # The weakly informative prior of Vehtari et al.: ten observations at k = 1/2.
+    # The weakly informative prior of Vehtari et al. 2024: as if ten more observations had k = 1/2.
     k = (k * size + 5.0) / (size + 10.0)
     probability = ((column.double() + 0.5) / size).clamp(max=1 - 1e-12)
     log_survival = torch.log1p(-probability)
@@ -68,9 +79,19 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
 
 
 def _fit_generalized_pareto(x: Tensor, valid: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape and scale [R, 1] of exceedances x [R, N], ascending, of which the first size [R, 1] count.
+    """Shape k and scale sigma of a generalised Pareto distribution, one fit a row.
 
-    Zhang and Stephens 2009: the posterior mean of theta = -k/sigma under a data-driven prior, on a grid.
+    theta = -k / sigma is its posterior mean, on a grid, under a prior that depends on the data.
+
+    Args:
+        x: ``[R, N]``, exceedances over the cutoff, ascending in each row.
+        valid: ``[R, N]`` bool, the first ``size`` of each row.
+        size: ``[R, 1]``, how many count.
+
+    Returns:
+        k and sigma, each ``[R, 1]``; not finite where a row has no spread.
+
+    Source: Zhang and Stephens 2009.
     """
     num_grid = 30 + size.double().sqrt().floor().long()
     j = torch.arange(1, int(num_grid.max()) + 1, dtype=torch.float64, device=x.device)[None, :]
