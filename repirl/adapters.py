@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from transformers import PreTrainedModel
 
 from repirl.config import AdapterConfig, ConfigError
 from repirl.distributed.shard import local_slices, whole
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 # peft is imported where adapters are added: it costs seconds, which runs without any need not wait for.
 _LORA = ("lora_A", "lora_B")
@@ -41,9 +38,9 @@ def add_adapters(
     _check_targets(model, config.target_modules)
     model.requires_grad_(False)
     for name in names:
-        lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, lora_dropout=0.0
-        )
+        # peft divides by the rank, whatever number it is.
+        alpha: Any = config.alpha
+        lora = LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=config.target_modules, lora_dropout=0.0)
         with warnings.catch_warnings():
             # That there are several is meant.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -97,7 +94,8 @@ def select_adapter(model: nn.Module, name: str | None) -> None:
             getattr(layer, part).requires_grad_(True)
 
 
-def _layers(model: nn.Module) -> Iterator[LoraLayer]:
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """The layers with adapters (peft.tuners.lora.LoraLayer)."""
     return (module for module in model.modules() if hasattr(module, "lora_A"))
 
 

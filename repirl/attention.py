@@ -73,7 +73,9 @@ def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: 
             options["enable_gqa"] = True
         else:  # PyTorch 2.11
             k, v = _for_every_head(q, k, v)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _shares_heads(q: Tensor) -> bool:
@@ -120,9 +122,10 @@ def packed_attention(
         k, v = _for_every_head(q, k, v)
     parts = []
     for index in packed_layout.groups:
-        grouped = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))
+        groups = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))
+        grouped_q, grouped_k, grouped_v = groups
         out = torch.nn.functional.scaled_dot_product_attention(
-            *grouped, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+            grouped_q, grouped_k, grouped_v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed_layout.inverse)[None], None

@@ -5,6 +5,7 @@ Options that do not fit together are refused here; `repirl.configfile` reads the
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Literal
 
@@ -286,7 +287,9 @@ class Config(Section):
     @classmethod
     def _system_exists(cls, objective: str) -> str:
         if objective not in SYSTEMS:
-            raise ValueError(f"input should be one of {[*SYSTEMS]}")
+            close = difflib.get_close_matches(objective, SYSTEMS, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"input should be one of {[*SYSTEMS]}{hint}")
         return objective
 
     @field_validator("data")
@@ -420,7 +423,8 @@ class Config(Section):
                 )
         if self.offload_idle and self.parallel.cpu_offload:
             raise ValueError("parallel.cpu_offload keeps everything in host memory already: leave out offload_idle")
-        for name, section in {"policy": self.policy, "prm": self.prm}.items():
+        sections: dict[str, PolicyConfig | PRMConfig] = {"policy": self.policy, "prm": self.prm}
+        for name, section in sections.items():
             if section.activation_offload and not section.gradient_checkpointing:
                 raise ValueError(
                     f"{name}.activation_offload moves what gradient checkpointing keeps: set "

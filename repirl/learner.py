@@ -124,13 +124,13 @@ class Learner:
 
     # What a checkpoint holds.
 
-    def model_state(self) -> dict[str, Tensor]:
+    def model_state(self) -> dict[str, Any]:
         """Weights, sharded as they are: all of the model's, or of a shared model those that are trained here."""
         self._activate()
-        state = get_model_state_dict(self.model)
+        state: dict[str, Any] = get_model_state_dict(self.model)
         return {name: state[name] for name in self.trained} if self.shares_model else state
 
-    def load_model_state(self, state: dict[str, Tensor]) -> None:
+    def load_model_state(self, state: dict[str, Any]) -> None:
         """Take back what `model_state` gave."""
         self._activate()
         set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
@@ -273,7 +273,7 @@ class Learner:
                 for name, (_, count) in figures.items():
                     counts[name] += count
             else:
-                loss = 0.0 * sum(values.sum() for values in outputs.values())
+                loss = 0.0 * torch.stack([values.sum() for values in outputs.values()]).sum()
             # FSDP averages gradients over the processes, here they are to be added.
             (loss * self.world.size).backward()
         reshard(self.model)

@@ -94,7 +94,7 @@ class PackedTokenClassifier:
         if packed_layout is None:
             return super().forward(input_ids, *args, position_ids=position_ids, **kwargs)  # type: ignore[misc]
         hidden = _hidden(self, input_ids, position_ids, packed_layout)  # type: ignore[arg-type]
-        return self.score(hidden[response_index])[:, 0].float()  # type: ignore[operator]
+        return self.score(hidden[response_index])[:, 0].float()  # type: ignore[attr-defined]
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,13 +118,20 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The table [V, D] of input embeddings."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def forward_flops(model: PreTrainedModel, batch: PackedBatch, reads_values: bool) -> list[float]:
     """Floating-point operations of one forward pass over each sequence, causal attention counted by half and the head
     for response tokens only: model FLOPs, which recomputation does not add to."""
     backbone = getattr(model, model.base_model_prefix)
     config = model.config
     head_size = config.hidden_size if reads_values else model.lm_head.weight.numel()
-    embeddings = model.get_input_embeddings().weight.numel()
+    embeddings = embedding_weight(model).numel()
     per_token = 2 * (sum(p.numel() for p in backbone.parameters()) - embeddings)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Two products (scores, and values weighted by them), two operations each, half of it masked.
@@ -176,6 +183,7 @@ def load_model(
     A value head that the files do not hold starts at zero, so every reward is 0 at first.
     ConfigError where the name leads to no model.
     """
+    model: Any
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file

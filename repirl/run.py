@@ -181,16 +181,23 @@ class _Builder:
     ) -> PreTrainedModel:
         config, world = self.config, self.world
         source = config.prm if name == "prm" and config.prm.model is not None else config.policy
-        model_name, files = str(source.model), {"gguf_file": source.gguf_file}
+        model_name, gguf_file = str(source.model), source.gguf_file
         kind = "value" if name == "prm" and config.prm.reward == "value" else "causal"
         if world.mesh is None:
-            model = load_model(model_name, kind=kind, dtype=dtype, device=world.device, **files)
+            model = load_model(model_name, kind=kind, dtype=dtype, device=world.device, gguf_file=gguf_file)
             if prepare is not None:
                 prepare(model)
         else:
-            options: dict[str, Any] = {"compute_dtype": self.compute_dtype, "world": world, "prepare": prepare}
-            options["cpu_offload"] = config.parallel.cpu_offload
-            model = load_sharded_model(model_name, kind=kind, dtype=dtype, **options, **files)
+            model = load_sharded_model(
+                model_name,
+                kind=kind,
+                dtype=dtype,
+                compute_dtype=self.compute_dtype,
+                world=world,
+                cpu_offload=config.parallel.cpu_offload,
+                gguf_file=gguf_file,
+                prepare=prepare,
+            )
         check_window(model, model_name, config.longest_sequence)
         return model
 

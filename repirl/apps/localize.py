@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,7 +16,12 @@ def step_scores(reward: Tensor, step_lens: Sequence[int], aggregate: str = "min"
     """
     if sum(step_lens) > reward.numel():
         raise ValueError(f"steps of {list(step_lens)} tokens do not fit into {reward.numel()} token rewards")
-    functions = {"min": torch.min, "mean": torch.mean, "sum": torch.sum, "last": lambda part: part[-1]}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "min": torch.amin,
+        "mean": torch.mean,
+        "sum": torch.sum,
+        "last": lambda part: part[-1],
+    }
     if aggregate not in functions:
         raise ValueError(f"aggregate is {aggregate!r}, expected one of {sorted(functions)}")
     parts = reward[: sum(step_lens)].split(list(step_lens))
@@ -62,7 +67,8 @@ def judge(scores: Sequence[Sequence[float]], errors: Sequence[int | None]) -> di
     A step after the first error is neither right nor wrong and is left out of the AUROC. The threshold for F1
     comes from every second solution of either kind and is judged on the others.
     """
-    wrong, right = [], []
+    wrong: list[float] = []
+    right: list[float] = []
     for sequence, error in zip(scores, errors, strict=True):
         right += sequence[: len(sequence) if error is None else error]
         if error is not None:

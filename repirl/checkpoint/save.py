@@ -175,9 +175,9 @@ class Checkpointer:
     def _prune(self) -> None:
         found = list_checkpoints(self.folder)
         kept = set(found[-self.config.keep_last :])
-        scores = {path: _score(path) for path in found}
+        scores = {path: score for path in found if (score := _score(path)) is not None}
         # Among equals the older one is kept: it took fewer steps.
-        ranked = sorted((p for p in found if scores[p] is not None), key=lambda p: -scores[p])
+        ranked = sorted(scores, key=lambda path: -scores[path])
         kept |= set(ranked[: self.config.keep_best])
         for path in found:
             if path not in kept:

@@ -39,7 +39,10 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
         if data.train is None or data.solution_column is None:
             raise DataError("expert trajectories need data.experts, or data.train and data.solution_column")
         path, prompt_column, solution_column, option = data.train, data.prompt_column, data.solution_column, "data"
-    columns = {f"{option}.prompt_column": prompt_column, f"{option}.solution_column": solution_column}
+    columns: dict[str, str | None] = {
+        f"{option}.prompt_column": prompt_column,
+        f"{option}.solution_column": solution_column,
+    }
     limit = LengthLimit(data, path)
     experts = []
     for number, row in read_rows(path, columns):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -118,7 +118,7 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
 
 @torch.no_grad()
 def _read(model: nn.Module, files: dict[str, str]) -> None:
-    by_file: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+    by_file: dict[str, list[tuple[str, DTensor]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         plain = base_name(name)
@@ -129,12 +129,12 @@ def _read(model: nn.Module, files: dict[str, str]) -> None:
             parameter.to_local().zero_()
     for path, parameters in by_file.items():
         with safe_open(path, "pt") as file:
-            for name, parameter in parameters:
+            for name, sharded in parameters:
                 source = file.get_slice(name)
-                if tuple(source.get_shape()) != tuple(parameter.shape):
+                if tuple(source.get_shape()) != tuple(sharded.shape):
                     raise ConfigError(
                         f"{path} holds {name!r} with shape {tuple(source.get_shape())}, the configuration beside it "
-                        f"says {tuple(parameter.shape)}"
+                        f"says {tuple(sharded.shape)}"
                     )
-                if (where := local_slices(parameter)) is not None:
-                    parameter.to_local().copy_(source[where])
+                if (where := local_slices(sharded)) is not None:
+                    sharded.to_local().copy_(source[where])

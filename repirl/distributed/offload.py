@@ -20,9 +20,12 @@ _PIECE_BYTES = 1 << 26
 class Resident(Protocol):
     """A model with its optimiser, as far as it matters here (learner.Learner)."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None
     residency: Residency | None
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
 
     @property
     def device(self) -> torch.device: ...

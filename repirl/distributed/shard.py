@@ -30,7 +30,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype, 
     # Tied weights are one parameter of two modules: it belongs to the unit that holds both, the root's.
     if head is not None and head.weight is not embeddings.weight:
         units += [embeddings, head]
-    model.compute_dtype = compute_dtype
+    # As an attribute that is no module or tensor, for whoever asks how the model computes.
+    model.__dict__["compute_dtype"] = compute_dtype
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
 

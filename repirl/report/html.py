@@ -176,7 +176,7 @@ def _tiles(curves: Sequence[Curve], shades: dict[str, str]) -> str:
     tiles = []
     for series in curve["series"]:
         shade = shades[series["name"]]
-        values = [y for y in series["y"] if _finite(y)]
+        values = [y for y in series["y"] if y is not None and math.isfinite(y)]
         if not values:
             continue
         points = 100 * (values[-1] - values[0])

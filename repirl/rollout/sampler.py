@@ -148,7 +148,10 @@ class Sampler:
         return batch, metrics
 
     def _verifier_metrics(self) -> dict[str, float]:
-        return {"rollout/verifier_timeouts": sum(self.world.gather([self.verifier.num_timeouts]))}
+        verifier = self.verifier
+        counts = self.world.gather([(verifier.num_timeouts, verifier.num_overlong)])
+        timeouts, overlong = (sum(count) for count in zip(*counts, strict=True))
+        return {"rollout/verifier_timeouts": timeouts, "rollout/verifier_overlong": overlong}
 
     def _prompts_of(self, rows: list[int]) -> list[Prompt]:
         assert self.prompts is not None
@@ -204,7 +207,7 @@ class Sampler:
             self.policy.work.tokens += sum(len(response) for _, response in pairs)
             self.policy.work.flops += sum(forward_flops(self.policy.model, pack(pairs), reads_values=False))
         texts = {
-            i: (self.tokenizer.decode(response.token_ids, skip_special_tokens=True), answer)
+            i: (str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True)), answer)
             for i, response in zip(mine, responses, strict=True)
             if (answer := prompts[i].answer) is not None
         }

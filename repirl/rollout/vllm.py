@@ -195,7 +195,7 @@ class VLLMEngine:
         with self._undisturbed(), _failing_as("waking up"):
             for storage, size in self._emptied:
                 storage.resize_(size)
-                storage.fill_(0)
+                torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
             self._emptied = []
             self.llm.wake_up()
         self._asleep = False
@@ -333,9 +333,13 @@ def _save_config(config: PretrainedConfig, folder: str) -> None:
 def _watched(step: Callable[[], Any], timeout_seconds: float) -> Callable[[], Any]:
     """A step that ends this process where it takes longer."""
 
+    # Not sys.stderr: a test or a notebook may have replaced it by what has no file.
+    errors = sys.__stderr__
+    assert errors is not None
+
     def watched_step() -> Any:
         # Of another thread than Python's, which may be what hangs.
-        faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=errors)
         try:
             return step()
         finally:

@@ -104,7 +104,7 @@ def held_weights(model: nn.Module) -> dict[str, tuple[str, int, float]]:
 _Place = tuple[int, int, int, int, bool]
 
 
-def _places(module: nn.Module, kind: str, parameter: Tensor, num_parts: int) -> list[_Place]:
+def _places(module: Any, kind: str, parameter: Tensor, num_parts: int) -> list[_Place]:
     """Where each of the parameters that are fused into this one lies, here and in the whole model."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -137,7 +137,7 @@ def _places(module: nn.Module, kind: str, parameter: Tensor, num_parts: int) -> 
     return [(0, parameter.shape[0], 0, 0, get_tensor_model_parallel_rank() == 0)]
 
 
-def _blocks(module: nn.Module, kind: str, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _blocks(module: Any, kind: str, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
     """A parameter as the layer computes with it: first column and [rows, columns], block by block."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -175,7 +175,7 @@ def send_tensor(connections: Iterable[socket.socket], name: str, tensor: Tensor)
     """Write one tensor to each connection."""
     header = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     encoded = json.dumps(header).encode()
-    content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for connection in connections:
         connection.sendall(_LENGTH.pack(len(encoded)) + encoded)
         connection.sendall(content)
