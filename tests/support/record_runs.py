@@ -126,9 +126,9 @@ def record(names: list[str]) -> dict[str, Any]:
 
 
 def differences(now: Any, before: Any, path: str = "") -> list[str]:
-    """Where two records differ."""
+    """Where two records differ; figures that are new are no difference."""
     if isinstance(now, dict) and isinstance(before, dict):
-        keys = sorted({*now, *before})
+        keys = sorted(before)
         return [d for k in keys for d in differences(now.get(k), before.get(k), f"{path}/{k}")]
     if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
         pairs = enumerate(zip(now, before, strict=True))

@@ -1,0 +1,74 @@
+"""The table of systems: every row is whole, and a new one is a row and a file."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_values
+
+from repirl.cli import main
+from repirl.configfile import build_config
+from repirl.objectives import Objective, load_objectives
+from repirl.report.log import read_metrics
+from repirl.systems import SYSTEMS
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_rows_are_whole(tmp_path, name):
+    system = SYSTEMS[name]
+    found = load_objectives(system.objectives)
+    assert tuple(found) == system.trains
+    assert all(issubclass(kind, Objective) for kind in found.values())
+    assert set(system.data) <= {"prompts", "answers", "experts"}
+    assert system.online == ("prompts" in system.data)
+    config = build_config(tiny_values(tmp_path, objective=name))
+    assert config.system is system
+    assert set(config.trained_sections) == set(system.trains)
+    assert [kind(config).config is config for kind in found.values()] == [True] * len(found)
+
+
+def test_an_unknown_system_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"objective.*'repirll'.*'repirl'.*did you mean 'repirl'"):
+        build_config(tiny_values(tmp_path, objective="repirll"))
+
+
+def test_a_new_system_is_a_row_and_a_file(tmp_path, monkeypatch, capsys):
+    """Trained through the command line, with checkpoints, evaluation, plan, export and two processes; nothing else knows
+    it."""
+    monkeypatch.syspath_prepend(HERE)
+    assert len((HERE / "toy_system.py").read_text().splitlines()) < 40
+    importlib.import_module("toy_system")
+    values = tiny_values(tmp_path, objective="right_ones", steps=3)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    try:
+        assert main(["train", "--config", str(file)]) == 0
+        for command in (["plan", "--config", str(file)], ["train", "--config", str(file), "--dry-run"]):
+            capsys.readouterr()
+            assert main(command) == 0
+            assert "PRM" not in capsys.readouterr().out
+        assert main(["train", "--config", str(file), "--resume", "--steps", "4"]) == 0
+        assert main(["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    finally:
+        del SYSTEMS["right_ones"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["policy"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all({"policy/share", "rollout/outcome", "eval/accuracy"} <= set(line) for line in lines[2::2])
+    for line in lines[1:]:
+        # The loss is the mean of what is reported as the surprise.
+        assert line["policy/loss"] == pytest.approx(line["policy/surprise"], rel=1e-6)
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "toy_system.py"]
+    command += ["train", "--config", str(file), "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    both = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    for one, two in zip(lines[1:4], both[1:], strict=True):
+        assert two["policy/loss"] == pytest.approx(one["policy/loss"], rel=1e-4)
+        assert two["policy/surprise"] == pytest.approx(two["policy/loss"], rel=1e-6)
