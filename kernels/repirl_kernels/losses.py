@@ -1,6 +1,6 @@
 """Rewards and losses as pure functions of per-token statistics, packed end to end.
 
-Axes: T tokens (response tokens only) of S sequences, see `segments`. Losses come per token, to be summed with
+Axes: T tokens (response tokens only) of S sequences, see `packed`. Losses come per token, to be summed with
 weights whose normaliser is that of the whole batch: so however a batch is cut into micro-batches or packed,
 the gradient is the same.
 
@@ -248,7 +248,7 @@ def irl_token_loss(
     """Second pass of the IRL gradient: c_t r_t + reward_l2 r_t^2 / num_tokens, [T]; its sum is to be
     differentiated.
 
-    coefficient [T] from `segments.irl_coefficients`; num_tokens of the whole batch, experts and rollouts. ValueError
+    coefficient [T] from `importance.irl_coefficients`; num_tokens of the whole batch, experts and rollouts. ValueError
     for unequal shapes and for coefficients that are NaN or infinite; where a reward is, so is the loss.
     """
     if coefficient.shape != reward.shape:

@@ -3,11 +3,10 @@
 import math
 from collections import defaultdict
 
-import packed_ops as segments
 import pytest
 import torch
 from packed_cases import EXPERT_LENGTHS, GROUPS, LENGTHS, cu_of, rollouts, split
-from repirl_kernels import losses
+from repirl_kernels import importance, losses, packed, pareto
 from torch import Tensor
 
 
@@ -53,7 +52,7 @@ def test_soft_q_sums_to_logprob_plus_the_first_logsumexp() -> None:
     target_logit = logits.gather(1, targets[:, None])[:, 0]
     reward = losses.token_rewards("soft_q", target_logit=target_logit, logsumexp=logsumexp, cu_seqlens=cu)
     first = torch.stack([p[0] if len(p) else p.sum() for p in split(logsumexp, cu)])
-    close(segments.segment_sum(reward, cu), segments.segment_sum(target_logit - logsumexp, cu) + first)
+    close(packed.segment_sum(reward, cu), packed.segment_sum(target_logit - logsumexp, cu) + first)
 
 
 def test_soft_q_gradient_reaches_the_next_state_only_within_its_sequence() -> None:
@@ -385,9 +384,9 @@ def written_out(
     return expert_term + policy_term
 
 
-@pytest.mark.parametrize("group_by", segments.GROUPINGS)
-@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
-@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+@pytest.mark.parametrize("group_by", packed.GROUPINGS)
+@pytest.mark.parametrize("normalize", importance.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", importance.WEIGHT_KINDS)
 def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: str, group_by: str) -> None:
     policy, mu, cu = rollouts(LENGTHS)
     expert, _, expert_cu = rollouts(EXPERT_LENGTHS, seed=4)
@@ -404,9 +403,9 @@ def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: 
         close(actual, wanted)
 
     with torch.no_grad():
-        lw = segments.log_importance_weights(policy, mu, cu, **options)
-        weights = segments.self_normalize(lw.log_weight, lw.bucket_ids)
-        c = segments.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
+        lw = importance.log_importance_weights(policy, mu, cu, **options)
+        weights = importance.self_normalize(lw.log_weight, lw.bucket_ids)
+        c = importance.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
     two_pass = losses.irl_token_loss(expert, c.expert).sum() + losses.irl_token_loss(policy, c.policy).sum()
     for actual, wanted in zip(torch.autograd.grad(two_pass, [expert, policy]), expected, strict=True):
         close(actual, wanted)
@@ -415,8 +414,8 @@ def test_two_passes_have_the_gradient_of_the_written_loss(kind: str, normalize: 
 
 
 @pytest.mark.parametrize("shaping", [{"temper": 0.4}, {"target_ess": 0.95}, {"truncate": 1.5}, {"smooth": "psis"}])
-@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
-@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+@pytest.mark.parametrize("normalize", importance.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", importance.WEIGHT_KINDS)
 def test_one_pass_equals_two_with_shaped_weights(kind: str, normalize: str, shaping: dict) -> None:
     lengths = LENGTHS * 5
     policy, mu, cu = rollouts(lengths)
@@ -428,15 +427,15 @@ def test_one_pass_equals_two_with_shaped_weights(kind: str, normalize: str, shap
     weighting = {k: v for k, v in shaping.items() if k in ("temper", "target_ess")}
     loss = losses.irl_loss(expert, expert_cu, policy, mu, cu, normalize=normalize, reward_l2=0.1, **options, **shaping)
     with torch.no_grad():
-        lw = segments.log_importance_weights(policy, mu, cu, **options, **weighting)
+        lw = importance.log_importance_weights(policy, mu, cu, **options, **weighting)
         log_weight = lw.log_weight
         if "smooth" in shaping:
-            log_weight, _ = segments.pareto_smooth(log_weight, lw.bucket_ids)
-        weights = segments.self_normalize(log_weight, lw.bucket_ids, truncate=shaping.get("truncate"))
-        plain = segments.log_importance_weights(policy, mu, cu, **options)
-        unshaped = segments.self_normalize(plain.log_weight, plain.bucket_ids)
+            log_weight, _ = pareto.pareto_smooth(log_weight, lw.bucket_ids)
+        weights = importance.self_normalize(log_weight, lw.bucket_ids, truncate=shaping.get("truncate"))
+        plain = importance.log_importance_weights(policy, mu, cu, **options)
+        unshaped = importance.self_normalize(plain.log_weight, plain.bucket_ids)
         assert (kind == "uniform") == torch.allclose(weights, unshaped)
-        c = segments.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
+        c = importance.irl_coefficients(weights, lw, cu, expert_cu, normalize=normalize)
     count = len(policy) + len(expert)
     two_pass = sum(
         losses.irl_token_loss(r, k, reward_l2=0.1, num_tokens=count).sum()

@@ -3,13 +3,12 @@
 import math
 
 import exact_mdp as mdp
-import packed_ops as segments
 import pytest
 import torch
-from repirl_kernels import losses
+from repirl_kernels import importance, losses, packed, rloo_advantages
 from torch import Tensor
 
-GROUPS = segments.GROUPINGS
+GROUPS = packed.GROUPINGS
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -28,11 +27,11 @@ def two_pass_gradient(table: Tensor, expert_rows: Tensor, policy_rows: Tensor, s
     normalize = options.pop("normalize", "sequence")
     e_states, e_actions, e_cu = mdp.packed(expert_rows)
     p_states, p_actions, p_cu = mdp.packed(policy_rows)
-    log_weights = segments.log_importance_weights(
+    log_weights = importance.log_importance_weights(
         table[p_states, p_actions], sampler[p_states, p_actions], p_cu, **options
     )
-    weights = segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
-    c = segments.irl_coefficients(weights, log_weights, p_cu, e_cu, normalize=normalize)
+    weights = importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
+    c = importance.irl_coefficients(weights, log_weights, p_cu, e_cu, normalize=normalize)
     gradient = torch.zeros_like(table)
     gradient.index_put_((e_states, e_actions), c.expert, accumulate=True)
     return gradient.index_put_((p_states, p_actions), c.policy, accumulate=True)
@@ -73,17 +72,17 @@ def test_importance_sampling_converges_at_the_monte_carlo_rate(kind: str) -> Non
         rows = torch.multinomial(log_mu.exp(), size * repetitions, replacement=True, generator=generator)
         groups = torch.arange(repetitions).repeat_interleave(size)
         states, actions, cu = mdp.packed(rows)
-        log_weights = segments.log_importance_weights(
+        log_weights = importance.log_importance_weights(
             reward[states, actions], sampler[states, actions], cu, group_ids=groups, kind=kind
         )
-        weights = segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
-        c = repetitions * segments.irl_coefficients(weights, log_weights, cu, cu).policy
+        weights = importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
+        c = repetitions * importance.irl_coefficients(weights, log_weights, cu, cu).policy
         gradient = torch.zeros(repetitions, mdp.NUM_STATES, mdp.V, dtype=torch.float64)
-        owner = groups[segments.sequence_ids(cu)]
+        owner = groups[packed.sequence_ids(cu)]
         gradient.index_put_((owner, states, actions), c, accumulate=True)
         gradient_errors.append(float((gradient - exact_gradient).flatten(1).norm(dim=1).square().mean().sqrt()))
         if kind == "trajectory":
-            log_z = segments.log_partition(log_weights.log_weight, log_weights.bucket_ids)
+            log_z = importance.log_partition(log_weights.log_weight, log_weights.bucket_ids)
             log_z_errors.append(float((log_z - exact_log_z).square().mean().sqrt()))
     assert -0.6 < slope(sizes, gradient_errors) < -0.4
     if kind == "trajectory":
@@ -110,9 +109,9 @@ def test_prm_training_reaches_the_maximum_entropy_solution() -> None:
         optimizer.zero_grad()
         expert, policy = table[e_states, e_actions], table[p_states, p_actions]
         with torch.no_grad():
-            log_weights = segments.log_importance_weights(policy, sampler_logprob, p_cu)
-            weights = segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
-            c = segments.irl_coefficients(weights, log_weights, p_cu, e_cu)
+            log_weights = importance.log_importance_weights(policy, sampler_logprob, p_cu)
+            weights = importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
+            c = importance.irl_coefficients(weights, log_weights, p_cu, e_cu)
             value = losses.irl_loss(expert, e_cu, policy, sampler_logprob, p_cu)
         second_pass = losses.irl_token_loss(expert, c.expert).sum()
         (second_pass + losses.irl_token_loss(policy, c.policy).sum()).backward()
@@ -131,15 +130,15 @@ def test_a_reference_as_base_measure_tilts_the_solution() -> None:
     reward, reference = mdp.random_table(1, 0.5), mdp.random_table(2).log_softmax(-1)
     states, actions, cu = mdp.packed(torch.arange(mdp.NUM_TRAJECTORIES))
     length = mdp.LENGTHS.repeat_interleave(mdp.LENGTHS)
-    log_weights = segments.log_importance_weights(
+    log_weights = importance.log_importance_weights(
         reward[states, actions],
         -math.log(mdp.NUM_TRAJECTORIES) / length.double(),
         cu,
         base_logprob=reference[states, actions],
     )
     tilted = mdp.trajectory_sums(reward) + mdp.trajectory_sums(reference)
-    close(segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids), tilted.softmax(0), 1e-12)
-    log_z = segments.log_partition(log_weights.log_weight, log_weights.bucket_ids)
+    close(importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids), tilted.softmax(0), 1e-12)
+    log_z = importance.log_partition(log_weights.log_weight, log_weights.bucket_ids)
     close(log_z[0], tilted.logsumexp(0), 1e-12)
 
 
@@ -166,12 +165,12 @@ def policy_gradient(logits: Tensor, reward: Tensor, beta: float) -> Tensor:
     logprob = table[states, actions]
     entropy = -(table.exp() * table).sum(-1)
     after = torch.cat([entropy, entropy.new_zeros(1)]).detach()[mdp.NEXT_STATE[states, actions]]
-    advantage = segments.returns_to_go(reward[states, actions] + beta * after, cu)
+    advantage = packed.returns_to_go(reward[states, actions] + beta * after, cu)
     loss = losses.policy_loss(
         logprob, logprob.detach(), advantage, entropy=entropy[states], entropy_coefficient=beta
     ).loss
     probability = mdp.trajectory_sums(table.detach()).exp()
-    return (probability[segments.sequence_ids(cu)] * loss).sum()
+    return (probability[packed.sequence_ids(cu)] * loss).sum()
 
 
 def test_the_policy_loss_has_the_gradient_of_the_soft_return() -> None:
@@ -204,8 +203,8 @@ def test_policy_optimisation_reaches_the_soft_optimal_policy(beta: float) -> Non
 
 
 @pytest.mark.parametrize("group_by", GROUPS)
-@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
-@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+@pytest.mark.parametrize("normalize", importance.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", importance.WEIGHT_KINDS)
 def test_two_passes_equal_one_through_shared_parameters(kind: str, normalize: str, group_by: str) -> None:
     generator = torch.Generator().manual_seed(7)
     sampler = mdp.random_table(2).log_softmax(-1)
@@ -254,14 +253,14 @@ def gradient_in_logits(logprob: Tensor, expert_rows: Tensor, policy_rows: Tensor
     return torch.autograd.grad((table * by_reward).sum(), logits)[0]
 
 
-@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", importance.WEIGHT_KINDS)
 def test_the_policy_is_at_rest_among_its_own_experts(kind: str) -> None:
     logprob, rows = fractional_policy()
     assert len(rows) == 10**4
     states, actions, cu = mdp.packed(rows)
     reward = losses.token_rewards("logprob", logprob=logprob[states, actions])
-    log_weights = segments.log_importance_weights(reward, logprob[states, actions], cu, kind=kind)
-    weights = segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
+    log_weights = importance.log_importance_weights(reward, logprob[states, actions], cu, kind=kind)
+    weights = importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
     counts = torch.bincount(log_weights.bucket_ids)[log_weights.bucket_ids]
     close(weights, 1 / counts.double(), 1e-12)
     close(gradient_in_logits(logprob, rows, rows, kind), torch.zeros_like(logprob), 1e-12)
@@ -280,7 +279,7 @@ def test_soft_q_sums_to_logprob_plus_the_first_value() -> None:
         cu_seqlens=cu,
     )
     expected = mdp.trajectory_sums(logits.log_softmax(-1)) + logits[0].logsumexp(0)
-    close(segments.segment_sum(reward, cu), expected, 1e-12)
+    close(packed.segment_sum(reward, cu), expected, 1e-12)
 
 
 # 5. Advantages
@@ -296,12 +295,12 @@ def test_advantages_ignore_a_constant_in_every_reward_of_a_group(gamma: float, w
     groups = torch.tensor([0, 1, 0, 2, 2, 1, 0, 2, 1, 0, 1, 2])
     shift = torch.tensor([3.0, -7.0, 0.5], dtype=torch.float64)[groups]
     options = {"outcome_coefficient": 1.0, "process_coefficient": 0.1, "gamma": gamma, "whiten": whiten}
-    before = segments.rloo_advantages(outcome, reward, cu, groups, **options)
-    shifted = reward + 2 * shift[segments.sequence_ids(cu)]
-    after = segments.rloo_advantages(outcome + shift, shifted, cu, groups, **options)
+    before = rloo_advantages(outcome, reward, cu, groups, **options)
+    shifted = reward + 2 * shift[packed.sequence_ids(cu)]
+    after = rloo_advantages(outcome + shift, shifted, cu, groups, **options)
     close(after, before, 1e-10)
     # A constant on one rollout alone is no such constant.
-    alone = segments.rloo_advantages(outcome + shift * (torch.arange(12) == 0), reward, cu, groups, **options)
+    alone = rloo_advantages(outcome + shift * (torch.arange(12) == 0), reward, cu, groups, **options)
     assert not torch.allclose(alone, before, atol=1e-3)
 
 
@@ -313,8 +312,8 @@ def repack(order: Tensor, cu: Tensor) -> Tensor:
     return torch.cat([torch.arange(int(cu[i]), int(cu[i + 1])) for i in order.tolist()])
 
 
-@pytest.mark.parametrize("kind", segments.WEIGHT_KINDS)
-@pytest.mark.parametrize("normalize", segments.NORMALIZATIONS)
+@pytest.mark.parametrize("kind", importance.WEIGHT_KINDS)
+@pytest.mark.parametrize("normalize", importance.NORMALIZATIONS)
 def test_order_and_micro_batches_leave_the_irl_gradient(kind: str, normalize: str) -> None:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(mdp.NUM_TRAJECTORIES, (16,), generator=generator)
@@ -329,12 +328,12 @@ def test_order_and_micro_batches_leave_the_irl_gradient(kind: str, normalize: st
 
     # The second pass, three rollouts at a time, through parameters.
     states, actions, cu = mdp.packed(rows)
-    log_weights = segments.log_importance_weights(
+    log_weights = importance.log_importance_weights(
         table[states, actions], sampler[states, actions], cu, group_ids=groups, kind=kind
     )
-    weights = segments.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
+    weights = importance.self_normalize(log_weights.log_weight, log_weights.bucket_ids)
     e_states, e_actions, e_cu = mdp.packed(experts)
-    c = segments.irl_coefficients(weights, log_weights, cu, e_cu, normalize=normalize)
+    c = importance.irl_coefficients(weights, log_weights, cu, e_cu, normalize=normalize)
     parameters = table.clone().requires_grad_()
     losses.irl_token_loss(parameters[e_states, e_actions], c.expert).sum().backward()
     for part in order.split(3):
@@ -356,7 +355,7 @@ def test_order_and_micro_batches_leave_the_policy_gradient(aggregation: str) -> 
 
     def advantages(rows: Tensor, groups: Tensor, outcome: Tensor) -> Tensor:
         states, actions, cu = mdp.packed(rows)
-        return segments.rloo_advantages(
+        return rloo_advantages(
             outcome,
             reward[states, actions],
             cu,
