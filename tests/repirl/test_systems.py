@@ -38,8 +38,7 @@ def test_an_unknown_system_is_refused_by_name(tmp_path):
 
 
 def test_a_new_system_is_a_row_and_a_file(tmp_path, monkeypatch, capsys):
-    """Trained through the command line, with checkpoints, evaluation, plan, export and two processes; nothing else knows
-    it."""
+    """Trained through the command line, with checkpoints, evaluation, plan, export and two processes."""
     monkeypatch.syspath_prepend(HERE)
     assert len((HERE / "toy_system.py").read_text().splitlines()) < 40
     importlib.import_module("toy_system")
