@@ -5,7 +5,8 @@
 #                          .venv-integrations on top of .venv
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
-# make lint      ruff, and mypy on the public surface of repirl_kernels
+# make lint      ruff (rules and format), clang-format and mypy
+# make format    rewrite what the two formatters of make lint would change
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,8 +14,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 VLLM := .venv-vllm
+CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: install demo test test-integrations test-vllm bench lint clean
+.PHONY: install demo test test-integrations test-vllm bench lint format clean
 
 install: $(STAMP)
 
@@ -69,7 +71,13 @@ bench: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache
