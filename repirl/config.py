@@ -85,9 +85,6 @@ class DataConfig(Section):
     eval: str | None = Field(None, description="JSON lines with held-out prompts and answers")
     prompt_column: str = Field("prompt", description="column with the prompt")
     answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
-    verifier_timeout_seconds: PositiveFloat = Field(
-        20.0, description="longest time to judge one answer; then it counts as wrong, and as rollout/verifier_timeouts"
-    )
     solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
     solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
     experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
