@@ -1,13 +1,20 @@
-"""Policy and PRM of a checkpoint as plain Hugging Face models."""
+"""Policy and PRM of a checkpoint as plain Hugging Face models that say of themselves how they are used."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
@@ -16,16 +23,30 @@ from repirl.configfile import build_config
 from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import add_value_head, build_model, load_tokenizer, quiet_transformers
+from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import build_learners
 from repirl.work import Work
 
 
-def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
-    """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm; returns the folders written.
+def export_checkpoint(
+    checkpoint: str | os.PathLike, output: str | os.PathLike, *, step_separator: str = "\n"
+) -> list[Path]:
+    """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm.
 
-    Plain `AutoModelForCausalLM` and `AutoModelForTokenClassification` load them back. Adapters are worked into the
-    weights of their base, which has to be where the run found it.
-    ConfigError where the checkpoint is missing, damaged, or not one.
+    Plain `AutoModelForCausalLM` and `AutoModelForTokenClassification` load them back, and `prm.load_prm` the PRM: its
+    config.json says under `repirl` how its rewards are read. Adapters are worked into the weights of their base, which
+    has to be where the run found it.
+
+    Args:
+        checkpoint: a run's folder or a step_N folder.
+        output: gets a folder for each model.
+        step_separator: what ends a step of a response, for whoever makes step rewards of the PRM's token rewards.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        ConfigError: where the checkpoint is missing, damaged, or not one.
     """
     quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
@@ -33,10 +54,50 @@ def export_checkpoint(checkpoint: str | os.PathLike, output: str | os.PathLike) 
     models = _merged(folder, config) if config.adapters is not None else _whole(folder)
     written = []
     for name, model in models.items():
-        model.save_pretrained(Path(output) / name)
-        load_tokenizer(str(folder / name)).save_pretrained(Path(output) / name)
-        written.append(Path(output) / name)
+        tokenizer, target = load_tokenizer(str(folder / name)), Path(output) / name
+        # transformers keeps keys that it does not know; one of a model that this one was trained from is replaced.
+        if name == "prm":
+            model.config.repirl = describe_prm(config, step_separator).model_dump(mode="json")
+        else:
+            model.config.repirl = describe_policy(config)
+            # Training ended responses with the tokenizer's end token, whatever the model's files said.
+            special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            model.generation_config = GenerationConfig(**special)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        written.append(target)
     return written
+
+
+def describe_prm(config: Config, step_separator: str) -> PRMDescription:
+    """What the PRM of a run says of itself."""
+    reference = None
+    if config.prm.reward == "implicit":
+        reference = ReferenceModel(model=config.policy.model, gguf_file=config.policy.gguf_file)
+    return PRMDescription(
+        reward=config.prm.reward,
+        beta=config.prm.beta,
+        gamma=config.prm.gamma,
+        # Whatever the rollouts' temperature is: run.build_learners.
+        temperature=1.0,
+        reference=reference,
+        steps=StepRule(rule="separator", separator=step_separator),
+        prompt=_prompt_format(config),
+    )
+
+
+def describe_policy(config: Config) -> dict[str, Any]:
+    """What the policy of a run says of itself: the temperature that it was sampled and trained at, and its prompts."""
+    return {
+        "format": FORMAT,
+        "role": "policy",
+        "temperature": config.rollout.temperature if config.system.online else 1.0,
+        "prompt": _prompt_format(config).model_dump(),
+    }
+
+
+def _prompt_format(config: Config) -> PromptFormat:
+    return PromptFormat(**config.data.model_dump(include=set(PromptFormat.model_fields)))
 
 
 def _whole(folder: Path) -> dict[str, PreTrainedModel]:
@@ -59,12 +120,12 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
         load_weights(folder, name, learner)
         weights = dict(learner.weights())
         plain_config = AutoConfig.from_pretrained(folder / name)
-        factory = AutoModelForCausalLM
+        factory: Any = AutoModelForCausalLM
         if learner.reads_values:
             add_value_head(plain_config)
             factory = AutoModelForTokenClassification
             weights.pop("lm_head.weight", None)
-            head = learner.model.value_head
+            head: Any = learner.model.value_head
             weights |= {"score.weight": head.weight.detach(), "score.bias": head.bias.detach()}
         # A small adapter would be rounded away in bfloat16.
         model = factory.from_config(plain_config, dtype=torch.float32)

@@ -24,7 +24,6 @@ from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from repirl.apps.localize import judge, step_scores
-from repirl.batch import PackedBatch, pack
 from repirl.config import Config, ConfigError
 from repirl.configfile import build_config, describe, load_preset, merge
 from repirl.data.tasks.arithmetic import (
@@ -37,18 +36,19 @@ from repirl.data.tasks.arithmetic import (
     sloppy_solution,
 )
 from repirl.export import export_checkpoint
-from repirl.learner import Learner
 from repirl.loop import train
-from repirl.models import load_model, quiet_transformers
+from repirl.models import quiet_transformers
+from repirl.prm import PRM, PRMDescription, load_prm
 from repirl.report.display import print_table
 from repirl.report.html import write_report
 from repirl.report.log import read_metrics
-from repirl.rewards import read_rewards
 from repirl.work import reset_peak_memory
 
 NUM_STEPS = (4, 5)
 NUM_WARM, NUM_SLOPPY, NUM_TRAIN, NUM_HELD_OUT, NUM_PLANTED = 4000, 2000, 4000, 200, 200
 SLIP = 0.6
+# What ends a worked step.
+STEP_SEPARATOR = "; "
 WARM_UP = {"steps": 800, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 3e-3}}}
 SLOPPY = {"steps": 150, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 1e-3}}}
 # What each run changes in the preset `demo`.
@@ -80,15 +80,18 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     export_checkpoint(folder / "sloppy", folder / "sloppy" / "export")
     (folder / "sloppy" / "export" / "policy").rename(folder / "start")
 
-    results, prms = {}, {"start policy's log-probs": _frozen(folder / "start", run_config(folder, seed, "rePIRL"))}
+    # A policy is a PRM by its log-probabilities: what a trained one has to beat.
+    start = load_prm(folder / "start", device="cpu", description=PRMDescription(reward="logprob"))
+    results, prms = {}, {"start policy's log-probs": start}
     for name in RUNS:
         config = run_config(folder, seed, name)
         reset_peak_memory(torch.device("cpu"))
         train(config)
         results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
         if "prm" in config.system.trains:
-            export_checkpoint(config.output_dir, Path(config.output_dir) / "export")
-            prms[name] = _frozen(Path(config.output_dir) / "export" / "prm", config)
+            export = Path(config.output_dir) / "export"
+            export_checkpoint(config.output_dir, export, step_separator=STEP_SEPARATOR)
+            prms[name] = load_prm(export / "prm", device="cpu")
     scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
     found = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
 
@@ -176,31 +179,18 @@ def run_config(folder: Path, seed: int, name: str) -> Config:
     return build_config(merge(merge(load_preset("demo"), RUNS[name]), values))
 
 
-def _frozen(model: Path, config: Config) -> tuple[Learner, Config]:
-    kind = "value" if config.prm.reward == "value" else "causal"
-    loaded = load_model(str(model), kind=kind, dtype=torch.float32, device=torch.device("cpu"))
-    budget = config.batch.tokens_per_microbatch
-    return Learner(loaded, None, tokens_per_microbatch=budget), config
-
-
-def _encode(solutions: list[Solution]) -> tuple[PackedBatch, list[list[int]]]:
-    """The solutions packed, and the number of tokens of each worked step."""
+def step_lens(solutions: Iterable[Solution]) -> list[list[int]]:
+    """For each solution the number of tokens of each worked step."""
     tokenizer = build_tokenizer()
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    batch = pack([(ids(s.problem.prompt), [*ids(s.text), tokenizer.eos_token_id]) for s in solutions])
-    return batch, [[len(ids(line)) for line in s.lines[:-1]] for s in solutions]
+    return [[len(tokenizer(line).input_ids) for line in s.lines[:-1]] for s in solutions]
 
 
-def score_solutions(prm: tuple[Learner, Config], solutions: list[Solution]) -> list[tuple[list[float], list[float]]]:
+def score_solutions(prm: PRM, solutions: list[Solution]) -> list[tuple[list[float], list[float]]]:
     """For each solution: a score for each worked step (its worst token), and every token's reward."""
-    learner, config = prm
-    batch, step_lens = _encode(solutions)
-    reward = read_rewards(learner.score(batch), batch, config.prm)
-    parts = reward.split(batch.response_cu_seqlens.diff().tolist())
-    return [(step_scores(part, lens), part.tolist()) for part, lens in zip(parts, step_lens, strict=True)]
+    rewards = prm.rewards([(s.problem.prompt, s.text) for s in solutions])
+    return [
+        (step_scores(reward, lens), reward.tolist()) for reward, lens in zip(rewards, step_lens(solutions), strict=True)
+    ]
 
 
 def summary(results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -311,8 +301,8 @@ def report(
 
 def _sample(solution: Solution, rewards: dict[str, list[float]]) -> dict[str, Any]:
     tokenizer = build_tokenizer()
-    batch, [lens] = _encode([solution])
-    tokens = [tokenizer.decode([i]) for i in batch.response_ids.tolist()]
+    [lens] = step_lens([solution])
+    tokens = [tokenizer.decode([i]) for i in [*tokenizer(solution.text).input_ids, tokenizer.eos_token_id]]
     step = solution.error_step
     span = None
     note = "an expert's solution, all steps right"

@@ -1,0 +1,286 @@
+"""A trained PRM outside training: a folder that says of itself how its rewards are read, and token rewards from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from repirl.batch import pack
+from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, PRMConfig, Section
+from repirl.data.prompts import encode_prompt
+from repirl.learner import Learner
+from repirl.models import check_window, load_message, load_model, load_tokenizer
+from repirl.rewards import read_rewards
+
+# Of descriptions; it changes with the names and the meaning of what is in them.
+FORMAT: Final = 1
+
+# Text, or token ids.
+Part: TypeAlias = str | Sequence[int]
+
+
+class PromptFormat(Section):
+    """How a prompt's text becomes tokens (data.prompts.encode_prompt)."""
+
+    chat_template: bool
+    prompt_template: str
+    system: str | None
+
+
+class StepRule(Section):
+    """How a response's text is split into steps. `separator`: a step ends with the separator, which is part of it."""
+
+    rule: Literal["separator"]
+    separator: str = Field(min_length=1)
+
+
+class ReferenceModel(Section):
+    """Where a frozen reference is found, as the run had it: folder or hub id, and a GGUF file in it."""
+
+    model: str
+    gguf_file: str | None
+
+
+class PRMDescription(Section):
+    """What a PRM says of itself, under `repirl` in its config.json. `repirl export` writes all of it; the defaults are
+    for whoever describes another model (load_prm)."""
+
+    format: Literal[1] = Field(FORMAT, description="version of this description")
+    role: Literal["prm"] = Field("prm", description="an export's policy says 'policy'")
+    reward: Literal["value", "logit", "soft_q", "logprob", "implicit"] = Field(description="how r_t is read")
+    beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount in `soft_q`")
+    temperature: PositiveFloat = Field(1.0, description="at which the distribution over the vocabulary is read")
+    reference: ReferenceModel | None = Field(None, description="what `implicit` rewards are relative to")
+    token: Literal["action"] = Field("action", description="a reward at token t belongs to the action a_t, t itself")
+    steps: StepRule = StepRule(rule="separator", separator="\n")
+    prompt: PromptFormat = PromptFormat(chat_template=False, prompt_template="{prompt}", system=None)
+    calibration: None = Field(None, description="of thresholds; there is none yet")
+
+
+@dataclass(frozen=True)
+class PRM:
+    """A PRM and what it takes to read its rewards. learner: frozen. reference: frozen, for `implicit` rewards only."""
+
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+    description: PRMDescription
+    reference: Learner | None = None
+
+    def rewards(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[Tensor]:
+        """The reward of every response token.
+
+        Args:
+            pairs: (prompt, response), each of them text or token ids; see `encode`.
+            finished: whether responses given as text get an end token; see `encode`.
+
+        Returns:
+            For each pair, in order, r_t [R] float32 on the CPU; R counts the response's tokens, the end token included.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        encoded = self.encode(pairs, finished=finished)
+        if not encoded:
+            return []
+        batch = pack(encoded)
+        if self.reference is not None:
+            batch.write("prm_ref_logprob", self.reference.score(batch)["logprob"])
+        described = self.description
+        how = PRMConfig(reward=described.reward, gamma=described.gamma, beta=described.beta)
+        reward = read_rewards(self.learner.score(batch), batch, how)
+        return list(reward.split(batch.response_cu_seqlens.diff().tolist()))
+
+    def encode(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[tuple[list[int], list[int]]]:
+        """The token ids that `rewards` is about, for each pair: (prompt, response).
+
+        Text is encoded as in training: a prompt by its template, a response without special tokens. Token ids are taken
+        as they are.
+
+        Args:
+            pairs: (prompt, response), each of them text or token ids.
+            finished: responses given as text end with the end token, as the policy's and the experts' do in training
+                (one that ends with it already gets no other). False for beginnings of responses, and for those that
+                were cut off: nothing is appended.
+
+        Raises:
+            TypeError: where a pair is none, or a part of it neither text nor token ids.
+            ValueError: for an empty prompt or response, an id outside the vocabulary, or a pair that is longer than
+                the model's window.
+        """
+        if isinstance(pairs, str | dict):
+            raise TypeError(f"pairs is a {type(pairs).__name__}, expected a list of (prompt, response)")
+        encoded = []
+        for number, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(f"pair {number} is {pair!r:.60}, expected (prompt, response)")
+            prompt = self._ids(pair[0], number, "prompt")
+            response = self._ids(pair[1], number, "response")
+            end = self.tokenizer.eos_token_id
+            if isinstance(pair[1], str) and finished and response[-1] != end:
+                response.append(end)
+            self._check_length(number, len(prompt), len(response))
+            encoded.append((prompt, response))
+        return encoded
+
+    def _ids(self, part: Part, number: int, what: str) -> list[int]:
+        if isinstance(part, str):
+            ids = self._encode_text(part, what)
+        elif isinstance(part, tuple | list) and all(type(i) is int for i in part):
+            ids = list(part)
+        else:
+            raise TypeError(f"pair {number}: the {what} is {part!r:.60}, expected text or a list of token ids (ints)")
+        if not ids:
+            raise ValueError(f"pair {number}: the {what} has no tokens")
+        models = [learner.model for learner in (self.learner, self.reference) if learner is not None]
+        size = min(model.config.vocab_size for model in models)
+        if wrong := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(
+                f"pair {number}: the {what} has the token id {wrong[0]}, but the model's vocabulary has {size} tokens; "
+                "were the ids made with another tokenizer?"
+            )
+        return ids
+
+    def _encode_text(self, text: str, what: str) -> list[int]:
+        if what == "response":
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(encode_prompt(text, DataConfig(**self.description.prompt.model_dump()), self.tokenizer))
+
+    def _check_length(self, number: int, prompt: int, response: int) -> None:
+        model, length = self.learner.model, prompt + response
+        window, option = getattr(model.config, "max_position_embeddings", length), "max_position_embeddings"
+        try:
+            check_window(model, "", length)
+        except ConfigError:
+            window, option = min((window, option), (model.config.sliding_window, "sliding_window"))
+        if length > window:
+            raise ValueError(
+                f"pair {number} has {length} tokens ({prompt} of the prompt, {response} of the response), but the "
+                f"model's window has {window} ({option} in its config.json): shorten it, or leave it out"
+            )
+
+
+def load_prm(
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokens_per_microbatch: int | None = None,
+    reference: str | os.PathLike | None = None,
+    description: PRMDescription | None = None,
+) -> PRM:
+    """Load a PRM that `repirl export` wrote.
+
+    Args:
+        path: the exported folder `prm`, or a hub id.
+        device: where it computes; by default a GPU if there is one.
+        dtype: of its weights.
+        tokens_per_microbatch: what one forward pass may hold; by default as in training (batch.tokens_per_microbatch).
+            A longer pair has one of its own.
+        reference: where the reference of `implicit` rewards is now, if it moved.
+        description: how rewards are read, for a model that does not say so itself: any causal language model is a
+            PRM with `PRMDescription(reward="logprob")`.
+
+    Raises:
+        ConfigError: where there is no model, it does not describe itself or not as a PRM, or its reference is missing.
+    """
+    name = os.fspath(path)
+    if tokens_per_microbatch is None:
+        tokens_per_microbatch = BatchConfig().tokens_per_microbatch
+    if tokens_per_microbatch < 1:
+        raise ValueError(f"tokens_per_microbatch is {tokens_per_microbatch}, expected at least 1")
+    config = _read_config(name)
+    described = description or _read_description(name, config)
+    relative_to = _reference_model(name, described, reference)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def frozen(model: str, kind: str, gguf_file: str | None = None) -> Learner:
+        loaded = load_model(model, kind=kind, dtype=dtype, device=place, gguf_file=gguf_file)
+        temperature = described.temperature
+        return Learner(loaded, None, tokens_per_microbatch=tokens_per_microbatch, temperature=temperature)
+
+    learner, other = frozen(name, _head(name, described, config)), None
+    if relative_to is not None:
+        try:
+            other = frozen(relative_to.model, "causal", relative_to.gguf_file)
+        except ConfigError as error:
+            raise ConfigError(f"the reference of the PRM {name!r}: {error} (if it moved, give reference=)") from error
+    return PRM(learner, load_tokenizer(name), described, other)
+
+
+def _head(name: str, description: PRMDescription, config: PretrainedConfig) -> str:
+    """The kind of head (models.load_model) that rewards are read off; ConfigError where the files hold another one."""
+    kind, ending = ("value", "ForTokenClassification") if description.reward == "value" else ("causal", "ForCausalLM")
+    if config.architectures and not any(architecture.endswith(ending) for architecture in config.architectures):
+        raise ConfigError(
+            f"rewards of kind {description.reward!r} are read off a model of a class ...{ending}, but {name!r} holds a "
+            f"{config.architectures[0]}"
+        )
+    return kind
+
+
+def _reference_model(
+    name: str, description: PRMDescription, moved_to: str | os.PathLike | None
+) -> ReferenceModel | None:
+    """The reference that rewards are relative to, None where they are to none."""
+    described = description.reference
+    if description.reward != "implicit":
+        if moved_to is not None:
+            raise ConfigError(f"reference is given, but rewards of kind {description.reward!r} have none: leave it out")
+        return None
+    if moved_to is not None:
+        gguf_file = described.gguf_file if described is not None else None
+        return ReferenceModel(model=os.fspath(moved_to), gguf_file=gguf_file)
+    if described is None:
+        raise ConfigError(
+            f"`implicit` rewards of {name!r} are relative to a reference, and none is named: give reference="
+        )
+    return described
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        message = load_message("PRM", name, None, error)
+        inside = Path(name, "prm")
+        if (inside / "config.json").is_file():
+            message = f"{name!r} is no model; the PRM of this export is {str(inside)!r}"
+        raise ConfigError(message) from error
+
+
+def _read_description(name: str, config: PretrainedConfig) -> PRMDescription:
+    """What config.json holds under `repirl`; ConfigError that says what is wrong with it, and the way out."""
+    place = f"the description in {name!r} (config.json, key `repirl`)"
+    again = "export the PRM again with this version of repirl"
+    content: Any = getattr(config, "repirl", None)
+    if content is None:
+        raise ConfigError(
+            f"{name!r} does not say how its rewards are read: its config.json has no key `repirl`. If an older repirl "
+            f"exported it, {again}; for another model give load_prm a description="
+        )
+    if not isinstance(content, dict):
+        raise ConfigError(f"{place} is {content!r:.60}, expected an object: {again}")
+    if content.get("role") == "policy":
+        raise ConfigError(f"{name!r} is an exported policy; the PRM is the folder `prm` beside it")
+    if content.get("format") != FORMAT:
+        raise ConfigError(
+            f"{place} has format {content.get('format')!r}, this repirl reads format {FORMAT}: read it with the "
+            f"version that wrote it, or {again}"
+        )
+    if missing := [key for key in PRMDescription.model_fields if key not in content]:
+        raise ConfigError(f"{place} lacks {', '.join(map(repr, missing))}: {again}")
+    try:
+        return PRMDescription.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{place} has a wrong {where!r} ({first['input']!r}: {first['msg']}): {again}") from error
