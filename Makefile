@@ -1,6 +1,6 @@
 # make install   everything into .venv (made here), with the C++ kernels where there is a compiler
 # make demo      the dual loop end to end on an embedded default
-# make test      all tests
+# make test      all tests, one at a time on each core; make test WORKERS=1: one at a time
 # make test-integrations   what needs TRL and verl (the examples of kernels/README.md, the comparison with TRL's trainer), in
 #                          .venv-integrations on top of .venv
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
@@ -15,6 +15,8 @@ STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 VLLM := .venv-vllm
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
+# auto: see tests/conftest.py.
+WORKERS ?= auto
 
 .PHONY: install demo test test-integrations test-vllm bench lint format clean
 
@@ -30,8 +32,10 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: install
 	$(BIN)/repirl demo
 
+# A worker begins with its part of the tests in their order, so that a file's tests stay together, and takes over half of
+# what another one still has to do when it is done.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # verl wants an older transformers than repirl, so these two have an environment of their own. It sees the packages of
 # .venv (PyTorch, and repirl with its kernels) and holds what they have in addition or in another version.
