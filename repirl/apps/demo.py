@@ -40,7 +40,7 @@ from repirl.loop import train
 from repirl.models import quiet_transformers
 from repirl.prm import PRM, PRMDescription, load_prm
 from repirl.report.display import print_table
-from repirl.report.html import write_report
+from repirl.report.html import Curve, Report, Sample, Series, write_report
 from repirl.report.log import read_metrics
 from repirl.work import reset_peak_memory
 
@@ -251,11 +251,11 @@ def report(
     scores: dict[str, list[tuple[list[float], list[float]]]],
     config: Config,
     seconds: float,
-) -> dict[str, Any]:
+) -> Report:
     """What repirl.report.html.write_report shows."""
 
-    def curve(title: str, key: str, ylabel: str, percent: bool = False) -> dict[str, Any]:
-        series = []
+    def curve(title: str, key: str, ylabel: str, percent: bool = False) -> Curve:
+        series: list[Series] = []
         for name, lines in results.items():
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
@@ -299,10 +299,10 @@ def report(
     }
 
 
-def _sample(solution: Solution, rewards: dict[str, list[float]]) -> dict[str, Any]:
+def _sample(solution: Solution, rewards: dict[str, list[float]]) -> Sample:
     tokenizer = build_tokenizer()
     [lens] = step_lens([solution])
-    tokens = [tokenizer.decode([i]) for i in [*tokenizer(solution.text).input_ids, tokenizer.eos_token_id]]
+    tokens = [str(tokenizer.decode([i])) for i in [*tokenizer(solution.text).input_ids, tokenizer.eos_token_id]]
     step = solution.error_step
     span = None
     note = "an expert's solution, all steps right"

@@ -18,8 +18,8 @@ from typing import TypedDict
 class ComparisonTable(TypedDict):
     """The final table; every row has a cell for every column, and the first column names the row."""
 
-    columns: list[str]
-    rows: list[list[str | float]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
 
 
 class Series(TypedDict):
