@@ -143,7 +143,9 @@ class PackedBatch:
         count = _round_up(max(1, math.ceil(sum(lengths) / tokens_per_microbatch)), num_ranks)
         while (bins := _fill(order, lengths, costs, count, tokens_per_microbatch)) is None:
             count += num_ranks
-        bins.sort(key=lambda sequences: -sum(costs[i] for i in sequences))
+        # Sequences over the budget are alone, so that there may be fewer than was counted on.
+        bins = sorted(filter(None, bins), key=lambda sequences: -sum(costs[i] for i in sequences))
+        bins += [[] for _ in range(-len(bins) % num_ranks)]
         return [bins[rank::num_ranks] for rank in range(num_ranks)]
 
 

@@ -345,6 +345,18 @@ def test_micro_batches_are_the_trainers():
         assert micro.responses == micro.tokens - 3 * len(mine)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sequences_longer_than_a_micro_batch_have_one_each(tmp_path, ranks):
+    # 64 rollouts of 256 tokens make 64 micro-batches, whatever the budget that they exceed.
+    batch = pack([([1] * 64, [1] * 192)] * 64)
+    dealt = batch.microbatches(100, ranks)
+    assert sum(len(mine) for mine in dealt) == -(-64 // ranks) * ranks
+    assert sum(map(bool, itertools.chain(*dealt))) == 64
+    short = plan(configured(tmp_path, batch={"tokens_per_microbatch": 100}), ranks)
+    exact = plan(configured(tmp_path, batch={"tokens_per_microbatch": 256}), ranks)
+    assert phases(short)["policy"].rows == phases(exact)["policy"].rows
+
+
 def test_moments_are_torchaos(tmp_path):
     optim = pytest.importorskip("torchao.optim")
     config = configured(tmp_path, policy={"optimizer": {"state_bits": 8}})
