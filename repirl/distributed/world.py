@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ def join_world(config: Config) -> World:
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        options = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        options: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
         dist.init_process_group(backend, timeout=timeout, **options)
     if replicate == 1:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
