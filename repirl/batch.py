@@ -128,29 +128,46 @@ class PackedBatch:
     def microbatches(
         self, tokens_per_microbatch: int, num_ranks: int = 1, costs: Sequence[float] | None = None
     ) -> list[list[list[int]]]:
-        """Whole sequences (by index) dealt out to ranks: [rank][micro-batch] -> sequences, as many micro-batches for
-        every rank, the last of some perhaps empty.
+        """The sequences of each micro-batch of each rank: see `deal_out`."""
+        return deal_out(self.lengths.tolist(), tokens_per_microbatch, num_ranks, costs)
 
-        A micro-batch holds at most `tokens_per_microbatch` tokens; a sequence that is longer has one of its own, as
-        dropping it would bias the loss. costs: of each sequence (default: its tokens), which are spread evenly over
-        the micro-batches, and those of equal cost run on all ranks at a time, so that none waits for another.
-        """
-        if self.num_sequences == 0:
-            return [[] for _ in range(num_ranks)]
-        lengths = self.lengths.tolist()
-        costs = lengths if costs is None else costs
-        order = sorted(range(len(lengths)), key=lambda i: -costs[i])
-        count = _round_up(max(1, math.ceil(sum(lengths) / tokens_per_microbatch)), num_ranks)
-        while (bins := _fill(order, lengths, costs, count, tokens_per_microbatch)) is None:
-            count += num_ranks
-        # Sequences over the budget are alone, so that there may be fewer than was counted on.
-        bins = sorted(filter(None, bins), key=lambda sequences: -sum(costs[i] for i in sequences))
-        bins += [[] for _ in range(-len(bins) % num_ranks)]
-        return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+def deal_out(
+    lengths: Sequence[int], tokens_per_microbatch: int, num_ranks: int = 1, costs: Sequence[float] | None = None
+) -> list[list[list[int]]]:
+    """Cut a batch into micro-batches of whole sequences, and deal these out to the ranks.
+
+    A sequence that is longer than a micro-batch may be has one of its own: to drop it would bias the loss.
+
+    Args:
+        lengths: tokens of each sequence.
+        tokens_per_microbatch: the most tokens of a micro-batch.
+        num_ranks: how many processes share the batch.
+        costs: of each sequence; by default its tokens. Micro-batches get about equal costs, and those that the ranks
+            run at the same time the most equal ones, so that none waits for another.
+
+    Returns:
+        [rank][micro-batch] -> indices of sequences. All ranks have equally many micro-batches; the last one of some is
+        empty where their number cannot be shared evenly.
+    """
+    if not lengths:
+        return [[] for _ in range(num_ranks)]
+    costs = lengths if costs is None else costs
+    order = sorted(range(len(lengths)), key=lambda i: -costs[i])
+    # No fewer can do: what the n longest sequences fill, for every n, and what all tokens do.
+    longest_first = enumerate(sorted(lengths, reverse=True), 1)
+    least = max(math.ceil(n / max(1, tokens_per_microbatch // length)) for n, length in longest_first)
+    count = _round_up(max(least, math.ceil(sum(lengths) / tokens_per_microbatch)), num_ranks)
+    while (bins := _fill(order, lengths, costs, count, tokens_per_microbatch)) is None:
+        count += num_ranks
+    # Sequences over the budget are alone, so that there may be fewer than was counted on.
+    bins = sorted(filter(None, bins), key=lambda sequences: -sum(costs[i] for i in sequences))
+    bins += [[] for _ in range(-len(bins) % num_ranks)]
+    return [bins[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def _fill(
-    order: list[int], lengths: list[int], costs: Sequence[float], count: int, capacity: int
+    order: list[int], lengths: Sequence[int], costs: Sequence[float], count: int, capacity: int
 ) -> list[list[int]] | None:
     """Each sequence, the costliest first, to the cheapest of `count` bins that has room; None where none has any."""
     bins: list[list[int]] = [[] for _ in range(count)]

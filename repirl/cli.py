@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import subprocess
 import sys
@@ -232,6 +231,7 @@ def print_summary(config: Config) -> None:
 
 def batch_arithmetic(config: Config) -> str:
     """What a step and the run come to, data read and checked, no weights loaded."""
+    from repirl.batch import deal_out
     from repirl.data.experts import load_experts
     from repirl.data.prompts import load_prompts
     from repirl.models import load_tokenizer
@@ -243,12 +243,11 @@ def batch_arithmetic(config: Config) -> str:
         prompts = load_prompts(config.data, tokenizer, "train")
         longest = max(len(p.token_ids) for p in prompts.prompts)
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
-        worst = responses * (longest + rollout.max_response_tokens)
+        lengths = [longest + rollout.max_response_tokens] * responses
         lines += [
             f"prompts: {len(prompts)} loaded, {prompts.num_dropped} dropped as overlong, longest {longest} tokens",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {responses} responses, "
-            f"at most {worst} tokens in {_microbatches(responses, longest + rollout.max_response_tokens, budget)} "
-            f"micro-batches of {budget}",
+            f"at most {sum(lengths)} tokens in {len(deal_out(lengths, budget)[0])} micro-batches of {budget}",
             f"run: {config.steps} steps = {config.steps * rollout.prompts_per_step} prompts = "
             f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
         ]
@@ -266,10 +265,6 @@ def batch_arithmetic(config: Config) -> str:
     sections = sorted(config.trained_sections.items(), key=lambda item: item[0] != "policy")
     updates = [f"{config.steps * section.updates_per_step} of the {LEARNERS[name]}" for name, section in sections]
     return "\n".join([*lines, f"optimiser updates: {', '.join(updates)}"])
-
-
-def _microbatches(sequences: int, length: int, budget: int) -> int:
-    return math.ceil(sequences / max(1, budget // length))
 
 
 if __name__ == "__main__":

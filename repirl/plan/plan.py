@@ -12,6 +12,7 @@ it may be of a device.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from repirl.attention import PackedLayout
-from repirl.batch import PackedBatch
+from repirl.batch import deal_out
 from repirl.config import Config, ConfigError, OptimizerConfig
 from repirl.plan.activations import (
     LINEAR,
@@ -487,19 +488,17 @@ def _micro_batches(
     sequences: tuple[tuple[int, int, int], ...], budget: int, ranks: int, costs: tuple[int, int, int]
 ) -> list[Micro]:
     """The first process's micro-batches, the costliest first, of (count, prompt tokens, response tokens)."""
-    prompts = torch.tensor([prompt for count, prompt, _ in sequences for _ in range(count)])
-    responses = torch.tensor([response for count, _, response in sequences for _ in range(count)])
-    lengths = prompts + responses
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    nothing = torch.zeros(len(lengths), dtype=torch.int64)
-    ids = torch.zeros(1, dtype=torch.int64).expand(int(cu_seqlens[-1]))
-    batch = PackedBatch(ids, cu_seqlens, prompts, nothing, nothing, nothing.float())
+    pairs = [(prompt + response, response) for count, prompt, response in sequences for _ in range(count)]
     per_token, per_pair, per_response = costs
-    estimates = per_token * lengths.double() + per_pair * lengths.double() ** 2 + per_response * responses.double()
+    estimates = [
+        per_token * float(length) + per_pair * float(length) ** 2 + per_response * float(response)
+        for length, response in pairs
+    ]
     micros = []
-    for places in batch.microbatches(budget, ranks, estimates.tolist())[0]:
-        chosen = lengths[places]
-        layout = PackedLayout(torch.cat([cu_seqlens[:1], chosen.cumsum(0)]), torch.device("cpu"))
+    for places in deal_out([length for length, _ in pairs], budget, ranks, estimates)[0]:
+        chosen = [pairs[i] for i in places]
+        lengths = [length for length, _ in chosen]
+        layout = PackedLayout(torch.tensor([0, *itertools.accumulate(lengths)]), torch.device("cpu"))
         groups = tuple((group.shape[0], group.shape[1]) for group in layout.groups)
-        micros.append(Micro(int(chosen.sum()), int(responses[places].sum()), groups))
+        micros.append(Micro(sum(lengths), sum(response for _, response in chosen), groups))
     return micros
