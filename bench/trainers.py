@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bench.demo_seeds import machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
-from repirl.config import Config, LossConfig, OptimizerConfig
+from repirl.config import Config, OptimizerConfig
 from repirl.configfile import build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.distributed.shard import whole

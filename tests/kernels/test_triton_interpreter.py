@@ -13,7 +13,7 @@ CASES = Path(__file__).with_name("triton_interpreter_cases.py")
 
 
 @needs_interpreter
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_triton_kernels_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # A path given by name is collected although its name does not start with test_.
