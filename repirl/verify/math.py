@@ -10,8 +10,14 @@ from math_verify import parse, verify
 
 # GSM8K writes its answers behind four number signs.
 _MARKED = re.compile(r"####[ \t]*([^\n]+)")
-# A plain number as people dress it: $1,234.50, 7., -3. Lists and percentages are for math-verify.
-_PLAIN = re.compile(r"([-+]?)\s*\$?\s*((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s*")
+# A plain number as people dress it: $1,234.50, 7., -3. Lists and percentages are for math-verify. Blanks can be matched
+# in one way only: with two, a long run of them would take the square of its length.
+_PLAIN = re.compile(r"([-+]?)\s*(?:\$\s*)?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s*")
+
+# Characters that are parsed at most. math-verify's time grows with the square of the length or worse: 10,000 characters
+# can take any time, and a policy that has gone wrong writes hundreds of such answers a turn. The longest answers of
+# GSM8K, Minerva, OlympiadBench and Gaokao have 9 to 210 characters, which leaves room for twice as clumsy a form.
+MAX_PARSED = 500
 
 # math-verify reports every answer that it cannot read as an error; here that is an ordinary wrong answer.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -36,11 +42,32 @@ def _number(text: str) -> Decimal | None:
     return Decimal(found[1] + found[2].replace(",", "").removesuffix(".")) if found else None
 
 
+def _gold(answer: str) -> str:
+    """The final answer of a column that holds it alone, or a worked solution."""
+    found = extract_answer(answer)
+    return answer.strip() if found is None else found
+
+
+def _tail(response: str) -> str:
+    """The last MAX_PARSED characters of a response that marks no answer."""
+    # Nothing is kept of a formula that would be cut in two: its closing `$` would pass for an opening one.
+    head, tail = response[:-MAX_PARSED], response[-MAX_PARSED:]
+    is_cut = head.rpartition("\n")[2].count("$") % 2 == 1
+    formula, dollar, rest = tail.partition("$")
+    return rest if is_cut and dollar and "\n" not in formula else tail
+
+
 def plain_reward(response: str, answer: str) -> float | None:
-    """The reward where both final answers are plain numbers, or the same text; None where it takes more to tell.
-    Quick, whatever the texts are."""
-    gold, found = extract_answer(answer), extract_answer(response)
-    gold = answer.strip() if gold is None else gold
+    """The reward where both final answers are plain numbers, or the same text. Quick, whatever the texts are.
+
+    Args:
+        response: a model's text.
+        answer: the right answer, alone or at the end of a worked solution.
+
+    Returns:
+        1.0 or 0.0; None where it takes more to tell.
+    """
+    gold, found = _gold(answer), extract_answer(response)
     if not found:
         return None
     if found == gold:
@@ -49,24 +76,42 @@ def plain_reward(response: str, answer: str) -> float | None:
     return None if left is None or right is None else float(left == right)
 
 
+def is_overlong(response: str, answer: str) -> bool:
+    """Whether one of both final answers is too long to be parsed. Quick, whatever the texts are.
+
+    Args:
+        response: a model's text. Where it marks no answer its length does not matter: only its end is parsed.
+        answer: the right answer, alone or at the end of a worked solution.
+
+    Returns:
+        True where math_reward is 0.0 without a look, unless plain_reward tells.
+    """
+    return max(len(_gold(answer)), len(extract_answer(response) or "")) > MAX_PARSED
+
+
 def math_reward(response: str, answer: str) -> float:
-    r"""1.0 where the response's final answer equals `answer`, else 0.0; whatever a model wrote, it raises nothing but
-    MemoryError.
+    r"""Whether a response gives the right answer. Plain numbers are compared exactly, everything else by math-verify.
 
-    The final answer is the last `\boxed{...}`, or what follows the last `####`; a response that marks none
-    gets math-verify's extraction, which takes the last expression. `answer` may itself be a worked solution
-    in GSM8K's form. Plain numbers are compared exactly, everything else by math-verify.
+    Even for short answers that can take any time and memory (towers of powers). `process.Verifier` bounds both.
 
-    For some answers it takes any time and memory. verifier.Verifier bounds both.
+    Args:
+        response: a model's text. Its final answer is the last `\boxed{...}`, or what follows the last `####`; where it
+            marks none, the last expression that math-verify finds in its last MAX_PARSED characters.
+        answer: the right answer, alone or at the end of a worked solution.
+
+    Returns:
+        1.0 where both final answers are equal, else 0.0: also for what cannot be read, and for what is_overlong.
+
+    Raises:
+        MemoryError: and nothing else, whatever a model wrote.
     """
     decided = plain_reward(response, answer)
     if decided is not None:
         return decided
-    gold = extract_answer(answer)
-    gold = answer.strip() if gold is None else gold
-    found = extract_answer(response)
-    if found is not None:
-        response = rf"$\boxed{{{found}}}$"
+    if is_overlong(response, answer):
+        return 0.0
+    gold, found = _gold(answer), extract_answer(response)
+    response = _tail(response) if found is None else rf"$\boxed{{{found}}}$"
     try:
         # Without math-verify's own time-outs: they work in the main thread only, not within one long operation, and
         # would make a wrong answer of what was never judged, uncounted.

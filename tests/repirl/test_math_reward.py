@@ -1,8 +1,10 @@
 """The mathematical verifier."""
 
+import time
+
 import pytest
 
-from repirl.verify.math import extract_answer, math_reward
+from repirl.verify.math import MAX_PARSED, extract_answer, is_overlong, math_reward, plain_reward
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,49 @@ def test_extraction(text, expected):
 )
 def test_nothing_that_a_model_writes_raises_or_wins(response):
     assert math_reward(response, "72") == 0.0
+
+
+PROSE = "It costs a lot to go on like this. " * 40
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        # Marked, wherever it stands.
+        (r"\boxed{1 + x} " + PROSE, 1.0),
+        (f"#### 1 + x\n{PROSE}", 1.0),
+        # Not marked: what stands at the end.
+        (f"{PROSE}so it is $1 + x$.", 1.0),
+        (f"it is $1 + x$. {PROSE}", 0.0),
+        # The cut goes through a formula, and through one of the line before.
+        (f"from ${'y' * 2 * MAX_PARSED}$ we get $1 + x$", 1.0),
+        (f"it costs $5 {PROSE}\n{PROSE[:200]}so it is $1 + x$", 1.0),
+        (f"${'y' * 2 * MAX_PARSED}$", 0.0),
+    ],
+)
+def test_of_a_long_response_the_answer_is_parsed_alone(response, expected):
+    assert len(response) > MAX_PARSED
+    assert not is_overlong(response, "x + 1")
+    assert math_reward(response, "x + 1") == expected
+
+
+@pytest.mark.parametrize("mark", ["#### {}", r"\boxed{{{}}}"])
+def test_an_answer_that_is_too_long_is_wrong(mark):
+    answer = "x" * (MAX_PARSED + 1)
+    assert is_overlong(mark.format(answer), "1/2")
+    assert is_overlong("1/2", mark.format(answer))
+    assert is_overlong("1/2", answer)
+    assert not is_overlong(mark.format(answer[1:]), answer[1:])
+    # But what needs no parser is told.
+    assert math_reward(mark.format(answer), answer) == 1.0
+    assert math_reward(mark.format("7" * 1000), "7" * 1000 + ".0") == 1.0
+    assert math_reward(mark.format("x+" * MAX_PARSED + "1"), "1+" + "x+" * MAX_PARSED) == 0.0
+
+
+@pytest.mark.parametrize("text", ["-" + " " * 200_000 + "x", "9" * 200_000 + "x", "1,234" * 40_000, "{" * 200_000])
+def test_plain_comparison_is_quick(text):
+    begin = time.monotonic()
+    assert plain_reward(f"#### {text}", "72") is None
+    assert is_overlong(f"#### {text}", "72")
+    assert plain_reward(rf"\boxed{{{text}", "72") is None
+    assert time.monotonic() - begin < 5
