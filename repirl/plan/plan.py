@@ -158,10 +158,10 @@ class _Planner:
         """Values that this process holds of a weight."""
         return math.ceil(shape[0] / self.shards) * math.prod(shape[1:])
 
-    def _precision(self, **adapters: Any) -> Precision:
+    def _precision(self, shape: Shape, **adapters: Any) -> Precision:
         half = self.computed == 2
         kernel = self.on_gpu and half
-        repeated = self.on_gpu and not half and self.shape.query != self.shape.key
+        repeated = self.on_gpu and not half and shape.query != shape.key
         return Precision(self.kept, self.computed, kernel=kernel, repeated=repeated, **adapters)
 
     def _moments(self, weights: Iterable[Sizes], bits: int) -> int:
@@ -183,7 +183,7 @@ class _Planner:
         local = sum(map(self._local, weights))
         layer = self.computed * sum(map(math.prod, shape.layer.values()))
         units = self._units(shape, reads_values, layer)
-        precision = self._precision()
+        precision = self._precision(shape)
         if section is None:
             return Side(name, shape, precision, reads_values, self.kept * local, **units)
         embeddings = math.prod(shape.embeddings) * (self.computed if self.sharded else self.kept)
@@ -214,10 +214,10 @@ class _Planner:
         units = self._units(shape, reads_values, layer)
         # A sharded model is computed in one type throughout.
         adapted = self.computed if self.sharded else self.kept
-        precision = self._precision(adapted=adapted, adapters=targets, rank=adapters.rank)
+        precision = self._precision(shape, adapted=adapted, adapters=targets, rank=adapters.rank)
         if section is None:
             # The reference is the base, whatever the adapters are.
-            return Side(name, shape, self._precision(adapted=self.computed), reads_values, 0, **units)
+            return Side(name, shape, self._precision(shape, adapted=self.computed), reads_values, 0, **units)
         weights = [*lora * shape.num_layers, *([(1, shape.hidden), (1,)] if reads_values else [])]
         local = self.kept * sum(map(self._local, weights))
         moments = self._moments(weights, section.optimizer.state_bits)

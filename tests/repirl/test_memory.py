@@ -357,6 +357,15 @@ def test_sequences_longer_than_a_micro_batch_have_one_each(tmp_path, ranks):
     assert phases(short)["policy"].rows == phases(exact)["policy"].rows
 
 
+def test_a_prm_of_another_shape_has_its_own_heads(tmp_path):
+    # In float32 on a GPU keys and values are repeated where query heads share them: the PRM's do, the policy's do not.
+    grouped = configured(tmp_path)
+    model_config("llama", num_key_value_heads=4).save_pretrained(tmp_path / "other")
+    other = merged(grouped, policy={"model": str(tmp_path / "other")}, prm={"model": grouped.policy.model})
+    rows = [phases(plan(config, device="cuda"))["prm"].rows for config in (grouped, other)]
+    assert rows[0]["activations"] == rows[1]["activations"]
+
+
 def test_moments_are_torchaos(tmp_path):
     optim = pytest.importorskip("torchao.optim")
     config = configured(tmp_path, policy={"optimizer": {"state_bits": 8}})
