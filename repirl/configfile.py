@@ -7,15 +7,14 @@ from the working directory. Whatever is wrong with one is a `ConfigError` with o
 from __future__ import annotations
 
 import difflib
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from repirl.config import Config, ConfigError
+from repirl.strict_yaml import YAMLProblem, dump_yaml, load_yaml
 
 
 def list_presets() -> list[str]:
@@ -29,7 +28,7 @@ def load_preset(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
         )
-    return yaml.safe_load((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return load_yaml((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -42,11 +41,13 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         if not Path(path).is_file():
             raise ConfigError(f"configuration file {str(path)!r} does not exist")
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = load_yaml(Path(path).read_text(encoding="utf-8-sig")) or {}
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except YAMLProblem as problem:
+            raise ConfigError(f"{path} is not valid YAML: {problem}") from problem
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold options by name, got a {type(values).__name__}")
     changes = parse_overrides(overrides or [])
@@ -63,7 +64,8 @@ def build_config(values: dict[str, Any]) -> Config:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """["--a.b", "1"] or ["--a.b=1"] -> {"a": {"b": 1}}."""
+    """["--a.b", "1"] or ["--a.b=1"] -> {"a": {"b": 1}}; values are read as YAML, but what an option takes as text is
+    that text (null: None, where the option allows it)."""
     values: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -75,14 +77,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if not rest:
                 raise ConfigError(f"option --{name} has no value; give --{name} VALUE")
             text = rest.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value {text!r} of --{name} is not valid YAML") from error
-        if isinstance(value, str):
-            # YAML 1.1 reads 1e-4 as text; a person means a number.
-            with suppress(ValueError):
-                value = float(value) if any(c.isdigit() for c in value) else value
+        value = _read_value(name, text)
         *parents, last = name.split(".")
         place = values
         for parent in parents:
@@ -91,6 +86,20 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} goes into {parent!r}, which another option sets to {place!r}")
         place[last] = value
     return values
+
+
+def _read_value(name: str, text: str) -> Any:
+    *parents, last = name.split(".")
+    section = _section_at(tuple(parents))
+    field = section.model_fields.get(last) if section else None
+    kinds = {field.annotation, *get_args(field.annotation)} - {type(None)} if field else set()
+    if str in kinds and kinds <= {str, field.annotation if field else str}:
+        allows_none = field is not None and type(None) in get_args(field.annotation)
+        return None if allows_none and text in ("null", "~") else text
+    try:
+        return load_yaml(text)
+    except YAMLProblem as problem:
+        raise ConfigError(f"the value {text!r} of --{name} is not valid YAML: {problem}") from problem
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def describe(config: Config) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _nearest(name: str, names: list[str]) -> str:
