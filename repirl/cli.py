@@ -252,7 +252,7 @@ def batch_arithmetic(config: Config) -> str:
             f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
         ]
     if "experts" in config.system.data:
-        experts = load_experts(config.data, tokenizer)
+        experts = load_experts(config.data, tokenizer, config.policy.model)
         lengths = [len(e.prompt_ids) + len(e.response_ids) for e in experts]
         lines.append(
             f"experts: {len(experts)} trajectories, {config.experts_per_step} a step, "

@@ -9,8 +9,11 @@ import difflib
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from repirl.dataconfig import DataConfig
+from repirl.dataconfig import ExpertFileConfig as ExpertFileConfig
+from repirl.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 from repirl.systems import SYSTEMS, System
 
 
@@ -23,19 +26,9 @@ class RunError(RuntimeError):
     that is no longer finite. The message is all that needs to be shown."""
 
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
 class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay rates of both moments")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's decay rates of both moments")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay of matrices")
     warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
@@ -72,28 +65,6 @@ class PRMConfig(Section):
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
     )
-
-
-class ExpertFileConfig(Section):
-    path: str = Field(description="JSON lines with expert trajectories")
-    prompt_column: str = Field("prompt", description="column with the prompt")
-    solution_column: str = Field("solution", description="column with one solution or a list of them")
-
-
-class DataConfig(Section):
-    train: str | None = Field(None, description="JSON lines with prompts to sample on")
-    eval: str | None = Field(None, description="JSON lines with held-out prompts and answers")
-    prompt_column: str = Field("prompt", description="column with the prompt")
-    answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
-    solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
-    solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
-    experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
-    chat_template: bool = Field(False, description="wrap prompts with the tokenizer's chat template")
-    system: str | None = Field(None, description="system message of the chat template")
-    prompt_template: str = Field("{prompt}", description="text around the prompt")
-    max_prompt_tokens: Positive = Field(1536, description="longest prompt (paper: 1536)")
-    max_expert_tokens: Positive = Field(3000, description="longest expert response (paper: 3000)")
-    overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
 
 
 class VerifierConfig(Section):
@@ -223,7 +194,7 @@ class LogConfig(Section):
 class Config(Section):
     objective: str = Field("repirl", description=f"the training system (systems.py): {', '.join(SYSTEMS)}")
     output_dir: str = Field(description="metrics, checkpoints and reports go here")
-    seed: int = Field(0, description="of sampling and of data order")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of sampling and of data order")
     steps: Positive = Field(description="turns of the dual loop")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and optimiser state")
@@ -289,19 +260,11 @@ class Config(Section):
             raise ValueError(f"input should be one of {[*SYSTEMS]}{hint}")
         return objective
 
-    @field_validator("data")
-    @classmethod
-    def _pattern_compiles(cls, data: DataConfig) -> DataConfig:
-        try:
-            re.compile(data.solution_remove or "")
-        except re.error as error:
-            raise ValueError(f"solution_remove {data.solution_remove!r} is no regular expression: {error}") from error
-        return data
-
     @model_validator(mode="after")
     def _options_fit(self) -> Config:
-        self._data_fits()
+        self.data.check()
         self._rewards_fit()
+        self._data_fits()
         for name, section in self.trained_sections.items():
             if self.dtype == "bfloat16" and section.optimizer.lr < 1e-4:
                 raise ValueError(

@@ -15,7 +15,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.batch import pack
 from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, PRMConfig, Section
-from repirl.data.prompts import encode_prompt
+from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
+from repirl.dataconfig import Token
 from repirl.learner import Learner
 from repirl.models import check_window, load_message, load_model, load_tokenizer
 from repirl.rewards import read_rewards
@@ -28,11 +29,12 @@ Part: TypeAlias = str | Sequence[int]
 
 
 class PromptFormat(Section):
-    """How a prompt's text becomes tokens (data.prompts.encode_prompt)."""
+    """How texts become tokens (data.text)."""
 
     chat_template: bool
     prompt_template: str
     system: str | None
+    end_tokens: list[Token] | None = None
 
 
 class StepRule(Section):
@@ -107,8 +109,8 @@ class PRM:
 
         Args:
             pairs: (prompt, response), each of them text or token ids.
-            finished: responses given as text end with the end token, as the policy's and the experts' do in training
-                (one that ends with it already gets no other). False for beginnings of responses, and for those that
+            finished: responses given as text end with the end of turn, as the experts' do in training (one that ends
+                with it already gets no other). False for beginnings of responses, and for those that
                 were cut off: nothing is appended.
 
         Raises:
@@ -118,15 +120,14 @@ class PRM:
         """
         if isinstance(pairs, str | dict):
             raise TypeError(f"pairs is a {type(pairs).__name__}, expected a list of (prompt, response)")
-        encoded = []
+        encoded, ends = [], find_end_tokens(self._prompts, self.tokenizer)
         for number, pair in enumerate(pairs):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(f"pair {number} is {pair!r:.60}, expected (prompt, response)")
             prompt = self._ids(pair[0], number, "prompt")
             response = self._ids(pair[1], number, "response")
-            end = self.tokenizer.eos_token_id
-            if isinstance(pair[1], str) and finished and response[-1] != end:
-                response.append(end)
+            if isinstance(pair[1], str) and finished:
+                response = list(encode_solution(pair[1], ends, self.tokenizer))
             self._check_length(number, len(prompt), len(response))
             encoded.append((prompt, response))
         return encoded
@@ -149,10 +150,14 @@ class PRM:
             )
         return ids
 
+    @property
+    def _prompts(self) -> DataConfig:
+        return DataConfig(**self.description.prompt.model_dump())
+
     def _encode_text(self, text: str, what: str) -> list[int]:
         if what == "response":
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return list(encode_prompt(text, DataConfig(**self.description.prompt.model_dump()), self.tokenizer))
+        return list(encode_prompt(text, self._prompts, self.tokenizer))
 
     def _check_length(self, number: int, prompt: int, response: int) -> None:
         model, length = self.learner.model, prompt + response

@@ -239,7 +239,7 @@ def build(config: Config) -> Run:
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
     prompts = load_prompts(config.data, tokenizer, "train") if "prompts" in system.data else None
     held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
-    rows = load_experts(config.data, tokenizer) if "experts" in system.data else None
+    rows = load_experts(config.data, tokenizer, config.policy.model) if "experts" in system.data else None
 
     learners = build_learners(config, world, timer.work)
     reference = None

@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError, DataConfig
-from repirl.data.prompts import Cursor, DataError, LengthLimit, encode_prompt, read_rows
+from repirl.data.errors import DataError
+from repirl.data.prompts import Cursor, LengthLimit, read_rows
+from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
 
 # A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints.
 MAX_SAVED_CACHE_BYTES = 64 << 20
@@ -27,9 +29,10 @@ class Expert:
     response_ids: tuple[int, ...]
 
 
-def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Expert]:
+def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> list[Expert]:
     """From `data.experts`, or else from the solution column of `data.train`; a list in it gives one each.
 
+    model: the policy's, whose generation_config says what else ends a response.
     DataError for files, rows and lengths that do not fit (see load_prompts).
     """
     if data.experts is not None:
@@ -43,7 +46,7 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
         f"{option}.prompt_column": prompt_column,
         f"{option}.solution_column": solution_column,
     }
-    limit = LengthLimit(data, path)
+    limit, ends = LengthLimit(data, path), find_end_tokens(data, tokenizer, model)
     experts = []
     for number, row in read_rows(path, columns):
         prompt_ids = encode_prompt(row[prompt_column], data, tokenizer)
@@ -59,7 +62,15 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[E
                 solution = re.sub(data.solution_remove, "", solution)
             if not solution.strip():
                 raise DataError(f"{path}, row {number}: {solution_column!r} holds an empty solution")
-            response_ids = (*tokenizer(solution, add_special_tokens=False).input_ids, tokenizer.eos_token_id)
+            response_ids = encode_solution(solution, ends, tokenizer)
+            if len(response_ids) == 1:
+                raise DataError(f"{path}, row {number}: {solution_column!r} holds an empty solution")
+            if inner := set(response_ids[:-1]).intersection(ends.ids):
+                raise DataError(
+                    f"{path}, row {number}: {solution_column!r} goes on after the end token "
+                    f"{tokenizer.decode([min(inner)])!r}, which ends every response: cut it off, take it out with "
+                    "data.solution_remove, or set data.end_tokens"
+                )
             fits = limit.allows(
                 len(prompt_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens
             ) and limit.allows(len(response_ids), number, "solution", "data.max_expert_tokens", data.max_expert_tokens)

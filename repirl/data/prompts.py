@@ -13,12 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import ConfigError, DataConfig
+from repirl.data.errors import DataError
+from repirl.data.text import encode_prompt
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ConfigError):
-    """A file or row that cannot be used as the configuration says."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +107,6 @@ def read_rows(path: str, columns: dict[str, str | None]) -> Iterator[tuple[int, 
             yield number, row
     if number < 0:
         raise DataError(f"data file {path!r} is empty: expected one JSON object a line")
-
-
-def encode_prompt(text: Any, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of a prompt inside its chat template or `prompt_template`."""
-    text = data.prompt_template.replace("{prompt}", str(text))
-    if not data.chat_template:
-        return tuple(tokenizer(text).input_ids)
-    if tokenizer.chat_template is None:
-        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
-    messages = [{"role": "user", "content": text}]
-    if data.system is not None:
-        messages.insert(0, {"role": "system", "content": data.system})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class LengthLimit:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from repirl.batch import PackedBatch, pack
 from repirl.config import Config, ConfigError
 from repirl.data.prompts import Cursor, Prompt, PromptSet
+from repirl.data.text import find_end_tokens
 from repirl.learner import Learner
 from repirl.models import forward_flops
 from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, sequence_seed
@@ -67,6 +68,7 @@ class Sampler:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.engine, self.verifier, self.prompts, self.timer = engine, verifier, prompts, timer
         self.world = policy.world
+        self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
         self._in_flight: InFlight | None = None
         # Where the engine samples beside the training; None: in its turn.
@@ -186,7 +188,7 @@ class Sampler:
         if self.policy.residency is not None and config.engine != "transformers":
             # The engine has weights of its own: no model of the trainer's is needed meanwhile.
             self.policy.residency.use(None)
-        sampling = Sampling(config.max_response_tokens, temperature, (self.tokenizer.eos_token_id,))
+        sampling = Sampling(config.max_response_tokens, temperature, self._end_ids)
         arguments = ([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
         if self._background is not None:
             return mine, self._background.submit(self.engine.generate, *arguments)
@@ -207,13 +209,18 @@ class Sampler:
             self.policy.work.tokens += sum(len(response) for _, response in pairs)
             self.policy.work.flops += sum(forward_flops(self.policy.model, pack(pairs), reads_values=False))
         texts = {
-            i: (str(self.tokenizer.decode(response.token_ids, skip_special_tokens=True)), answer)
+            i: (self._text(response), answer)
             for i, response in zip(mine, responses, strict=True)
             if (answer := prompts[i].answer) is not None
         }
         verdicts = dict(zip(texts, self.verifier.judge(list(texts.values())), strict=True))
         judged = [(i, response, verdicts.get(i)) for i, response in zip(mine, responses, strict=True)]
         return [(response, outcome) for _, response, outcome in sorted(self.world.gather(judged), key=lambda x: x[0])]
+
+    def _text(self, response: Response) -> str:
+        # Not every end token is special to the tokenizer.
+        token_ids = response.token_ids[:-1] if response.ended else response.token_ids
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def check(self, mismatch: Tensor) -> None:
         """MismatchError where the policy's own sampler is further from the trainer than rounding explains. The vLLM

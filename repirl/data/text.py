@@ -1,0 +1,139 @@
+"""Text as tokens: prompts inside their templates, solutions, and the tokens that end a response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from repirl.config import ConfigError, DataConfig
+from repirl.data.errors import DataError
+
+# Stands for an assistant's text where only what follows it is of interest.
+_MARK = "repirlmark"
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """ids: each of them ends a response · turn: the one of them that expert solutions end with."""
+
+    ids: tuple[int, ...]
+    turn: int
+
+
+def find_end_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> EndTokens:
+    """What ends a response: `data.end_tokens`, or else the chat template's end of turn, the tokenizer's end token and
+    those of the model's generation_config.
+
+    Args:
+        data: the options of prompts.
+        tokenizer: the model's.
+        model: folder or hub id; None where it does not matter what else ends a response than `turn`.
+
+    Raises:
+        ConfigError: for an end token that is no token of the tokenizer.
+    """
+    if data.end_tokens is not None:
+        ids = [_token_id(token, tokenizer) for token in data.end_tokens]
+        return EndTokens(tuple(dict.fromkeys(ids)), ids[0])
+    end, turn = _eos_id(tokenizer), _end_of_turn(data, tokenizer)
+    found = [end] if turn is None else [turn, end] if data.chat_template else [end, turn]
+    if model is not None:
+        found += _of_generation_config(model, len(tokenizer))
+    return EndTokens(tuple(dict.fromkeys(found)), found[0])
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    end: Any = tokenizer.eos_token_id
+    return end
+
+
+def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase) -> int:
+    if isinstance(token, int):
+        if token >= len(tokenizer):
+            raise ConfigError(f"data.end_tokens has the id {token}, but the tokenizer has {len(tokenizer)} tokens")
+        return token
+    ids: list[int] = tokenizer(token, add_special_tokens=False).input_ids
+    if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        count = "not in the tokenizer's vocabulary" if len(ids) == 1 else f"{len(ids)} tokens, not one"
+        raise ConfigError(f"data.end_tokens has {token!r}, which is {count}: give the text of one token, or its id")
+    return ids[0]
+
+
+def _end_of_turn(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token with which the chat template ends an assistant's text; None where there is none."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        # Templates are programs and may raise anything. Whether this one can be used is told where a prompt needs it.
+        return None
+    _, mark, rest = text.rpartition(_MARK)
+    others = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    ids = tokenizer(rest, add_special_tokens=False).input_ids if mark else []
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder and i not in others), None)
+
+
+def _of_generation_config(model: str, vocab_size: int) -> list[int]:
+    """The end tokens that generation_config.json names; none where there is no such file."""
+    path = Path(model, "generation_config.json")
+    if Path(model).is_dir() and not path.is_file():
+        return []
+    try:
+        found: Any = GenerationConfig.from_pretrained(model).eos_token_id
+    except Exception as error:
+        if not path.is_file():
+            # A hub's model without the file.
+            return []
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for i in ids:
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
+            raise ConfigError(
+                f"generation_config.json of {model!r} has the end token {i!r}, expected ids below {vocab_size} (the "
+                "tokenizer's size): correct it, or set data.end_tokens"
+            )
+    return ids
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def encode_prompt(text: Any, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a prompt inside its chat template or `prompt_template`."""
+    text = data.prompt_template.replace("{prompt}", str(text))
+    if not data.chat_template:
+        return _encode_start(text, tokenizer)
+    if tokenizer.chat_template is None:
+        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
+    messages = [{"role": "user", "content": text}]
+    if data.system is not None:
+        messages.insert(0, {"role": "system", "content": data.system})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts behind it."""
+    ids, plain = (tokenizer(text, add_special_tokens=special).input_ids for special in (True, False))
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            return tuple(ids[: start + len(plain)])
+    return tuple(ids)
+
+
+def encode_solution(text: str, ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a finished response: one end of turn at its end, whatever end tokens the text has there."""
+    added = tokenizer.added_tokens_decoder
+    texts = [added[i].content for i in ends.ids if i in added]
+    while (found := next((end for end in texts if text.rstrip().endswith(end)), None)) is not None:
+        text = text.rstrip().removesuffix(found)
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    while ids and ids[-1] in ends.ids:
+        ids.pop()
+    return (*ids, ends.turn)

@@ -1,0 +1,50 @@
+"""The section `data` of the configuration."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from repirl.section import Positive, Section
+
+# Text of one token, or its id.
+Token = str | Annotated[int, Field(strict=True, ge=0)]
+
+
+class ExpertFileConfig(Section):
+    path: str = Field(description="JSON lines with expert trajectories")
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    solution_column: str = Field("solution", description="column with one solution or a list of them")
+
+
+class DataConfig(Section):
+    train: str | None = Field(None, description="JSON lines with prompts to sample on")
+    eval: str | None = Field(None, description="JSON lines with held-out prompts and answers")
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
+    solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
+    solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
+    experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
+    chat_template: bool = Field(False, description="wrap prompts with the tokenizer's chat template")
+    system: str | None = Field(None, description="system message of the chat template")
+    prompt_template: str = Field("{prompt}", description="text around the prompt")
+    end_tokens: list[Token] | None = Field(
+        None,
+        min_length=1,
+        description="what ends a response, each the text of one token or its id; the first ends expert solutions. "
+        "null: the chat template's end of turn, the tokenizer's end token and those of the model's generation_config",
+    )
+    max_prompt_tokens: Positive = Field(1536, description="longest prompt (paper: 1536)")
+    max_expert_tokens: Positive = Field(3000, description="longest expert response (paper: 3000)")
+    overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
+
+    def check(self) -> None:
+        """ValueError for options that cannot be used, or would be ignored."""
+        try:
+            re.compile(self.solution_remove or "")
+        except re.error as error:
+            raise ValueError(
+                f"data.solution_remove {self.solution_remove!r} is no regular expression: {error}"
+            ) from error
