@@ -8,7 +8,7 @@ YAML 1.2's core schema, decimal and without leading zeros; equal keys and such a
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -30,7 +30,7 @@ class YAMLProblem(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}
+    """Refuses equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, yaml.Node] = {}
@@ -47,11 +47,10 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would take for more than text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {
-        key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
 
-
+# Tables of their own: those of the base classes are shared.
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeDumper.yaml_implicit_resolvers.items()}
 for _tag, _pattern in _RESOLVERS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), None)
