@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from repirl.checkpoint.errors import reason
-from repirl.checkpoint.manifest import FORMAT
+from repirl.checkpoint.manifest import check_format
 from repirl.checkpoint.rng import set_rng_state
 from repirl.config import ConfigError
 from repirl.distributed.world import World
@@ -33,8 +32,7 @@ def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> t
     Raises:
         ConfigError: where it is of another format, or of other models.
     """
-    content = json.loads((path / "trainer.json").read_text())
-    check_format(path, content)
+    content = check_format(path)
     missing = sorted(set(learners) - set(content["learners"]))
     if missing:
         raise ConfigError(f"checkpoint {str(path)!r} has no {missing[0]!r}; it holds {sorted(content['learners'])}")
@@ -48,19 +46,9 @@ def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> t
     return content["step"], rest["run"]
 
 
-def check_format(path: Path, content: dict[str, Any]) -> None:
-    """ConfigError where what trainer.json holds is not of the format that is read here."""
-    if (found := content.get("format", 1)) != FORMAT:
-        written = f"repirl {content['repirl']}" if "repirl" in content else "a repirl before 0.2"
-        raise ConfigError(
-            f"checkpoint {str(path)!r} has format {found}, written by {written}; this repirl reads format {FORMAT}: "
-            "finish or export the run with the version that wrote it"
-        )
-
-
 def load_weights(path: Path, name: str, learner: Learner) -> None:
     """Fill a model with the weights that a checkpoint holds under `name` ("policy" or "prm")."""
-    check_format(path, json.loads((path / "trainer.json").read_text()))
+    check_format(path)
     state = {"model": learner.model_state()}
     _read(state, path / name / "tensors")
     learner.load_model_state(state["model"])

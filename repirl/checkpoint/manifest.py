@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,16 +31,31 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
-    """A checkpoint folder itself, or the newest sound one of a run's folder. ConfigError where there is none."""
+    """A checkpoint folder itself, or the newest sound one of a run's folder. ConfigError where there is none, or it is
+    of another format."""
     path = Path(path)
     if any((path / name).is_file() for name in ("manifest.json", "trainer.json")):
         if (problem := find_damage(path)) is not None:
             raise ConfigError(f"checkpoint {str(path)!r} is damaged: {problem}")
+        check_format(path)
         return path
     for folder in (path / "checkpoints", path):
         if list_checkpoints(folder):
-            return newest_sound(folder)
+            check_format(newest := newest_sound(folder))
+            return newest
     raise ConfigError(f"no checkpoint at {str(path)!r}: expected a step_N folder, or a run's folder that holds some")
+
+
+def check_format(path: Path) -> dict[str, Any]:
+    """What trainer.json holds; ConfigError where the checkpoint is not of the format that is read here."""
+    content = json.loads((path / "trainer.json").read_text())
+    if (found := content.get("format", 1)) != FORMAT:
+        written = f"repirl {content['repirl']}" if "repirl" in content else "a repirl before 0.2"
+        raise ConfigError(
+            f"checkpoint {str(path)!r} has format {found}, written by {written}; this repirl reads format {FORMAT}: "
+            "finish or export the run with the version that wrote it"
+        )
+    return content
 
 
 def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
