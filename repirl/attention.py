@@ -84,6 +84,11 @@ def _shares_heads(q: Tensor) -> bool:
     return not q.is_cuda
 
 
+def _grouped(x: Tensor, index: Tensor) -> Tensor:
+    """The rows [B, L] of x [T, H, D] that are run together, as [B, H, L, D]."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
 def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [T, H_kv, d] repeated for the query heads that share them."""
     count = q.shape[1] // k.shape[1]
@@ -122,10 +127,14 @@ def packed_attention(
         k, v = _for_every_head(q, k, v)
     parts = []
     for index in packed_layout.groups:
-        groups = (x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2) for x in (q, k, v))
-        grouped_q, grouped_k, grouped_v = groups
+        # No names for the groups: they would be held beside those of the next one.
         out = torch.nn.functional.scaled_dot_product_attention(
-            grouped_q, grouped_k, grouped_v, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+            _grouped(q, index),
+            _grouped(k, index),
+            _grouped(v, index),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts).index_select(0, packed_layout.inverse)[None], None
