@@ -1,1 +1,1 @@
-"""Where and how state is laid out: checkpoints."""
+"""Where and how state is laid out: processes, shards, and models that are idle."""
