@@ -17,7 +17,8 @@ from repirl.data.errors import DataError
 from repirl.data.prompts import Cursor, LengthLimit, read_rows
 from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
 
-# A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints.
+# A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints: with the same
+# values but for rounding, as other experts share a batch then.
 MAX_SAVED_CACHE_BYTES = 64 << 20
 
 
