@@ -135,7 +135,7 @@ def build_learners(
     system = config.system
     if names is None:
         # Policy first: the order in which they are loaded.
-        names = tuple(sorted({*system.trains, *system.reads}, key=lambda name: name != "policy"))
+        names = tuple(sorted((*system.trains, *system.reads), key=lambda name: name != "policy"))
         names += ("reference",) * needs_reference(config)
     return _Builder(config, system, world, work).build(names)
 
