@@ -15,14 +15,14 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 if any(importlib.util.find_spec(name) is None for name in ("pydantic", "rich", "yaml", "math_verify")):
     pytest.skip("the trainer's dependencies are not installed", allow_module_level=True)
 
-from tiny import gradients, make_model, tiny_config
+from tiny import gradients, make_model, objective, tiny_config
 
 from repirl.attention import PackedLayout, _torch_kernel, packed_attention
 from repirl.batch import pack
 from repirl.config import OptimizerConfig
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, leave_world
-from repirl.learner import Learner
+from repirl.learner import Learner, enable_checkpointing
 from repirl.loop import train
 from repirl.models import load_model
 from repirl.report.log import read_metrics
@@ -40,10 +40,12 @@ def _leave_world():
     leave_world()
 
 
-def learner(path, device, **options):
+def learner(path, device, *, checkpointing=False, offload=False):
     model = load_model(str(path), kind="causal", dtype=torch.float32, device=device)
+    if checkpointing:
+        enable_checkpointing(model, offload=offload)
     optimizer = OptimizerConfig(lr=1e-2, max_grad_norm=1e9)
-    return Learner(model, optimizer, tokens_per_microbatch=12, world=World(device), **options)
+    return Learner(model, optimizer, tokens_per_microbatch=12, world=World(device))
 
 
 def loss(outputs, micro):
@@ -56,7 +58,7 @@ def batch():
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}])
 def test_gradients_are_the_cpus(tmp_path, options):
     path = make_model(tmp_path / "model", head_dim=16)
     ours = gradients(learner(path, DEVICE, **options), batch(), loss)
@@ -69,7 +71,7 @@ def test_gradients_are_the_cpus(tmp_path, options):
 @needs_gpu
 def test_activations_that_wait_in_host_memory_give_the_same_gradients(tmp_path):
     path = make_model(tmp_path / "model", head_dim=16)
-    offloaded = learner(path, DEVICE, gradient_checkpointing=True, activation_offload=True)
+    offloaded = learner(path, DEVICE, checkpointing=True, offload=True)
     ours, expected = gradients(offloaded, batch(), loss), gradients(learner(path, DEVICE), batch(), loss)
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
@@ -104,7 +106,7 @@ def test_an_idle_model_leaves_the_gpu(tmp_path):
     path = make_model(tmp_path / "model", head_dim=512)
     residency = Residency(tmp_path / "offload", "rank_0")
     first, second = (learner(path, DEVICE) for _ in range(2))
-    first.update(batch(), loss)
+    first.update(batch(), objective(loss))
     before = {n: w.clone().cpu() for n, w in first.model.named_parameters()}
     # A weight and two moments; what is small stays.
     large = sum(3 * w.nbytes for w in before.values() if w.nbytes >= 1 << 16)
@@ -113,7 +115,7 @@ def test_an_idle_model_leaves_the_gpu(tmp_path):
     residency.add(first)
     assert held - torch.cuda.memory_allocated() >= large
     residency.add(second)
-    second.update(batch(), loss)
+    second.update(batch(), objective(loss))
     first.score(batch())
     assert all(torch.equal(w.cpu(), before[n]) for n, w in first.model.named_parameters())
     assert not list((tmp_path / "offload").iterdir())

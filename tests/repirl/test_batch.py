@@ -70,15 +70,21 @@ def test_response_positions_point_into_the_response_tensor():
         torch.testing.assert_close(micro.read("x"), batch.read("x")[batch.response_positions(group)])
 
 
-def test_concatenate_keeps_common_streams():
+def test_concatenate_keeps_all_streams_and_marks_what_is_missing():
     first, second = make(), make()
     first.write("only", torch.zeros(first.num_response_tokens))
     second.source.fill_(EXPERT)
     both = concatenate([first, second])
     assert both.cu_seqlens.tolist() == [0, 5, 7, 12, 13, 18, 20, 25, 26]
-    assert set(both.streams) == {"x"}
+    assert set(both.streams) == {"only", "x"}
     assert both.source.tolist() == [POLICY] * 4 + [EXPERT] * 4
     torch.testing.assert_close(both.read("x"), torch.cat([first.read("x"), second.read("x")]))
+    # Prompt tokens, too: nothing of a stream that was never written looks like a number.
+    assert both.streams["only"].isnan().tolist() == [False] * 13 + [True] * 13
+    # Which of them lacks it does not matter, and it travels on.
+    chosen = concatenate([second, first, second]).select([0, 4])
+    assert chosen.read("only").isnan().tolist() == [True] * 3 + [False] * 3
+    torch.testing.assert_close(chosen.read("x"), torch.cat([first.read("x")[:3]] * 2))
 
 
 def test_errors_name_what_is_wrong():

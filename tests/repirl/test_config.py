@@ -1,10 +1,14 @@
 """Configuration: who overrides whom, how values are read, what the presets hold."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from repirl.config import ConfigError
 from repirl.configfile import build_config, describe, list_presets, load_config, load_preset, merge, parse_overrides
+from repirl.objectives import Objective, load_objectives
+from repirl.systems import SYSTEMS
 
 
 def test_file_over_preset_and_override_over_file(tmp_path):
@@ -81,3 +85,52 @@ def test_options_that_would_be_ignored_are_refused(changes, message):
     values = {"output_dir": "out", "steps": 1, "policy": {"model": "m"}, "data": {"train": "t", "solution_column": "s"}}
     with pytest.raises(ConfigError, match=message):
         build_config(merge(values, changes))
+
+
+# What gives each kind of data to a configuration, what takes it away, and how that is told.
+GIVEN = {"prompts": {"train": "t"}, "answers": {"answer_column": "a"}, "experts": {"experts": {"path": "e"}}}
+TAKEN = {"prompts": {"train": None}, "answers": {"answer_column": None}, "experts": {"experts": None}}
+TOLD = {"prompts": "set data.train", "answers": "data.answer_column is null", "experts": "learns from experts"}
+
+
+def values_of(name):
+    """The least that a system's row in the table asks for."""
+    data = {"answer_column": None}
+    for kind in SYSTEMS[name].data:
+        data |= GIVEN[kind]
+    values = {"output_dir": "out", "steps": 1, "objective": name, "policy": {"model": "m"}, "data": data}
+    if "answers" not in SYSTEMS[name].data:
+        # Where answers are of use, though not needed.
+        values |= {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}}
+    return values
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_system_needs_what_its_row_says_and_no_more(name):
+    system = SYSTEMS[name]
+    config = build_config(values_of(name))
+    assert build_config(yaml.safe_load(describe(config))) == config
+    for kind in system.data:
+        with pytest.raises(ConfigError, match=TOLD[kind]):
+            build_config(merge(values_of(name), {"data": TAKEN[kind]}))
+    # Every learner has its section of options.
+    assert {*system.trains, *system.reads} <= {"policy", "prm"}
+    for kind in load_objectives(system.objectives).values():
+        assert issubclass(kind, Objective)
+        assert system.has_prm or not kind(config).reads_rewards
+        assert isinstance(kind.needs_reference(config), bool)
+
+
+@pytest.mark.parametrize("name", list_presets())
+@pytest.mark.parametrize("objective", SYSTEMS)
+def test_presets_are_valid_for_every_system(name, objective):
+    assert load_config(None, ["--preset", name, "--objective", objective]).system is SYSTEMS[objective]
+
+
+def test_a_system_that_reads_a_trained_prm_is_told_where_it_is(monkeypatch):
+    monkeypatch.setitem(SYSTEMS, "reads_prm", dataclasses.replace(SYSTEMS["rloo"], reads=("prm",)))
+    with pytest.raises(ConfigError, match=r"'reads_prm' reads a trained PRM: set prm.model"):
+        build_config(values_of("reads_prm"))
+    config = build_config(merge(values_of("reads_prm"), {"prm": {"model": "somewhere"}}))
+    assert config.system.has_prm
+    assert set(config.trained_sections) == {"policy"}

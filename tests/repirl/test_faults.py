@@ -24,27 +24,25 @@ import pytest
 import torch
 import yaml
 from rank_processes import rank_processes
-from tiny import make_model, tiny_config, tiny_values
+from tiny import make_model, objective, tiny_config, tiny_values
 
 from repirl.batch import pack
+from repirl.checkpoint import manifest
+from repirl.checkpoint import save as saving
+from repirl.checkpoint.load import load_checkpoint
+from repirl.checkpoint.manifest import find_damage, list_checkpoints, resolve_checkpoint
+from repirl.checkpoint.save import Checkpointer, CheckpointError
 from repirl.cli import main
-from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig
+from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig, VerifierConfig
 from repirl.configfile import build_config
-from repirl.distributed import checkpoint
-from repirl.distributed.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    find_damage,
-    list_checkpoints,
-    resolve_checkpoint,
-)
 from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, TrainingError
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
+from repirl.objectives.rloo import RLOO
 from repirl.report.log import read_metrics
 from repirl.run import build
-from repirl.verify.verifier import Verifier
+from repirl.verify.process import Verifier
 
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 6, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "eval": {"every": 0}}
@@ -179,7 +177,7 @@ def is_alive(pid):
     return True
 
 
-CHECKPOINT = "repirl.distributed.checkpoint"
+CHECKPOINT = "repirl.checkpoint.save"
 
 
 def test_kill_9_of_one_process_in_any_phase(tmp_path):
@@ -191,9 +189,9 @@ def test_kill_9_of_one_process_in_any_phase(tmp_path):
     file, folder = write(tmp_path, values), tmp_path / "killed" / "checkpoints"
     asynchronous = ["--checkpoint.asynchronous", "true"]
     deaths = [
-        (1, ("repirl.loop", "finish_rollouts", 2), []),
-        (0, ("repirl.loop", "update_prm", 2), []),
-        # The PRM's tensors of a step, when the policy's are written.
+        (1, ("repirl.rollout.sampler:Sampler", "_finish", 2), []),
+        (0, ("repirl.objectives.irl:IRL", "select", 2), []),
+        # The policy's tensors of a step, when the PRM's are written.
         (1, (f"{CHECKPOINT}:dcp", "save", 2), []),
         # In the thread that writes, a step later.
         (1, (f"{CHECKPOINT}:dcp", "save", 3), asynchronous),
@@ -206,7 +204,7 @@ def test_kill_9_of_one_process_in_any_phase(tmp_path):
         assert results[1 - rank][0] != 0, kill
         assert all(find_damage(path) is None for path in list_checkpoints(folder)), kill
     # The real thing once.
-    code, errors = run_torchrun(file, "--resume", kill=("repirl.loop", "update_policy", 1), rank=1)
+    code, errors = run_torchrun(file, "--resume", kill=("repirl.objectives.rloo:RLOO", "select", 1), rank=1)
     assert code != 0
     assert "Signal 9" in errors
     pids = [int(Path(f"{file}.torchrun_{rank}.pid").read_text()) for rank in range(2)]
@@ -253,7 +251,7 @@ def test_an_asynchronous_save_holds_the_moment_that_it_was_asked_for(tmp_path, m
     path = make_model(tmp_path / "model", head_dim=64)
     model = load_model(str(path), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
     learner = Learner(model, OptimizerConfig(lr=1e-2, state_bits=state_bits), tokens_per_microbatch=99)
-    batch, go_on, writing = pack([([3, 4], [5, 6, 7])]), threading.Event(), checkpoint._write
+    batch, go_on, writing = pack([([3, 4], [5, 6, 7])]), threading.Event(), saving._write
 
     def state():
         moments = [s[k] for s in learner.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
@@ -265,9 +263,9 @@ def test_an_asynchronous_save_holds_the_moment_that_it_was_asked_for(tmp_path, m
         return writing(*arguments)
 
     def update():
-        learner.update(batch, lambda outputs, _: outputs["logprob"].sum())
+        learner.update(batch, objective(lambda outputs, _: outputs["logprob"].sum()))
 
-    monkeypatch.setattr(checkpoint, "_write", waiting)
+    monkeypatch.setattr(saving, "_write", waiting)
     world = World(torch.device("cpu"))
     writer = Checkpointer(tmp_path / "checkpoints", CheckpointConfig(asynchronous=True), world)
     update()
@@ -279,7 +277,7 @@ def test_an_asynchronous_save_holds_the_moment_that_it_was_asked_for(tmp_path, m
     assert not list_checkpoints(tmp_path / "checkpoints")
     go_on.set()
     writer.finish()
-    checkpoint.load_checkpoint(writer.choose(), {"policy": learner}, world)
+    load_checkpoint(writer.choose(), {"policy": learner}, world)
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 
 
@@ -394,13 +392,13 @@ def test_what_a_killed_run_left_does_not_take_the_room_of_the_next_save(tmp_path
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step_7.tmp", "step_0.pruned.tmp"):
         shutil.copytree(folder / "step_1", folder / name)
-    seen, save = [], checkpoint.dcp.save
+    seen, save = [], saving.dcp.save
 
     def look(*arguments, **options):
         seen.append(sorted(p.name for p in folder.iterdir()))
         return save(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", look)
+    monkeypatch.setattr(saving.dcp, "save", look)
     train(tiny_config(tmp_path, **OPTIONS | {"steps": 2}), resume=True)
     assert seen == [["step_1", "step_2.tmp"]] * 2
 
@@ -510,9 +508,53 @@ def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
     def fail(file):
         raise OSError(5, "Input/output error", str(file))
 
-    monkeypatch.setattr(checkpoint, "_checksum", fail)
+    monkeypatch.setattr(manifest, "checksum", fail)
     problem = find_damage(tmp_path / "run" / "checkpoints" / "step_1")
     assert "cannot be read: [Errno 5] Input/output error" in problem
+
+
+def rewritten(path, **changes):
+    """As another version might have written a checkpoint: trainer.json changed (None: left out), sound all the same."""
+    content = json.loads((path / "trainer.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    (path / "trainer.json").write_text(json.dumps(content))
+    with open(path / "config.yaml", "a") as file:
+        file.write("an_option_of_another_version: 1\n")
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest.make_manifest(path, files)))
+    assert find_damage(path) is None
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # As checkpoints were before formats had numbers.
+        ({"format": None, "repirl": None}, "has format 1, written by a repirl before 0.2; this repirl reads format 2"),
+        ({"format": 3, "repirl": "9.1"}, "has format 3, written by repirl 9.1; this repirl reads format 2"),
+    ],
+)
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path, capsys, changes, message):
+    values = tiny_values(tmp_path, **OPTIONS | {"steps": 1})
+    train(build_config(values))
+    folder = tmp_path / "run" / "checkpoints"
+    path = rewritten(folder / "step_1", **changes)
+    file, named = str(write(tmp_path, values)), ["--checkpoint", str(path)]
+    capsys.readouterr()
+    for command in (
+        ["train", "--config", file, "--resume", "--steps", "2"],
+        ["eval", "--config", file, *named],
+        ["export", *named, "--output", str(tmp_path / "out")],
+    ):
+        assert main(command) == 2, command
+        error = capsys.readouterr().err
+        assert f"checkpoint {str(path)!r} {message}" in error, command
+        assert "finish or export the run with the version that wrote it" in error
+        assert error.count("\n") == 1, error
+    # It is left as it is.
+    assert [p.name for p in folder.iterdir()] == ["step_1"]
+    assert find_damage(path) is None
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_any_sound_checkpoint_nothing_begins(tmp_path):
@@ -528,20 +570,19 @@ def test_without_any_sound_checkpoint_nothing_begins(tmp_path):
 
 def test_one_nan_costs_one_update_and_nothing_else(tmp_path, monkeypatch):
     """Through the real loop: neither weights nor the optimiser's state move in that step, and the run goes on."""
-    from repirl.objectives import rloo
-
     options = {"objective": "rloo", "checkpoint": {"every": 1, "keep_last": 9}}
     config, calls = tiny_config(tmp_path, **OPTIONS | options | {"steps": 3}), itertools.count(1)
 
-    class SometimesNaN(rloo.ClippedLoss):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+    class SometimesNaN(RLOO):
+        def prepare(self, batch):
             self.factor = float("nan") if next(calls) == 2 else 1.0
+            return super().prepare(batch)
 
-        def __call__(self, outputs, micro):
-            return self.factor * super().__call__(outputs, micro)
+        def loss(self, outputs, micro):
+            loss, figures = super().loss(outputs, micro)
+            return self.factor * loss, figures
 
-    monkeypatch.setattr("repirl.loop.rloo.ClippedLoss", SometimesNaN)
+    monkeypatch.setattr("repirl.objectives.rloo.RLOO", SometimesNaN)
     train(config)
     lines = metrics_of(config.output_dir)
     assert [line["policy/skipped_updates"] for line in lines] == [0, 1, 1]
@@ -550,10 +591,11 @@ def test_one_nan_costs_one_update_and_nothing_else(tmp_path, monkeypatch):
     for path in list_checkpoints(Path(config.output_dir) / "checkpoints"):
         restored = build(config)
         restored.restore(path)
-        state = restored.policy.optimizer.state
-        moments = [state[p][key] for p in restored.policy.trained.values() for key in ("exp_avg", "exp_avg_sq", "step")]
-        states.append([t.detach().clone() for t in (*restored.policy.trained.values(), *moments)])
-        assert restored.policy.num_skipped_updates == (path.name != "step_1")
+        policy = restored.learners["policy"]
+        state, trained = policy.optimizer.state, policy.trained.values()
+        moments = [state[p][key] for p in trained for key in ("exp_avg", "exp_avg_sq", "step")]
+        states.append([t.detach().clone() for t in (*trained, *moments)])
+        assert policy.num_skipped_updates == (path.name != "step_1")
     first, second, third = states
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
@@ -572,9 +614,9 @@ def test_a_save_before_the_first_update_changes_nothing(tmp_path):
         if name == "saved":
             writer.save(1, {"policy": learner}, {}, load_tokenizer(str(path)))
         if name == "loaded":
-            checkpoint.load_checkpoint(writer.choose(), {"policy": learner}, World(torch.device("cpu")))
+            load_checkpoint(writer.choose(), {"policy": learner}, World(torch.device("cpu")))
         for _ in range(2):
-            learner.update(batch, lambda outputs, _: outputs["logprob"].sum())
+            learner.update(batch, objective(lambda outputs, _: outputs["logprob"].sum()))
         updated.append([w.detach().clone() for w in learner.trained.values()])
     saved, never, loaded = updated
     assert all(torch.equal(a, b) for a, b in zip(saved, never, strict=True))
@@ -633,15 +675,15 @@ def skip_together(_group, values, path):
     def equal(before):
         return len(before) == len(state()) and all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
 
-    learner.update(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
+    learner.update(batch, objective(lambda outputs, micro: loss(outputs, micro, bad=False)))
     before = state()
-    skipped = learner.update(batch, loss)["skipped_updates"]
+    skipped = learner.update(batch, objective(loss))["skipped_updates"]
     same = equal(before)
-    learner.update(batch, lambda outputs, micro: loss(outputs, micro, bad=False))
+    learner.update(batch, objective(lambda outputs, micro: loss(outputs, micro, bad=False)))
     moved = not equal(before)
-    learner.update(batch, loss)
+    learner.update(batch, objective(loss))
     try:
-        learner.update(batch, loss)
+        learner.update(batch, objective(loss))
     except TrainingError as error:
         return skipped, same, moved, any(seen), str(error)
 
@@ -656,95 +698,65 @@ def test_all_processes_skip_what_one_of_them_cannot_use(tmp_path):
         assert error.startswith("2 updates in a row")
 
 
-def judge_badly(response, answer):
-    """A reward with every fault that a parser can have."""
-    if "slow" in response:
-        time.sleep(1000)
-    if "crash" in response:
-        os._exit(3)
+def judge_half(response, answer):
+    """Writes the beginning of a verdict to whoever may be listening, and hangs."""
     if "half" in response:
-        os.write(1, b"1.")
+        for descriptor in range(1, 32):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b'{"reward": 1.')
         time.sleep(1000)
-    if "memory" in response:
-        bytearray(1 << 40)
-    if "noise" in response:
-        print("1.0\n1.0\nline 1:0 no viable alternative")
-    if "spin" in response:
-        # One operation that no signal handler of Python's interrupts.
-        9 ** (9 ** (9**9))
     return 1.0 if "right" in response else 0.0
 
 
-@pytest.fixture
-def bad_reward(tmp_path, monkeypatch):
-    """The name of judge_badly in a module of its own, which imports as quickly as a real one."""
-    (tmp_path / "bad_reward.py").write_text("import os, time\n\n" + inspect.getsource(judge_badly))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]]))
-    return "bad_reward:judge_badly"
+def judge_once(response, answer):
+    """Hangs on the first answer of all."""
+    if not os.path.exists(f"{__file__}.began"):
+        open(f"{__file__}.began", "w").close()
+        time.sleep(1000)
+    return float(len(response) % 2)
+
+
+def judge_never(response, answer):
+    return {}[response]
 
 
 @pytest.fixture
-def bad_verifier(bad_reward):
-    verifier = Verifier(1.0, reward=bad_reward)
-    yield verifier
-    verifier.close()
+def reward_module(tmp_path, monkeypatch):
+    """The functions above in a module of their own, which imports as quickly as a real one."""
+    functions = map(inspect.getsource, (judge_half, judge_once, judge_never))
+    (tmp_path / "bad_rewards.py").write_text("\n\n".join(["import contextlib, os, time", *functions]))
+    monkeypatch.syspath_prepend(tmp_path)
+    return "bad_rewards"
 
 
-def test_a_verifier_that_hangs_or_dies_costs_one_answer(bad_verifier):
-    verifier, pids = bad_verifier, set()
-    # The last is one that cannot even be handed over: the pipe is full before the process reads.
-    for number, response in enumerate(["slow", "crash", "half", "memory", "stopped" * 100_000], 1):
-        assert verifier.judge("right", "x") == 1.0
-        pids.add(verifier._process.pid)
-        if response.startswith("stopped"):
-            os.kill(verifier._process.pid, signal.SIGSTOP)
-        assert verifier.judge(response, "x") == 0.0
-        assert verifier.num_timeouts == number
-        assert verifier._process is None
-    assert len(pids) == 5
-    assert not any(is_alive(pid) for pid in pids)
-    # Plain numbers, and what is the same text, need no process at all.
-    assert verifier.judge("#### 1,234", "1234") == 1.0
-    assert verifier.judge(r"\boxed{9^{9^{9^9}}}", "9^{9^{9^9}}") == 1.0
-    assert verifier._process is None
+def test_half_a_verdict_is_none(reward_module):
+    """Of a worker that is killed over it; the rest of it does not come from the next one."""
+    options = {"kind": "custom", "function": f"{reward_module}:judge_half", "timeout_seconds": 1.0}
+    verifier = Verifier(VerifierConfig(**options))
+    try:
+        for number in (1, 2):
+            pairs = [("right", "x"), ("half right", "x"), ("right", "x"), ("wrong", "x")]
+            assert verifier.judge(pairs) == [1.0, 0.0, 1.0, 0.0]
+            assert verifier.num_timeouts == number
+    finally:
+        verifier.close()
 
 
-def test_what_a_verifier_prints_is_no_verdict(bad_verifier):
-    for _ in range(2):
-        assert bad_verifier.judge("noise, wrong", "x") == 0.0
-        assert bad_verifier.judge("right", "x") == 1.0
-    assert bad_verifier.num_timeouts == 0
+def test_a_reward_that_hangs_costs_the_run_one_answer(tmp_path, reward_module):
+    verifier = {"kind": "custom", "function": f"{reward_module}:judge_once", "timeout_seconds": 2.0}
+    config = tiny_config(tmp_path, **OPTIONS | {"steps": 3, "verifier": verifier})
+    train(config)
+    lines = metrics_of(config.output_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    # Counted since the start.
+    assert [line["rollout/verifier_timeouts"] for line in lines] == [1, 1, 1]
+    assert all(0 <= line["rollout/outcome"] <= 1 for line in lines)
 
 
-def test_a_verifier_that_spins_ends_when_its_trainer_is_killed(bad_reward):
-    script = (
-        "import sys; from repirl.verify.verifier import Verifier\n"
-        f"verifier = Verifier(2.0, reward={bad_reward!r})\n"
-        "verifier.judge('right', 'x'); print(verifier._process.pid, flush=True)\n"
-        "verifier.timeout_seconds = 1000.0; verifier.judge('spin', 'x')"
-    )
-    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    pid = int(trainer.stdout.readline())
-    trainer.kill()
-    trainer.communicate()
-    deadline = time.monotonic() + SECONDS_TO_END
-    while is_alive(pid) and not is_zombie(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def is_zombie(pid):
-    """Dead, but nobody has asked how it ended: in a container there may be no process that does."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return False
-
-
-def test_the_real_verifier_counts_a_tower_of_powers():
-    verifier = Verifier(2.0)
-    assert verifier.judge(r"\boxed{\frac{2}{4}}", "\\frac{1}{2}") == 1.0
-    assert verifier.judge(r"\boxed{9^{9^{9^{9^{9}}}}}", "x + 1") == 0.0
-    assert verifier.num_timeouts == 1
-    verifier.timeout_seconds = 60.0
-    assert verifier.judge(r"\boxed{\frac{2}{4}}", "\\frac{1}{2}") == 1.0
-    verifier.close()
+def test_a_reward_that_fails_ends_the_run_and_is_named(tmp_path, reward_module, capsys):
+    verifier = {"kind": "custom", "function": f"{reward_module}:judge_never"}
+    file = write(tmp_path, tiny_values(tmp_path, **OPTIONS | {"verifier": verifier}))
+    assert main(["train", "--config", str(file)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("repirl: the verifier's function 'bad_rewards:judge_never' failed on a response: KeyError")
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -1,5 +1,6 @@
 """The dual loop end to end on a tiny model: every objective and reward model, survival, export."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,22 +14,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tiny import tiny_config, tiny_values
+from tiny import make_model, tiny_config, tiny_values
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from repirl.batch import EXPERT, pack
+from repirl.checkpoint.manifest import list_checkpoints, resolve_checkpoint
 from repirl.cli import main
-from repirl.config import ConfigError, IRLConfig, LossConfig, PRMConfig
-from repirl.distributed.checkpoint import list_checkpoints, resolve_checkpoint
+from repirl.config import ConfigError, IRLConfig, PRMConfig
 from repirl.distributed.world import World
 from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
-from repirl.objectives import irl, rloo
+from repirl.models import load_model
+from repirl.objectives import irl
+from repirl.objectives.rloo import RLOO
 from repirl.report.log import read_metrics
+from repirl.rewards import read_rewards
 from repirl.rollout.engine import MismatchError
-from repirl.run import build, needs_reference
-from repirl.sampling import check_sampler
+from repirl.rollout.sampler import Sampler
+from repirl.run import Reference, build, needs_reference
+from repirl.systems import SYSTEMS
+from repirl.work import PhaseTimer
 
 SECONDS = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 
@@ -131,11 +137,10 @@ def test_a_sampler_without_a_cache_ends_the_run(tmp_path, capsys, monkeypatch, d
     ],
 )
 def test_how_far_a_sampler_may_be_from_the_trainer(tmp_path, changes, mismatch, ends):
-    run = SimpleNamespace(
-        config=tiny_config(tmp_path, **changes), world=World(torch.device("cpu")), policy=SimpleNamespace(model=None)
-    )
+    config, policy = tiny_config(tmp_path, **changes), SimpleNamespace(model=None, world=World(torch.device("cpu")))
+    sampler = Sampler(config, policy, None, None, None, None, PhaseTimer())
     with pytest.raises(MismatchError) if ends else nullcontext():
-        check_sampler(run, torch.tensor(mismatch))
+        sampler.check(torch.tensor(mismatch))
 
 
 def test_training_with_experts_raises_their_likelihood(tmp_path):
@@ -207,7 +212,7 @@ def test_a_save_that_dies_half_way_costs_nothing(tmp_path, monkeypatch):
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    for target in ("repirl.distributed.checkpoint._flush", "repirl.distributed.checkpoint.dcp.save"):
+    for target in ("repirl.checkpoint.save._flush", "repirl.checkpoint.save.dcp.save"):
         with monkeypatch.context() as patch:
             patch.setattr(target, die)
             with pytest.raises(KeyboardInterrupt):
@@ -230,7 +235,7 @@ def test_old_checkpoints_are_pruned(tmp_path):
 
 def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.9, 0.2, 0.1])
-    monkeypatch.setattr("repirl.loop.evaluate", lambda run: next(scores))
+    monkeypatch.setattr("repirl.loop.evaluate", lambda *_: next(scores))
     checkpoint = {"every": 1, "keep_last": 1, "keep_best": 2}
     config = tiny_config(tmp_path, steps=5, eval={"every": 1}, checkpoint=checkpoint)
     train(config)
@@ -262,9 +267,10 @@ def test_a_resumed_run_takes_new_options_of_the_optimiser(tmp_path):
     config = tiny_config(tmp_path, steps=4, policy={"optimizer": optimizer})
     run = build(config)
     run.restore(resolve_checkpoint(config.output_dir))
-    assert run.policy.optimizer.param_groups[0]["weight_decay"] == 0.1
-    assert [g["lr"] for g in run.policy.optimizer.param_groups] == [2.5e-4] * 2
-    assert all(float(state["step"]) == 2 for state in run.policy.optimizer.state.values())
+    optimizer = run.learners["policy"].optimizer
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert [g["lr"] for g in optimizer.param_groups] == [2.5e-4] * 2
+    assert all(float(state["step"]) == 2 for state in optimizer.state.values())
     train(config, resume=True)
     rates = [line["policy/lr"] for line in metrics_of(config) if "policy/lr" in line]
     assert rates == pytest.approx([1e-3, 1e-3, 2.5e-4, 1.25e-4])
@@ -305,19 +311,20 @@ def test_export_loads_as_plain_models_with_equal_outputs(tmp_path, reward):
         policy(torch.tensor([p + r])).logits[0, len(p) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(r)[:, None])
         for p, r in pairs
     ]
-    ours = run.policy.score(batch)["logprob"]
+    ours = run.learners["policy"].score(batch)["logprob"]
     torch.testing.assert_close(ours, torch.cat(expected)[:, 0].detach(), atol=2e-5, rtol=1e-5)
 
+    scored = run.learners["prm"].score(batch)
     if reward == "value":
         prm = AutoModelForTokenClassification.from_pretrained(tmp_path / "export" / "prm", dtype=torch.float32).eval()
         expected = [prm(torch.tensor([p + r])).logits[0, len(p) :, 0] for p, r in pairs]
         assert float(torch.cat(expected).abs().max()) > 0
-        torch.testing.assert_close(run.prm.score(batch)["value"], torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(scored["value"], torch.cat(expected).detach(), atol=2e-5, rtol=1e-5)
     else:
         prm = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "prm", dtype=torch.float32)
         ids = torch.tensor([pairs[0][0] + pairs[0][1]])
         expected = prm(ids).logits[0, 2:-1].log_softmax(-1).gather(1, torch.tensor(pairs[0][1])[:, None])[:, 0]
-        torch.testing.assert_close(run.prm.score(batch)["logprob"][:4], expected.detach(), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(scored["logprob"][:4], expected.detach(), atol=2e-5, rtol=1e-5)
 
 
 def test_outcome_decides_who_is_an_expert():
@@ -374,6 +381,100 @@ def test_the_reference_reads_each_expert_once(tmp_path, monkeypatch):
     assert metrics_of(parts) == metrics_of(whole)
 
 
+def test_a_cache_too_large_to_save_is_computed_anew(tmp_path, monkeypatch):
+    """The experts' log-probabilities under the reference are the same, whether they come from a checkpoint or not, but
+    for rounding: other experts share their batch the second time."""
+    changes = {"prm": {"reward": "implicit"}, "irl": {"use_outcome": False, "experts_per_step": 12}}
+    for name, limit in {"saved": 1 << 20, "anew": 0}.items():
+        monkeypatch.setattr("repirl.data.experts.MAX_SAVED_CACHE_BYTES", limit)
+        parts = {"output_dir": str(tmp_path / name), **changes}
+        train(tiny_config(tmp_path, steps=3, **parts))
+        run = build(tiny_config(tmp_path, **parts))
+        run.restore(resolve_checkpoint(tmp_path / name))
+        # 24 experts, 12 a turn.
+        assert len(run.data.experts.state_dict()["reference"]) == (24 if name == "saved" else 0)
+        train(tiny_config(tmp_path, steps=6, **parts), resume=True)
+    saved, anew = (metrics_of(tiny_config(tmp_path, output_dir=str(tmp_path / name))) for name in ("saved", "anew"))
+    assert [line["step"] for line in anew] == list(range(7))
+    assert saved[:4] == anew[:4]
+    for ours, theirs in zip(anew[4:], saved[4:], strict=True):
+        # The reference computes more there.
+        del ours["padding/prm"], theirs["padding/prm"]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("prm_temperature", "passes"), [(None, 1), (0.7, 1), (1.0, 2)])
+def test_the_reference_writes_both_streams_in_as_few_passes_as_there_are_temperatures(
+    tmp_path, monkeypatch, prm_temperature, passes
+):
+    model = load_model(str(make_model(tmp_path / "m")), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
+    learner, calls, score = Learner(model, None, tokens_per_microbatch=99, temperature=0.7), [], Learner.score
+    batch = pack([([3, 4, 5], [6, 7, 8, 1]), ([9], [10, 1])])
+    expected = {temperature: learner.score(batch, temperature)["logprob"] for temperature in (0.7, 1.0)}
+    monkeypatch.setattr(Learner, "score", lambda *arguments: calls.append(1) or score(*arguments))
+    reference = Reference(learner, prm_temperature)
+    reference.write(batch)
+    assert len(calls) == passes
+    assert torch.equal(batch.read("ref_logprob"), expected[0.7])
+    if prm_temperature is None:
+        assert "prm_ref_logprob" not in batch.streams
+    else:
+        assert torch.equal(batch.read("prm_ref_logprob"), expected[prm_temperature])
+        assert torch.equal(reference.for_prm(batch), expected[prm_temperature])
+    assert not torch.equal(*expected.values())
+
+
+def test_a_frozen_learner_is_asked_but_neither_trained_nor_saved(tmp_path, monkeypatch):
+    """A system that reads a trained PRM: its row is all that it takes."""
+    model = load_model(str(make_model(tmp_path / "m")), kind="causal", dtype=torch.float32, device=torch.device("cpu"))
+    frozen = Learner(model, None, tokens_per_microbatch=99)
+    assert frozen.state_dict() == {}
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(AssertionError, match="frozen"):
+        frozen.update(pack([([3], [4])]), None)
+
+    row = dataclasses.replace(SYSTEMS["rloo"], reads=("prm",))
+    monkeypatch.setitem(SYSTEMS, "frozen_prm", row)
+    prm = {"model": str(tmp_path / "m"), "reward": "logprob"}
+    changes = {"objective": "frozen_prm", "prm": prm}
+    config = tiny_config(tmp_path, **changes, steps=3)
+    train(config)
+    path = resolve_checkpoint(config.output_dir)
+    assert set(json.loads((path / "trainer.json").read_text())["learners"]) == {"policy"}
+    assert [p.name for p in path.iterdir() if p.is_dir()] == ["policy"]
+    run = build(config)
+    assert list(run.trained) == list(run.objectives) == ["policy"]
+    run.restore(path)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert all(torch.equal(w, before.get_parameter(n)) for n, w in run.learners["prm"].weights())
+    # Its rewards count, from the first update on.
+    lines = metrics_of(config)
+    assert not any(name.startswith("prm/") for line in lines for name in line)
+    without = tiny_config(tmp_path, output_dir=str(tmp_path / "without"), objective="rloo", steps=3)
+    train(without)
+    assert lines[1]["rollout/length"] == metrics_of(without)[1]["rollout/length"]
+    assert lines[1]["policy/advantage_std"] != metrics_of(without)[1]["policy/advantage_std"]
+    # And such a run resumes as any other.
+    parts = {"output_dir": str(tmp_path / "parts"), **changes}
+    train(tiny_config(tmp_path, **parts, steps=2))
+    train(tiny_config(tmp_path, **parts, steps=3), resume=True)
+    assert [line for line in metrics_of(tiny_config(tmp_path, **parts)) if line["step"] == 3] == lines[-1:]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ("rloo", "repirl", r"has no 'prm'; it holds \['policy'\]"),
+        ("sft", "rloo", "is of a run without prompts; it had another objective"),
+        ("rloo", "sft", "is of a run without experts; it had another objective"),
+    ],
+)
+def test_resuming_with_another_objective_is_refused(tmp_path, before, now, message):
+    train(tiny_config(tmp_path, objective=before, steps=1))
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_config(tmp_path, objective=now, steps=2), resume=True)
+
+
 def test_only_what_needs_the_reference_loads_it(tmp_path):
     assert not needs_reference(tiny_config(tmp_path))
     assert needs_reference(tiny_config(tmp_path, prm={"reward": "implicit"}))
@@ -388,27 +489,30 @@ def test_policy_loss_has_the_policy_gradient(tmp_path):
     old = torch.tensor([-1.0, -2.0, -0.5])
     for name in ("old_logprob", "sampler_logprob"):
         rollouts.write(name, old)
-    config = LossConfig(entropy_coefficient=0.1)
-    rloo.write_advantages(rollouts, config)
+    objective = RLOO(tiny_config(tmp_path, objective="rloo", loss={"entropy_coefficient": 0.1}))
+    objective.prepare(rollouts)
     torch.testing.assert_close(rollouts.read("advantage"), torch.tensor([1.0, 1.0, -1.0]))
     outputs = {"logprob": old.clone().requires_grad_(), "entropy": torch.ones(3, requires_grad=True)}
-    rloo.ClippedLoss(rollouts, config, max_response_tokens=9)(outputs, rollouts).backward()
+    objective.loss(outputs, rollouts)[0].backward()
     torch.testing.assert_close(outputs["logprob"].grad, torch.tensor([-1.0, -1.0, 1.0]) / 3)
     torch.testing.assert_close(outputs["entropy"].grad, torch.full((3,), -0.1 / 3))
 
 
-def test_an_update_tells_what_it_clipped_and_how_far_it_went():
+def test_an_update_tells_what_it_clipped_and_how_far_it_went(tmp_path):
     """Means over tokens, whatever the micro-batches: clip share, KL(old || new), pi_old / mu and its truncation."""
     rollouts = pack([([3], [4, 5]), ([3], [6])], group_ids=[0, 0], outcome=[1.0, 0.0])
     old, new = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-0.5, -2.0, -0.6])
     sampler, reference = torch.tensor([-1.0, -4.0, -0.4]), torch.tensor([-0.7, -2.0, -0.6])
     for name, values in (("old_logprob", old), ("sampler_logprob", sampler), ("ref_logprob", reference)):
         rollouts.write(name, values)
-    config = LossConfig(kl_coefficient=0.1, kl_estimator="k1", sampler_ratio_cap=2.0)
-    rloo.write_advantages(rollouts, config)
-    update = rloo.ClippedLoss(rollouts, config, max_response_tokens=9)
-    parts = [update({"logprob": new[i], "entropy": new[i]}, rollouts.select([n])) for n, i in ((0, [0, 1]), (1, [2]))]
-    found = update.metrics(World(torch.device("cpu")))
+    loss = {"kl_coefficient": 0.1, "kl_estimator": "k1", "sampler_ratio_cap": 2.0}
+    update = RLOO(tiny_config(tmp_path, objective="rloo", loss=loss))
+    update.prepare(rollouts)
+    halves = ((0, [0, 1]), (1, [2]))
+    parts = [update.loss({"logprob": new[i], "entropy": new[i]}, rollouts.select([n])) for n, i in halves]
+    assert all(set(figures) == set(parts[0][1]) for _, figures in parts)
+    sums = {name: [sum(column) for column in zip(*(f[name] for _, f in parts), strict=True)] for name in parts[0][1]}
+    found = {name: float(total) / count for name, (total, count) in sums.items()}
     ratio, log_ratio = (new - old).exp(), new - old
     expected = {
         # Of the three only the first, with advantage 1, went beyond 1.2.
@@ -419,18 +523,20 @@ def test_an_update_tells_what_it_clipped_and_how_far_it_went():
         "kl_reference": float((new - reference).mean()),
     }
     assert found == pytest.approx(expected, rel=1e-5)
-    assert all(torch.isfinite(part) for part in parts)
-    plain = rloo.ClippedLoss(rollouts, LossConfig(sampler_ratio_cap=None), max_response_tokens=9)
-    assert set(plain.metrics(World(torch.device("cpu")))) == {"clip_fraction", "approx_kl"}
+    assert all(torch.isfinite(part) for part, _ in parts)
+    plain = RLOO(tiny_config(tmp_path, objective="rloo", loss={"sampler_ratio_cap": None}))
+    _, figures = plain.loss({"logprob": new, "entropy": new}, rollouts)
+    assert set(figures) == {"clip_fraction", "approx_kl"}
 
 
 def test_rewards_of_micro_batches_equal_those_of_the_batch(tmp_path):
     config = tiny_config(tmp_path, prm={"reward": "soft_q", "gamma": 0.9})
     run = build(config)
     batch = pack([([3], [4, 5, 1]), ([3, 4], [6]), ([5], [7, 8, 9, 1])])
-    whole = irl.rewards(run.prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
-    run.prm.tokens_per_microbatch = 4
-    parts = irl.rewards(run.prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
+    prm = run.learners["prm"]
+    whole = read_rewards(prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
+    prm.tokens_per_microbatch = 4
+    parts = read_rewards(prm.score(batch), batch, PRMConfig(reward="soft_q", gamma=0.9))
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
 
 

@@ -6,13 +6,13 @@ import types
 
 import pytest
 import torch
-from tiny import gradients, make_model, tiny_config
+from tiny import gradients, make_model, objective, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GraniteConfig, GraniteForCausalLM
 
 from repirl.attention import PackedLayout, packed_attention, packed_kernel
 from repirl.batch import pack
 from repirl.config import ConfigError, OptimizerConfig
-from repirl.learner import Learner
+from repirl.learner import Learner, enable_checkpointing
 from repirl.models import load_model, load_tokenizer
 from repirl.run import build
 
@@ -20,8 +20,10 @@ CPU = torch.device("cpu")
 PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]
 
 
-def learner(path, kind="causal", budget=10_000, **options):
+def learner(path, kind="causal", budget=10_000, checkpointing=False, **options):
     model = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
+    if checkpointing:
+        enable_checkpointing(model)
     return Learner(model, OptimizerConfig(lr=1e-2), num_updates=1, tokens_per_microbatch=budget, **options)
 
 
@@ -43,7 +45,7 @@ def plain_logprobs(model, pairs, temperature=1.0):
 def test_packed_values_and_gradients_equal_the_plain_model(tmp_path, architecture, tied, checkpointing):
     path = make_model(tmp_path / "m", tied=tied, architecture=architecture)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    ours = learner(path, budget=12, gradient_checkpointing=checkpointing, temperature=0.7)
+    ours = learner(path, budget=12, checkpointing=checkpointing, temperature=0.7)
     batch = pack(PAIRS)
     logprob, entropy = plain_logprobs(plain, PAIRS, temperature=0.7)
     scored = ours.score(batch)
@@ -115,13 +117,35 @@ def test_layout_covers_every_token_once():
     assert sum(index.numel() for index in layout.groups) <= 2 * int(cu[-1])
 
 
+def test_figures_are_means_over_all_micro_batches(tmp_path):
+    """Quotients of sums, not means of means; a figure that only some micro-batches have is one of those alone."""
+    batch, metrics = pack(PAIRS), []
+    path = make_model(tmp_path / "m")
+
+    def loss(outputs, micro):
+        logprob = outputs["logprob"]
+        figures = {"mean": (logprob.detach().sum(), micro.num_response_tokens), "sequences": (torch.tensor(1.0), 1)}
+        if 9 in micro.token_ids:
+            figures["rare"] = (torch.tensor(3.0), 2)
+        return -logprob.sum(), figures
+
+    for budget in (10_000, 9):
+        ours = learner(path, budget=budget)
+        expected = float(ours.score(batch)["logprob"].mean())
+        metrics.append(ours.update(batch, types.SimpleNamespace(loss=loss)))
+        assert metrics[-1]["mean"] == pytest.approx(expected, rel=1e-5)
+        assert (metrics[-1]["sequences"], metrics[-1]["rare"]) == (1.0, 1.5)
+        assert set(metrics[-1]) == {"loss", "grad_norm", "lr", "skipped_updates", "mean", "sequences", "rare"}
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+
+
 def test_nonfinite_update_is_skipped_and_counted(tmp_path):
     ours = learner(make_model(tmp_path / "m"))
     before = [p.clone() for p in ours.model.parameters()]
-    result = ours.update(pack(PAIRS), lambda out, mb: out["logprob"].sum() * float("nan"))
+    result = ours.update(pack(PAIRS), objective(lambda out, mb: out["logprob"].sum() * float("nan")))
     assert result["skipped_updates"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
-    assert ours.update(pack(PAIRS), lambda out, mb: -out["logprob"].sum())["skipped_updates"] == 1
+    assert ours.update(pack(PAIRS), objective(lambda out, mb: -out["logprob"].sum()))["skipped_updates"] == 1
     assert not all(torch.equal(a, b) for a, b in zip(before, ours.model.parameters(), strict=True))
 
 
@@ -143,7 +167,7 @@ def test_a_window_shorter_than_sequences_may_be_is_refused_before_anything_is_sa
     with pytest.raises(ConfigError, match=r"last 80 tokens only, and a sequence may have 81 .*lower data.max_prompt"):
         build(tiny_config(tmp_path, data=data, rollout=rollout))
     # Without experts their limit does not count.
-    assert build(tiny_config(tmp_path, data=data, rollout=rollout, objective="rloo")).policy
+    assert build(tiny_config(tmp_path, data=data, rollout=rollout, objective="rloo")).learners["policy"]
 
 
 def test_missing_model_is_one_clear_message(tmp_path):

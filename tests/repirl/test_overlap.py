@@ -59,15 +59,15 @@ engines: list[CopyingEngine] = []
 
 
 def with_own_weights(config):
-    """Make setup.build use the copying engine; returns what undoes it."""
-    import repirl.run
+    """Make runs and evaluations use the copying engine; returns what undoes it."""
 
     def make_engine(config, policy, tokenizer):
         engines.append(CopyingEngine(policy, config.policy.model, pad_id=tokenizer.pad_token_id, max_sequences=99))
         return engines[-1]
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(repirl.run, "make_engine", make_engine)
+    for module in ("run", "evaluate"):
+        patch.setattr(f"repirl.{module}.make_engine", make_engine)
     return patch
 
 
@@ -176,7 +176,7 @@ def test_a_failed_run_does_not_wait_for_what_is_sampled_beside_it(tmp_path, monk
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("repirl.loop.update_policy", fail)
+    monkeypatch.setattr("repirl.objectives.rloo.RLOO.select", fail)
     with pytest.raises(KeyboardInterrupt):
         run_with_own_weights(config_of(tmp_path, "step", "step", eval={"every": 0}))
     assert ended.is_set()
@@ -221,7 +221,7 @@ def test_rollouts_in_flight_survive_in_a_checkpoint(tmp_path, overlap):
     def save_and_die(self, step, accuracy=None):
         save(self, step, accuracy)
         if step == 3:
-            assert self.in_flight is not None
+            assert self.sampler._in_flight is not None
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

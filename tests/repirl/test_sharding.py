@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,7 +24,7 @@ from repirl.configfile import build_config, load_preset, merge
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.shard import units, whole
 from repirl.distributed.world import World, join_world
-from repirl.learner import Learner
+from repirl.learner import Learner, enable_checkpointing
 from repirl.loop import train
 from repirl.models import load_model
 from repirl.report.log import read_metrics
@@ -46,24 +47,31 @@ def loss(outputs, micro):
     return (values * micro.read("weight")).sum() + 0.1 * (values**2).sum()
 
 
+def loss_and_figures(outputs, micro):
+    values = outputs["logprob" if "logprob" in outputs else "value"].detach()
+    return loss(outputs, micro), {"mean": (values.sum(), values.numel())}
+
+
 def updates(learner, count, num_steps):
-    """Scores before, gradients of the first update, weights after the last; loss and norm of each update."""
+    """Scores before, gradients of the first update, weights after the last; loss, norm and a figure of each update."""
     batch = pack(PAIRS[:count])
     batch.write("weight", torch.linspace(-1, 1, batch.num_response_tokens))
     before = learner.score(batch)
     grads = gradients(learner, batch, loss)
-    metrics = [learner.update(batch, loss) for _ in range(num_steps)]
+    metrics = [learner.update(batch, SimpleNamespace(loss=loss_and_figures)) for _ in range(num_steps)]
     after = {name: weight.clone() for name, weight in learner.weights()}
-    return before, grads, after, [(m["loss"], m["grad_norm"]) for m in metrics], learner.score(batch)
+    return before, grads, after, [(m["loss"], m["grad_norm"], m["mean"]) for m in metrics], learner.score(batch)
 
 
-def plain(path, kind, count, num_steps, **options):
+def plain(path, kind, count, num_steps, *, checkpointing=False, **options):
     model = load_model(path, kind=kind, dtype=torch.float32, device=CPU)
+    if checkpointing:
+        enable_checkpointing(model)
     learner = Learner(model, OPTIMIZER, num_updates=9, tokens_per_microbatch=12, **options)
     return updates(learner, count, num_steps)
 
 
-def sharded(_group, values, path, kind, count, num_steps, options):
+def sharded(_group, values, path, kind, count, num_steps, options, checkpointing=False):
     """The same on each rank of a process."""
     config = build_config(values)
     world = join_world(config)
@@ -76,6 +84,8 @@ def sharded(_group, values, path, kind, count, num_steps, options):
         cpu_offload=config.parallel.cpu_offload,
     )
     assert len(units(model)) >= 3
+    if checkpointing:
+        enable_checkpointing(model)
     learner = Learner(model, OPTIMIZER, num_updates=9, tokens_per_microbatch=12, world=world, **options)
     local = sum(p.to_local().numel() for p in model.parameters())
     return local, updates(learner, count, num_steps)
@@ -102,10 +112,10 @@ def test_ranks_make_the_updates_of_one_process(
     ranks, tmp_path, num_ranks, kind, tied, architecture, checkpointing, count
 ):
     path = str(make_model(tmp_path / "model", tied=tied, architecture=architecture))
-    options = {"gradient_checkpointing": checkpointing, "temperature": 0.7}
-    expected = plain(path, kind, count, 3, **options)
+    options = {"temperature": 0.7}
+    expected = plain(path, kind, count, 3, checkpointing=checkpointing, **options)
     values = tiny_values(tmp_path)
-    results = ranks[num_ranks].run(num_ranks, sharded, values, path, kind, count, 3, options)
+    results = ranks[num_ranks].run(num_ranks, sharded, values, path, kind, count, 3, options, checkpointing)
     total = sum(p.numel() for p in load_model(path, kind=kind, dtype=torch.float32, device=CPU).parameters())
     # Each process holds its share of the parameters, and each ends with the same numbers.
     assert sum(local for local, _ in results) == total
@@ -183,7 +193,7 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
 
 def checkpointed_weights(_group, values):
     """Whole weights of the newest checkpoint, loaded by this number of ranks."""
-    from repirl.distributed.checkpoint import resolve_checkpoint
+    from repirl.checkpoint.manifest import resolve_checkpoint
     from repirl.run import build
 
     config = build_config(values)

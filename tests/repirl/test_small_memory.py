@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import rank_processes
-from tiny import gradients, make_model, tiny_config, tiny_values
+from tiny import gradients, make_model, objective, tiny_config, tiny_values
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from repirl.adapters import add_adapters, belongs, init_adapters, select_adapter
 from repirl.batch import pack
+from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import AdapterConfig, ConfigError, OptimizerConfig
 from repirl.configfile import build_config
-from repirl.distributed.checkpoint import resolve_checkpoint
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import HostMemory, Parked, Residency
 from repirl.distributed.shard import whole
@@ -45,7 +45,7 @@ def shared(path, dtype=torch.float32):
     init_adapters(model, seed=0)
     options = {"tokens_per_microbatch": 12}
     policy = Learner(model, OPTIMIZER, adapter="policy", **options)
-    prm = Learner(model, OPTIMIZER, adapter="prm", reads_values=True, **options)
+    prm = Learner(model, OPTIMIZER, adapter="prm", **options)
     return policy, prm, Learner(model, None, **options)
 
 
@@ -92,7 +92,7 @@ def test_three_models_live_on_one_base(tmp_path):
         assert set(missing) <= {"lm_head.weight"}
         if learner is prm:
             merged.value_head = learner.model.value_head
-        expected = Learner(merged, None, tokens_per_microbatch=99, reads_values=learner.reads_values).score(batch)
+        expected = Learner(merged, None, tokens_per_microbatch=99, adapter=learner.adapter).score(batch)
         for name, values in learner.score(batch).items():
             torch.testing.assert_close(values, expected[name], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(reference.score(batch)["logprob"], plain.score(batch)["logprob"])
@@ -105,7 +105,7 @@ def test_an_update_moves_its_own_adapter_only(tmp_path):
     batch = weighted_batch()
     for learner, loss in ((policy, policy_loss), (prm, value_loss), (policy, policy_loss)):
         before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
-        assert learner.update(batch, loss)["grad_norm"] > 0
+        assert learner.update(batch, objective(loss))["grad_norm"] > 0
         moved = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == set(learner.trained)
         # Asking others between two updates costs none of them its gradients.
@@ -132,6 +132,12 @@ def test_gradients_of_adapters_equal_those_of_the_merged_weights(tmp_path):
         torch.testing.assert_close(grad, expected.detach(), atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def losses_of_updates(policy, prm, batch):
+    """Of two updates of each, in turns."""
+    turns = ((policy, objective(policy_loss)), (prm, objective(value_loss))) * 2
+    return [learner.update(batch, loss)["loss"] for learner, loss in turns]
+
+
 def sharded_adapters(_group, values, path):
     config = build_config(values)
     world = join_world(config)
@@ -148,11 +154,9 @@ def sharded_adapters(_group, values, path):
     init_adapters(model, seed=0)
     options = {"tokens_per_microbatch": 12, "world": world}
     policy = Learner(model, OPTIMIZER, adapter="policy", **options)
-    prm = Learner(model, OPTIMIZER, adapter="prm", reads_values=True, **options)
+    prm = Learner(model, OPTIMIZER, adapter="prm", **options)
     batch = weighted_batch()
-    metrics = []
-    for _ in range(2):
-        metrics += [policy.update(batch, policy_loss)["loss"], prm.update(batch, value_loss)["loss"]]
+    metrics = losses_of_updates(policy, prm, batch)
     scores = (
         policy.score(batch) | prm.score(batch) | {"reference": Learner(model, None, **options).score(batch)["logprob"]}
     )
@@ -163,9 +167,8 @@ def sharded_adapters(_group, values, path):
 def test_sharded_adapters_train_as_those_of_one_process(tmp_path, compute_dtype):
     path = make_model(tmp_path / "model")
     policy, prm, reference = shared(path, getattr(torch, compute_dtype))
-    batch, expected = weighted_batch(), []
-    for _ in range(2):
-        expected += [policy.update(batch, policy_loss)["loss"], prm.update(batch, value_loss)["loss"]]
+    batch = weighted_batch()
+    expected = losses_of_updates(policy, prm, batch)
     scores = policy.score(batch) | prm.score(batch) | {"reference": reference.score(batch)["logprob"]}
     atol = 2e-5 if compute_dtype == "float32" else 5e-2
     with rank_processes(2) as ranks:
@@ -209,12 +212,14 @@ def test_a_run_with_adapters_resumes_to_the_bit_and_exports(tmp_path, reward):
     prompt, response = PAIRS[0]
     logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].detach()
-    torch.testing.assert_close(run.policy.score(batch)["logprob"][: len(response)], expected, atol=2e-5, rtol=1e-5)
+    ours = run.learners["policy"].score(batch)["logprob"][: len(response)]
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
     if reward == "value":
         prm = AutoModelForTokenClassification.from_pretrained(tmp_path / "export" / "prm", dtype=torch.float32).eval()
         expected = prm(torch.tensor([prompt + response])).logits[0, len(prompt) :, 0].detach()
         assert expected.abs().max() > 0
-        torch.testing.assert_close(run.prm.score(batch)["value"][: len(response)], expected, atol=2e-5, rtol=1e-5)
+        ours = run.learners["prm"].score(batch)["value"][: len(response)]
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
@@ -222,7 +227,7 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
     models = [load_model(str(path), kind="causal", dtype=torch.float32, device=CPU) for _ in range(2)]
     first, second = (Learner(m, OPTIMIZER, tokens_per_microbatch=99) for m in models)
     batch = weighted_batch()
-    first.update(batch, policy_loss)
+    first.update(batch, objective(policy_loss))
     expected = first.score(batch)["logprob"]
     weights = {n: w.clone() for n, w in first.weights()}
     moments = {n: {k: v.clone() for k, v in first.optimizer.state[p].items()} for n, p in first.trained.items()}
