@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from tiny import make_model
 
+from repirl.batch import EXPERT
 from repirl.config import ConfigError, DataConfig, ExpertFileConfig
-from repirl.data.experts import load_experts
+from repirl.data.experts import MAX_SAVED_CACHE_BYTES, Expert, Experts, load_experts
 from repirl.data.prompts import Cursor, DataError, encode_prompt, load_prompts
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.models import load_tokenizer
@@ -101,3 +103,64 @@ def test_cursor_visits_every_row_once_an_epoch_and_resumes():
     assert sorted(Cursor(3, seed=0).next(7)[:6]) == [0, 0, 1, 1, 2, 2]
     with pytest.raises(ConfigError, match="10 rows with seed 3, now there are 9 rows"):
         Cursor(9, seed=3).load_state_dict(state)
+
+
+class Asked:
+    """A reference that says of a token its number, and counts what it is asked for."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, batch):
+        self.rows += (-1 - batch.group_ids).tolist()
+        return -batch.response_ids.float()
+
+
+ROWS = [Expert((2, 3), tuple(range(4 + i, 8 + 2 * i))) for i in range(5)]
+
+
+def make_experts(reference=None):
+    return Experts(ROWS, seed=1, per_turn=3, reference=reference)
+
+
+def test_experts_come_with_what_the_reference_says_of_each():
+    plain, asked = make_experts(), Asked()
+    experts = make_experts(asked)
+    assert len(experts) == 5
+    for _ in range(5):
+        batch, other = experts.next(), plain.next()
+        assert torch.equal(batch.token_ids, other.token_ids)
+        assert (batch.source == EXPERT).all()
+        assert not other.streams
+        assert torch.equal(batch.read("prm_ref_logprob"), -batch.response_ids.float())
+    # Fifteen were taken, five were asked for.
+    assert sorted(asked.rows) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("room", ["all of it", "a byte too little"])
+def test_a_cache_over_the_limit_is_left_out_and_computed_anew(monkeypatch, room):
+    num_bytes = 4 * sum(len(row.response_ids) for row in ROWS)
+    assert num_bytes < MAX_SAVED_CACHE_BYTES
+    is_saved = room == "all of it"
+    monkeypatch.setattr("repirl.data.experts.MAX_SAVED_CACHE_BYTES", num_bytes - (not is_saved))
+    before, after = make_experts(Asked()), make_experts(Asked())
+    for _ in range(2):
+        before.next()
+    state = before.state_dict()
+    assert sorted(state["reference"]) == (list(range(5)) if is_saved else [])
+    after.load_state_dict(state)
+    # Both go on in the same order with the same values.
+    for _ in range(4):
+        ours, theirs = after.next(), before.next()
+        assert torch.equal(ours.token_ids, theirs.token_ids)
+        assert torch.equal(ours.read("prm_ref_logprob"), theirs.read("prm_ref_logprob"))
+    assert len(before._reference.rows) == 5
+    assert sorted(after._reference.rows) == ([] if is_saved else list(range(5)))
+
+
+def test_experts_of_another_run_are_refused():
+    with pytest.raises(ConfigError, match="a run without experts"):
+        make_experts().load_state_dict(None)
+    state = make_experts().state_dict()
+    with pytest.raises(ConfigError, match="5 rows with seed 1, now there are 4 rows"):
+        Experts(ROWS[:4], seed=1, per_turn=3).load_state_dict(state)
