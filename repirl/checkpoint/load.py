@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from repirl.checkpoint.errors import reason
 from repirl.checkpoint.manifest import check_format
+from repirl.checkpoint.reader import Planner, Reader
 from repirl.checkpoint.rng import set_rng_state
 from repirl.config import ConfigError
 from repirl.distributed.world import World
@@ -56,8 +57,11 @@ def load_weights(path: Path, name: str, learner: Learner) -> None:
 
 def _read(state: dict[str, Any], folder: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=not dist.is_initialized())
     except CheckpointException as error:
+        for failure, _ in (error.failures or {}).values():
+            if isinstance(failure, ConfigError):
+                raise failure from error
         raise ConfigError(
             f"checkpoint {str(folder)!r} does not fit the configured models: {reason(error).splitlines()[-1]}"
         ) from error
