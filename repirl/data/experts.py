@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_rows
-from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
+from repirl.data.prompts import Cursor, LengthLimit, read_prompt, read_rows
+from repirl.data.text import EndTokens, encode_solution, find_end_tokens
+from repirl.data.values import Place
 
 # A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints: with the same
 # values but for rounding, as other experts share a batch then.
@@ -43,42 +44,37 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: st
         if data.train is None or data.solution_column is None:
             raise DataError("expert trajectories need data.experts, or data.train and data.solution_column")
         path, prompt_column, solution_column, option = data.train, data.prompt_column, data.solution_column, "data"
-    columns: dict[str, str | None] = {
-        f"{option}.prompt_column": prompt_column,
-        f"{option}.solution_column": solution_column,
-    }
-    limit, ends = LengthLimit(data, path), find_end_tokens(data, tokenizer, model)
+    limit, ends = LengthLimit(data), find_end_tokens(data, tokenizer, model)
     experts = []
-    for number, row in read_rows(path, columns):
-        prompt_ids = encode_prompt(row[prompt_column], data, tokenizer)
-        if not prompt_ids:
-            raise DataError(f"{path}, row {number}: the prompt has no tokens")
-        found = row[solution_column]
-        if found == []:
-            raise DataError(f"{path}, row {number}: {solution_column!r} is an empty list, expected solutions")
-        for solution in found if isinstance(found, list) else [found]:
-            if not isinstance(solution, str):
-                raise DataError(f"{path}, row {number}: {solution_column!r} holds {solution!r}, expected text")
-            if data.solution_remove is not None:
-                solution = re.sub(data.solution_remove, "", solution)
-            if not solution.strip():
-                raise DataError(f"{path}, row {number}: {solution_column!r} holds an empty solution")
-            response_ids = encode_solution(solution, ends, tokenizer)
-            if len(response_ids) == 1:
-                raise DataError(f"{path}, row {number}: {solution_column!r} holds an empty solution")
-            if inner := set(response_ids[:-1]).intersection(ends.ids):
-                raise DataError(
-                    f"{path}, row {number}: {solution_column!r} goes on after the end token "
-                    f"{tokenizer.decode([min(inner)])!r}, which ends every response: cut it off, take it out with "
-                    "data.solution_remove, or set data.end_tokens"
-                )
+    for _, place, row in read_rows(path):
+        prompt_ids = read_prompt(row, place, prompt_column, f"{option}.prompt_column", data, tokenizer)
+        found = place.value(row, solution_column, f"{option}.solution_column")
+        for solution in place.solutions(found, solution_column):
+            response_ids = _encode(solution, place, solution_column, data, ends, tokenizer)
             fits = limit.allows(
-                len(prompt_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens
-            ) and limit.allows(len(response_ids), number, "solution", "data.max_expert_tokens", data.max_expert_tokens)
+                len(prompt_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens
+            ) and limit.allows(len(response_ids), place, "solution", "data.max_expert_tokens", data.max_expert_tokens)
             if fits:
                 experts.append(Expert(prompt_ids, response_ids))
-    limit.report(len(experts))
+    limit.report(path, len(experts))
     return experts
+
+
+def _encode(
+    solution: str, place: Place, column: str, data: DataConfig, ends: EndTokens, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Token ids of a solution; DataError where it is empty, or goes on after an end token."""
+    if data.solution_remove is not None:
+        solution = re.sub(data.solution_remove, "", solution)
+    ids = encode_solution(solution, ends, tokenizer)
+    if not solution.strip() or len(ids) == 1:
+        raise place.error(f"{column!r} holds an empty solution")
+    if inner := set(ids[:-1]).intersection(ends.ids):
+        raise place.error(
+            f"{column!r} goes on after the end token {tokenizer.decode([min(inner)])!r}, which ends every response: "
+            "cut it off, take it out with data.solution_remove, or set data.end_tokens"
+        )
+    return ids
 
 
 class Experts:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
 from repirl.data.text import encode_prompt
+from repirl.data.values import Place
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +81,10 @@ class Cursor:
         self._order = self._shuffled()
 
 
-def read_rows(path: str, columns: dict[str, str | None]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 0, row) of a JSON-lines file. columns: option -> column that every row must have.
+def read_rows(path: str) -> Iterator[tuple[int, Place, dict[str, Any]]]:
+    """(row number from 0, its place, row) of a JSON-lines file.
 
-    DataError for a missing or empty file, a line that is no JSON object, a row without a column.
+    DataError for a missing or empty file, a line that is no JSON object.
     """
     if not Path(path).is_file():
         raise DataError(f"data file {path!r} does not exist")
@@ -99,57 +100,63 @@ def read_rows(path: str, columns: dict[str, str | None]) -> Iterator[tuple[int, 
                 raise DataError(f"{path}, line {line_number} is not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {line_number} is a {type(row).__name__}, expected a JSON object")
-            for option, column in columns.items():
-                if column is not None and column not in row:
-                    raise DataError(
-                        f"{path}, line {line_number} has no column {column!r} ({option}); it has {sorted(row)}"
-                    )
-            yield number, row
+            yield number, Place(path, f"line {line_number}"), row
     if number < 0:
         raise DataError(f"data file {path!r} is empty: expected one JSON object a line")
+
+
+def read_prompt(
+    row: dict[str, Any], place: Place, column: str, option: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Token ids of a row's prompt. DataError, which names the row, for what is none."""
+    prompt = place.prompt(place.value(row, column, option), column)
+    try:
+        ids = encode_prompt(prompt, data, tokenizer)
+    except DataError as error:
+        raise place.error(str(error)) from error
+    if not ids:
+        raise place.error(f"the prompt in {column!r} has no tokens")
+    return ids
 
 
 class LengthLimit:
     """Checks lengths as `data.overlong` says: an error that tells the way out, or a count of what was dropped."""
 
-    def __init__(self, data: DataConfig, path: str) -> None:
-        self.overlong, self.path = data.overlong, path
+    def __init__(self, data: DataConfig) -> None:
+        self.overlong = data.overlong
         self.num_dropped = 0
 
-    def allows(self, num_tokens: int, row: int, what: str, option: str, limit: int) -> bool:
+    def allows(self, num_tokens: int, place: Place, what: str, option: str, limit: int) -> bool:
         if num_tokens <= limit:
             return True
         if self.overlong == "error":
-            raise DataError(
-                f"{self.path}, row {row}: the {what} has {num_tokens} tokens, {option} is {limit}; "
-                "raise it, or set data.overlong: drop to leave such rows out"
+            raise place.error(
+                f"the {what} has {num_tokens} tokens, {option} is {limit}; raise it, or set data.overlong: drop to "
+                "leave such rows out"
             )
         self.num_dropped += 1
         return False
 
-    def report(self, num_kept: int) -> None:
+    def report(self, source: str, num_kept: int) -> None:
         """Say what was dropped; DataError where nothing is left."""
         if self.num_dropped:
-            logger.warning("%s: dropped %d overlong rows, kept %d", self.path, self.num_dropped, num_kept)
+            logger.warning("%s: dropped %d overlong rows, kept %d", source, self.num_dropped, num_kept)
         if num_kept == 0:
-            raise DataError(f"{self.path}: no row is left, {self.num_dropped} were over the length limits")
+            raise DataError(f"{source}: no row is left, {self.num_dropped} were over the length limits")
 
 
 def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> PromptSet:
     """Prompts of `data.train` or `data.eval` (split "train" or "eval")."""
     path = data.train if split == "train" else data.eval
     assert path is not None
-    columns = {"data.prompt_column": data.prompt_column, "data.answer_column": data.answer_column}
-    limit = LengthLimit(data, path)
+    limit = LengthLimit(data)
     prompts = []
-    for number, row in read_rows(path, columns):
-        token_ids = encode_prompt(row[data.prompt_column], data, tokenizer)
-        if not token_ids:
-            raise DataError(f"{path}, row {number}: the prompt has no tokens")
-        if limit.allows(len(token_ids), number, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
-            answer = None if data.answer_column is None else str(row[data.answer_column])
-            if data.answer_column is not None and row[data.answer_column] is None:
-                raise DataError(f"{path}, row {number}: {data.answer_column!r} is null, expected an answer")
+    for number, place, row in read_rows(path):
+        token_ids = read_prompt(row, place, data.prompt_column, "data.prompt_column", data, tokenizer)
+        answer = None
+        if (column := data.answer_column) is not None:
+            answer = place.answer(place.value(row, column, "data.answer_column"), column)
+        if limit.allows(len(token_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
             prompts.append(Prompt(number, token_ids, answer))
-    limit.report(len(prompts))
+    limit.report(path, len(prompts))
     return PromptSet(prompts, limit.num_dropped)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
+from repirl.data.values import Messages
 
 # Stands for an assistant's text where only what follows it is of interest.
 _MARK = "repirlmark"
@@ -104,16 +105,28 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def encode_prompt(text: Any, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids of a prompt inside its chat template or `prompt_template`."""
-    text = data.prompt_template.replace("{prompt}", str(text))
-    if not data.chat_template:
-        return _encode_start(text, tokenizer)
-    if tokenizer.chat_template is None:
-        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
-    messages = [{"role": "user", "content": text}]
+def encode_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids of a prompt, a text inside its chat template or `prompt_template`, or messages inside the former.
+
+    DataError where the options do not fit the prompt or the tokenizer.
+    """
+    if isinstance(prompt, str):
+        prompt = data.prompt_template.replace("{prompt}", prompt)
+        if not data.chat_template:
+            return _encode_start(prompt, tokenizer)
+        messages = [{"role": "user", "content": prompt}]
+    else:
+        if not data.chat_template:
+            raise DataError("messages need the chat template of the tokenizer: set data.chat_template: true")
+        if data.prompt_template != "{prompt}":
+            raise DataError("data.prompt_template is for prompts that are text, these are messages: leave it out")
+        messages = list(prompt)
     if data.system is not None:
+        if messages[0]["role"] == "system":
+            raise DataError("the messages have a system message of their own: leave out data.system")
         messages.insert(0, {"role": "system", "content": data.system})
+    if not tokenizer.chat_template:
+        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 

@@ -54,14 +54,14 @@ def test_overlong_rows_are_an_error_or_counted(tmp_path, caplog):
     tokenizer = build_tokenizer()
     rows = [{"prompt": "1" * n, "answer": "1", "solution": "1" * (6 - n)} for n in (1, 5, 3)]
     path = write(tmp_path / "t.jsonl", *rows)
-    with pytest.raises(DataError, match=r"row 1: the prompt has 5 tokens, data.max_prompt_tokens is 4"):
+    with pytest.raises(DataError, match=r"line 2: the prompt has 5 tokens, data.max_prompt_tokens is 4"):
         load_prompts(DataConfig(train=path, max_prompt_tokens=4), tokenizer, "train")
     kept = load_prompts(DataConfig(train=path, max_prompt_tokens=4, overlong="drop"), tokenizer, "train")
     assert ([p.index for p in kept.prompts], kept.num_dropped) == ([0, 2], 1)
     assert "dropped 1 overlong rows, kept 2" in caplog.text
     # The end token counts: a solution of 5 characters has 6 tokens.
     data = DataConfig(train=path, solution_column="solution", max_expert_tokens=5)
-    with pytest.raises(DataError, match=r"row 0: the solution has 6 tokens"):
+    with pytest.raises(DataError, match=r"line 1: the solution has 6 tokens"):
         load_experts(data, tokenizer)
 
 

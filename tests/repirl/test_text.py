@@ -96,7 +96,7 @@ def test_solutions_end_with_one_end_of_turn(ending):
 
 @pytest.mark.parametrize(
     ("solution", "message"),
-    [("1<|im_end|>2", r"row 0: 'solution' goes on after the end token '<\|im_end\|>'"), ("<eos>", "an empty solution")],
+    [("1<|im_end|>2", r"line 1: 'solution' goes on after the end token '<\|im_end\|>'"), ("<eos>", "an empty solution")],
 )
 def test_solutions_that_no_policy_could_write_are_refused(tmp_path, solution, message):
     path = write(tmp_path / "t.jsonl", {"prompt": "1", "solution": solution})
