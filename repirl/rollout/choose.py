@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for."""
+"""Builds the sampling engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """What samples, as `rollout.engine` says. ConfigError where it cannot be had."""
+    """Build the engine that `rollout.engine` names.
+
+    Raises:
+        ConfigError: the engine is not installed, cannot run the model, or (a server) was started with other options.
+        EngineError: no server answers in time.
+    """
     rollout, options = config.rollout, config.rollout.vllm
     if rollout.engine == "transformers":
         return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=rollout.max_sequences)
@@ -39,7 +44,7 @@ def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerB
 
     return VLLMServerEngine(
         options.url,
-        # All processes ask the same server.
+        # All processes send requests to the same server, so they share its places.
         max_sequences=max(1, rollout.max_sequences // policy.world.size),
         timeout_seconds=options.timeout_seconds,
         push_host=options.push_host,

@@ -1,4 +1,4 @@
-"""What the dual loop needs of a sampler, whatever runs it."""
+"""The interface of all sampling engines, and the values that go in and out of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ if TYPE_CHECKING:
 
 
 class EngineError(RunError):
-    """An engine does not sample from the weights that it was given, or does not answer at all."""
+    """An engine samples from other weights than the given ones, or does not answer."""
 
 
 class MismatchError(EngineError):
-    """What was sampled does not come from the policy. It is found by all processes alike."""
+    """The sampled tokens do not come from the policy. All processes raise this error together."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0 is greedy. end_ids: the tokens that end a response (kept in it)."""
+    """How to sample.
+
+    Args:
+        max_response_tokens: a response is cut off after so many tokens.
+        temperature: logits are divided by it; 0 means greedy decoding.
+        end_ids: the tokens that end a response. The end token is part of the response.
+    """
 
     max_response_tokens: int
     temperature: float
@@ -32,7 +38,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """token_ids: the response, with its end token if it ended; logprobs: of each under the sampler."""
+    """One sampled response.
+
+    Args:
+        token_ids: the tokens, with the end token if there is one.
+        logprobs: each token's log-probability under the sampler, in nats.
+        ended: whether an end token ended it; False if it reached the length limit.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -40,18 +52,32 @@ class Response:
 
 
 class Engine(Protocol):
-    """Tokens in, tokens out."""
+    """Samples responses to prompts. Prompts and responses are lists of token ids."""
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """One response a prompt. A response depends on its prompt, its seed, the weights and the sampling only."""
+        """Sample one response for each prompt.
+
+        Args:
+            prompts: token ids, at least one in each prompt.
+            seeds: one for each prompt.
+            sampling: temperature, length limit and end tokens.
+
+        Returns:
+            The responses in the order of the prompts. A response depends only on its prompt, its seed, the weights and
+            `sampling`, not on the other prompts.
+        """
         ...
 
     def update_weights(self, policy: Learner) -> None:
-        """Sample from the policy's present weights from now on. EngineError where that cannot be made sure."""
+        """From now on, sample from the weights that the policy has at this moment.
+
+        Raises:
+            EngineError: the engine does not have the new weights, or it is not certain that it has them.
+        """
         ...
 
     def sleep(self) -> None:
-        """Give back what memory can be given back until `wake`; a sleeping engine generates nothing."""
+        """Free as much memory as possible until `wake`. A sleeping engine cannot generate."""
         ...
 
     def wake(self) -> None:
@@ -59,11 +85,15 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End whatever the engine started. It is not used afterwards."""
+        """Stop everything that the engine started. The engine must not be used afterwards."""
         ...
 
 
 def sequence_seed(*key: int | str) -> int:
-    """A 63-bit seed from a key such as (run seed, step, prompt, sample): neighbouring keys give unrelated seeds."""
+    """Make a seed from a key such as (run seed, step, prompt, sample).
+
+    Returns:
+        An integer in [0, 2^63). Keys that differ little give unrelated seeds.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

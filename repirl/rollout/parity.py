@@ -1,5 +1,8 @@
-"""An engine with weights of its own has to prove that it holds the policy's (fingerprints of every tensor) and that it
-computes with them (log-probabilities of a probe)."""
+"""Checks that an engine with its own copy of the weights samples from the policy.
+
+Two checks are made after every update: the fingerprint of every tensor (the engine holds the policy's weights), and the
+log-probabilities of a few short responses, the probe (the engine computes with these weights).
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,26 @@ from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Response, Sampling
 from repirl.rollout.vllm_worker import Fingerprint
 
-# How far apart engine and trainer may be, in the mean over the probe's tokens. Rounding makes about 1e-5 in float32
-# and up to 0.08 in bfloat16 (SmolLM2-135M, random prompts), in which logits themselves have two to three digits.
+# The largest allowed difference between the log-probabilities of engine and trainer, in nats: the mean over the probe's
+# tokens. Rounding alone causes about 1e-5 in float32 and up to 0.08 in bfloat16 (SmolLM2-135M, random prompts); a
+# logit in bfloat16 has only two to three correct digits.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
-# On a GPU products of float32 may run in TensorFloat-32, with three digits.
+# On a GPU, float32 matrix products may run in TensorFloat-32, which has three correct digits.
 TOLERANCE_TF32 = 2e-2
-# Not at temperature 1, where tempered and untempered log-probabilities would be the same.
+# The temperature is not 1: at 1, a sampler that ignores the temperature would pass the check.
 PROBE = Sampling(max_response_tokens=8, temperature=0.8, end_ids=())
 
 
 def check_request(
     prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, max_model_len: int
 ) -> None:
-    """ValueError for an empty prompt or a count of seeds that is not that of prompts; ConfigError for a prompt that
-    with its longest response is longer than `max_model_len`: the response would be cut off early."""
+    """Check the arguments of `generate`.
+
+    Raises:
+        ValueError: a prompt is empty, or there are not as many seeds as prompts.
+        ConfigError: a prompt and its longest possible response are together longer than `max_model_len` tokens. The
+            engine would cut off the response too early.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"one seed a prompt is needed, got {len(prompts)} prompts and {len(seeds)} seeds")
     if any(len(prompt) == 0 for prompt in prompts):
@@ -45,7 +54,7 @@ def check_request(
 def recorded(
     weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, pushed: dict[str, Fingerprint]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights in the engine's dtype; `pushed` gets the fingerprint of each."""
+    """Convert each weight to the engine's dtype, and write its fingerprint into `pushed`."""
     for name, weight in weights:
         converted = weight.to(dtype)
         pushed[name] = vllm_worker.fingerprint(converted)
@@ -53,9 +62,15 @@ def recorded(
 
 
 def require_held(pushed: dict[str, Fingerprint], held: list[dict[str, tuple[str, int, float]]], engine: str) -> None:
-    """EngineError that names the worst tensor where an engine's workers hold anything else than what was pushed.
+    """Check that an engine's workers hold exactly the weights that were sent.
 
-    pushed: by Hugging Face name; held: of each worker, see vllm_worker.held_weights.
+    Args:
+        pushed: the fingerprint of each tensor that was sent, by Hugging Face name.
+        held: for each worker, the result of `vllm_worker.held_weights`.
+        engine: the engine's name in messages.
+
+    Raises:
+        EngineError: a tensor is missing, or some differ. The message names the one that differs most.
     """
     names: dict[str, str] = {}
     parts: dict[str, list[Fingerprint]] = {}
@@ -82,8 +97,11 @@ def require_held(pushed: dict[str, Fingerprint], held: list[dict[str, tuple[str,
 
 
 def probe(vocab_size: int, block_size: int, max_model_len: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts and seeds for the parity check: the same ones every time, so that what a prefix cache kept of former
-    weights would be used, and longer than one of its blocks where the model's length allows it."""
+    """Make the prompts and seeds of the parity check.
+
+    They are the same every time, and longer than one block of the prefix cache if the model allows it. So a prefix that
+    the cache kept from older weights is used again, and the check notices it.
+    """
     length = max(1, min(block_size + 8, max_model_len - PROBE.max_response_tokens))
     tokens = torch.randint(vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     return tokens.tolist(), list(range(4))
@@ -92,11 +110,22 @@ def probe(vocab_size: int, block_size: int, max_model_len: int) -> tuple[list[li
 def require_parity(
     policy: Learner, prompts: list[list[int]], responses: list[Response], dtype: torch.dtype, engine: str
 ) -> None:
-    """EngineError where the responses' log-probabilities are not the policy's; all processes call it alike."""
+    """Check the responses' log-probabilities against the policy's. All processes call this with the same arguments.
+
+    Args:
+        policy: the learner whose weights the engine should have.
+        prompts: of the probe; token ids.
+        responses: what the engine sampled for these prompts with `PROBE`.
+        dtype: the engine's dtype.
+        engine: the engine's name in messages.
+
+    Raises:
+        EngineError: the mean difference is larger than rounding in the coarsest dtype in use explains.
+    """
     batch = pack([(p, r.token_ids) for p, r in zip(prompts, responses, strict=True)])
     work = replace(policy.work)
     expected = policy.score(batch, PROBE.temperature)["logprob"]
-    # The check is no work that the run is about.
+    # Do not count the tokens and FLOPs of this check.
     policy.work.__dict__.update(work.__dict__)
     difference = (expected - torch.tensor([x for r in responses for x in r.logprobs])).abs()
     stored = next(policy.model.parameters()).dtype

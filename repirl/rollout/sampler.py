@@ -1,7 +1,7 @@
 """The sampler: everything between prompts and verified rollouts.
 
-It owns the engine and knows which of the policy's weights it has, the order of the prompts, and rollouts that are
-sampled beside the training.
+It owns the engine, and keeps three things: which version of the policy's weights the engine has, the position in the
+prompts, and the rollouts that are sampled in the background while the training goes on.
 """
 
 from __future__ import annotations
@@ -26,20 +26,24 @@ from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, seq
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer
 
-# How far log-probabilities of one model may be apart between padded decoding with a KV cache and the trainer's packed
-# pass, at temperature 1. What is bounded, and by how much:
-# float32: rounding made 5e-5 at most over 1500 tokens of SmolLM2-135M, a sampler without a cache 26 (4 in the mean).
-# bfloat16 has tails that no bound on single tokens can tell from a fault (0.3 at temperature 1, 0.6 at 0.3), but a mean
-# of 0.04 at either, vLLM's up to 0.08. TensorFloat-32 on a GPU has half precision's digits, and float32's range.
+# The same model gives slightly different log-probabilities in padded decoding with a KV cache and in the trainer's
+# packed pass. These are the largest differences, in nats at temperature 1, that count as rounding: a bound on the
+# largest difference of a token, or on the mean over the tokens. Measured on 1500 tokens of SmolLM2-135M:
+# float32: rounding causes at most 5e-5; a sampler whose cache does not work is wrong by up to 26 (4 in the mean).
+# bfloat16: single tokens differ by up to 0.3 (0.6 at temperature 0.3), which could as well be a fault. The mean is 0.04
+# at both temperatures (vLLM: up to 0.08), so the mean is bounded. TensorFloat-32 rounds like half precision.
 SAMPLER_BOUNDS = {"float32": ("max", 1e-2), "TensorFloat-32": ("mean", 2e-2), "bfloat16": ("mean", 0.25)}
 
 
 @dataclass
 class InFlight:
-    """Responses that are being sampled for a turn, or were sampled and wait for it.
+    """Responses for a turn that has not used them yet; they may still be sampled at this moment.
 
-    rows: of the turn's prompts in the data. mine: places, in the list of prompts, of those that this process
-    samples. future: their responses.
+    Args:
+        turn: the turn that will use them.
+        rows: the row numbers of the turn's prompts in the data.
+        mine: the indices, in the turn's list of prompts, of those that this process samples.
+        future: the responses to the prompts in `mine`.
     """
 
     turn: int
@@ -49,10 +53,18 @@ class InFlight:
 
 
 class Sampler:
-    """Samples responses to prompts from the policy and has them judged; all processes call the same methods alike.
+    """Samples responses to prompts from the policy and judges them.
 
-    policy: whose weights the engine is given. prompts: to sample on turn by turn; None where only `ask` is called.
-    timer: of the phases `push_weights` and `rollout`.
+    All processes call the same methods with the same arguments.
+
+    Args:
+        config: the run's configuration.
+        policy: the learner whose weights the engine samples from.
+        tokenizer: turns responses into text for the verifier.
+        engine: samples the responses. `close` also closes the engine.
+        verifier: judges the responses. `close` also closes the verifier.
+        prompts: the training prompts, used turn by turn; None if only `ask` is called.
+        timer: measures the phases `push_weights` and `rollout`.
     """
 
     def __init__(
@@ -71,7 +83,7 @@ class Sampler:
         self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
         self._in_flight: InFlight | None = None
-        # Where the engine samples beside the training; None: in its turn.
+        # The thread in which the engine samples during the training; None: sampling and training alternate.
         overlaps = config.rollout.overlap != "none"
         self._background = ThreadPoolExecutor(1, "rollout") if overlaps else None
         # The version of the policy's weights that the engine has.
@@ -80,8 +92,14 @@ class Sampler:
     # Turn by turn.
 
     def rollouts(self, turn: int, *, last: bool) -> tuple[PackedBatch, dict[str, float]]:
-        """The verified rollouts of a turn, and what to report of them; with `rollout.overlap: step` the next turn's are
-        begun, unless this is the last: they are sampled from weights that this turn is about to improve."""
+        """Sample and verify the rollouts of a turn.
+
+        With `rollout.overlap: step` this also starts to sample the next turn's rollouts, from the weights before this
+        turn's updates, unless this is the last turn.
+
+        Returns:
+            The rollouts, and the metrics to report.
+        """
         if self._in_flight is None:
             self._push()
         with self.timer("rollout"):
@@ -95,7 +113,7 @@ class Sampler:
         return batch, metrics
 
     def policy_updated(self, turn: int, *, last: bool) -> None:
-        """The policy has this turn's weights: with `rollout.overlap: prm` the next turn's rollouts are begun."""
+        """Call this after the policy's updates of a turn. With `rollout.overlap: prm` it starts the next rollouts."""
         if self.config.rollout.overlap == "prm" and not last:
             self._push()
             self._begin(turn + 1)
@@ -105,14 +123,14 @@ class Sampler:
             self._ready_engine()
 
     def _ready_engine(self) -> None:
-        """The engine is awake and has the policy's present weights."""
+        """Wake the engine, and send it the policy's weights if they have changed."""
         self.engine.wake()
         if self._pushed != self.policy.version:
             self.engine.update_weights(self.policy)
             self._pushed = self.policy.version
 
     def _rest(self) -> None:
-        """The engine gives its memory to the training, unless it still samples."""
+        """Let the engine free its memory for the training, unless it is still sampling."""
         if self._in_flight is None:
             self.engine.sleep()
 
@@ -159,14 +177,19 @@ class Sampler:
         assert self.prompts is not None
         return [self.prompts[row] for row in rows for _ in range(self.config.rollout.samples_per_prompt)]
 
-    # Whatever is asked.
+    # Prompts outside the turns, such as held-out ones.
 
     def ask(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float
     ) -> list[tuple[Response, float | None]]:
-        """A response of the present policy to each prompt, and its verdict (None where the prompt has no answer)."""
+        """Sample a response from the policy's current weights for each prompt, and judge it.
+
+        Returns:
+            For each prompt, in order, the response and its verdict: 1.0 if right, 0.0 if wrong, None if the prompt has
+            no answer.
+        """
         if self._in_flight is not None and self._pushed != self.policy.version:
-            # These are sampled from older weights: the engine gets the present ones when it is done with everybody's.
+            # The rollouts in flight need the older weights: wait until all processes have sampled theirs.
             self._in_flight.future.result()
             self.world.barrier()
         self._ready_engine()
@@ -178,15 +201,15 @@ class Sampler:
     def _submit(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float
     ) -> tuple[list[int], Future[list[Response]]]:
-        """Start sampling a response to each prompt; each process samples its share. Returns the places of this
-        process's prompts, and their responses to be."""
+        """Start to sample a response for each prompt; each process samples a part of them. Returns the indices of this
+        process's prompts, and a future of their responses."""
         config = self.config.rollout
-        # Sequences of one prompt stay on one process: their prompt is prefilled once.
+        # All samples of a prompt go to one process, which then prefills the prompt only once.
         place: dict[tuple[int, ...], int] = {}
         shares = [place.setdefault(prompt.token_ids, len(place)) % self.world.size for prompt in prompts]
         mine = [i for i, share in enumerate(shares) if share == self.world.rank]
         if self.policy.residency is not None and config.engine != "transformers":
-            # The engine has weights of its own: no model of the trainer's is needed meanwhile.
+            # The engine has its own copy of the weights, so all training models can leave the device while it samples.
             self.policy.residency.use(None)
         sampling = Sampling(config.max_response_tokens, temperature, self._end_ids)
         arguments = ([prompts[i].token_ids for i in mine], [seeds[i] for i in mine], sampling)
@@ -199,10 +222,10 @@ class Sampler:
     def _judge(
         self, prompts: Sequence[Prompt], mine: list[int], responses: list[Response]
     ) -> list[tuple[Response, float | None]]:
-        """Everybody's responses with their verdicts, in the order of the prompts; each process judges its own.
+        """Judge this process's responses, and return those of all processes with their verdicts, in prompt order.
 
-        One that ran into the length limit is judged like any other: what it wrote may hold an answer; the share of such
-        responses is the metric `rollout/truncated`.
+        A response that reached the length limit is judged like any other, because it may already contain the answer.
+        The metric `rollout/truncated` is the share of such responses.
         """
         if responses:
             pairs = [(prompts[i].token_ids, r.token_ids) for i, r in zip(mine, responses, strict=True)]
@@ -218,15 +241,21 @@ class Sampler:
         return [(response, outcome) for _, response, outcome in sorted(self.world.gather(judged), key=lambda x: x[0])]
 
     def _text(self, response: Response) -> str:
-        # Not every end token is special to the tokenizer.
+        # The end token is cut off here: `skip_special_tokens` leaves it in if the tokenizer does not call it special.
         token_ids = response.token_ids[:-1] if response.ended else response.token_ids
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def check(self, mismatch: Tensor) -> None:
-        """MismatchError where the policy's own sampler is further from the trainer than rounding explains. The vLLM
-        engines are checked whenever they are given weights, and may sample from older ones than those of the trainer.
+        """Check that the engine `transformers` samples from the policy; for other engines nothing is checked here.
 
-        mismatch: |log pi_old - log mu| of each response token, equal on all processes.
+        The vLLM engines are checked each time they get new weights. Later they may rightly differ from the trainer,
+        because they may sample from older weights.
+
+        Args:
+            mismatch: |log pi_old - log mu| of each response token, [R], in nats; the same on all processes.
+
+        Raises:
+            MismatchError: the difference is larger than rounding explains.
         """
         config = self.config
         if config.rollout.engine != "transformers":
@@ -235,10 +264,10 @@ class Sampler:
         if precision == "float32" and self.world.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             precision = "TensorFloat-32"
         measure, bound = SAMPLER_BOUNDS[precision]
-        # Logits, and so their rounding, are divided by it.
+        # The temperature divides the logits, and their rounding errors with them.
         bound /= min(1.0, config.rollout.temperature)
         largest, mean = float(mismatch.max()), float(mismatch.mean())
-        # What is not finite on both sides is the trainer's to find.
+        # NaN passes this check: an update with a loss that is not finite is skipped and counted by the learner.
         if not (mean if measure == "mean" else largest) > bound:
             return
         raise MismatchError(
@@ -253,8 +282,11 @@ class Sampler:
     # Checkpoints, and the end.
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the prompts, and rollouts in flight, which are waited for: they were sampled from weights that
-        may be gone by the time the run goes on, so they could not be sampled again. Equal on all processes."""
+        """The position in the prompts, and the rollouts in flight; the same on all processes.
+
+        This waits for the rollouts in flight. They are saved because a resumed run cannot sample them again: it may no
+        longer have the weights that they come from.
+        """
         cursor = self._cursor.state_dict() if self._cursor is not None else None
         if self._in_flight is None:
             return {"cursor": cursor, "in_flight": None}
@@ -269,13 +301,16 @@ class Sampler:
         return {"cursor": cursor, "in_flight": in_flight}
 
     def _made_with(self) -> dict[str, Any]:
-        """Options that rollouts in flight depend on."""
+        """The options that must not change while rollouts are in flight, with their values."""
         rollout = self.config.rollout
         return {"rollout.samples_per_prompt": rollout.samples_per_prompt, "rollout.overlap": rollout.overlap}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take back what `state_dict` gave, on any number of processes. ConfigError where the checkpoint is of other
-        data, or holds rollouts that were made with another value of an option."""
+        """Restore a state that `state_dict` returned, on any number of processes.
+
+        Raises:
+            ConfigError: the checkpoint belongs to other data, or contains rollouts that were made with other options.
+        """
         if self._cursor is not None:
             if state is None or state["cursor"] is None:
                 raise ConfigError("the checkpoint is of a run without prompts; it had another objective")
@@ -296,14 +331,14 @@ class Sampler:
         self._in_flight = InFlight(in_flight["turn"], in_flight["rows"], mine, future)
 
     def close(self) -> None:
-        """Wait for what is being sampled, and end engine and verifier."""
+        """Wait until sampling ends, then close the engine and the verifier."""
         if self._background is not None:
             self._background.shutdown()
         self.engine.close()
         self.verifier.close()
 
     def abort(self) -> None:
-        """The run has failed: nothing that is being sampled is waited for."""
+        """Close everything after a failure, without waiting until sampling ends."""
         if self._background is not None:
             self._background.shutdown(wait=False, cancel_futures=True)
             self.engine.close()

@@ -1,7 +1,7 @@
 """Sampling with the training model itself: no second copy of the weights, any device, exact log-probs.
 
 Each distinct prompt is prefilled once, rows that ended leave the batch, and every sequence draws from a
-generator of its own, so a response does not depend on what is sampled beside it (beyond rounding).
+its own random generator. So a response does not depend on the others that are sampled with it, except for rounding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from repirl.rollout.engine import Response, Sampling
 
 
 class TransformersEngine:
-    """policy: whose model samples · max_sequences: how many responses are decoded side by side. A sharded model is
-    gathered for the time of a call, so that processes may sample different numbers of tokens."""
+    """Samples with the policy's own model.
+
+    A sharded model is gathered during a call of `generate`, so that the processes need not sample equally many tokens.
+
+    Args:
+        policy: the learner whose model samples.
+        pad_id: fills up shorter prompts in a batch.
+        max_sequences: the largest number of responses that are decoded in one batch.
+    """
 
     def __init__(self, policy: Learner, *, pad_id: int, max_sequences: int) -> None:
         self.policy = policy
@@ -32,7 +39,7 @@ class TransformersEngine:
         """Nothing to do: the engine samples with the policy's own model."""
 
     def sleep(self) -> None:
-        """Nothing to give back: weights are the trainer's, caches live as long as one call of `generate`."""
+        """Nothing to free: the weights are the trainer's, and a cache exists only during a call of `generate`."""
 
     def wake(self) -> None:
         """Nothing to do."""
@@ -41,20 +48,24 @@ class TransformersEngine:
         """Nothing to do."""
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See Engine.generate. ValueError for an empty prompt or a count of seeds that is not that of prompts;
-        ConfigError for a model that takes no KV cache."""
+        """See Engine.generate.
+
+        Raises:
+            ValueError: a prompt is empty, or there are not as many seeds as prompts.
+            ConfigError: the model's `forward` takes no KV cache.
+        """
         if len(prompts) != len(seeds):
             raise ValueError(f"one seed a prompt is needed, got {len(prompts)} prompts and {len(seeds)} seeds")
         if any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("a prompt has no tokens; sampling needs at least one")
-        # Prompts of similar length side by side waste little on padding.
+        # Put prompts of similar length into one batch: that needs little padding.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         responses: dict[int, Response] = {}
         with self.policy.ordinary_model() as model:
             for start in range(0, len(order), self.max_sequences):
                 chunk = order[start : start + self.max_sequences]
-                found = self._decode(model, [prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
-                responses.update(zip(chunk, found, strict=True))
+                decoded = self._decode(model, [prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
+                responses.update(zip(chunk, decoded, strict=True))
         return [responses[i] for i in range(len(prompts))]
 
     def _decode(
@@ -103,11 +114,16 @@ class TransformersEngine:
 
 
 def cache_argument(model_class: type) -> str:
-    """What a model's `forward` calls its KV cache: `cache`, or `past_key_values` as older releases and models do. The
-    wrong one would be taken by **kwargs without a word, and every token be sampled without what stands before it.
-    ConfigError where there is neither."""
+    """The name of the argument through which a model's `forward` takes its KV cache.
+
+    It is `cache`, or `past_key_values` in older releases and models. With the wrong name `forward` would put the cache
+    into its **kwargs without an error, and each token would be sampled without the tokens before it.
+
+    Raises:
+        ConfigError: `forward` has neither argument.
+    """
     for base in model_class.__mro__:
-        # The first forward that names it: those of mixed-in classes hand on what they do not know.
+        # The first `forward` in the MRO that names it: a mixin's `forward` may only pass on **kwargs.
         if (forward := vars(base).get("forward")) is not None:
             parameters = inspect.signature(forward).parameters
             for name in ("cache", "past_key_values"):
@@ -132,7 +148,8 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor
         return chosen, torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0]
     scaled = logits / temperature if temperature != 1.0 else logits
     largest = scaled.amax(-1, keepdim=True)
-    # Inverse of the distribution function, summed up in float64 so that a large vocabulary's sum keeps its tail.
+    # Sample by inverting the cumulative distribution. In float64, so that rounding does not lose the tail of a large
+    # vocabulary.
     cumulative = (scaled - largest).exp_().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)

@@ -1,7 +1,7 @@
-"""Sampling with vLLM in this process, beside the training model, whose weights it is given after every update.
+"""Sampling with vLLM in the training process. vLLM gets the policy's weights after every update.
 
-vLLM needs a model's configuration only: all weights come from the policy, and after each update the engine has to
-prove that it holds them (fingerprints of every tensor) and that it computes with them (log-probabilities).
+vLLM reads only the model's configuration from a file; all weights come from the policy. After each update two checks
+are made (parity.py): the engine holds these weights, and it computes with them.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from repirl.rollout.engine import EngineError, Response, Sampling
 from repirl.rollout.parity import PROBE, check_request, probe, recorded, require_held, require_parity
 from repirl.rollout.vllm_worker import Fingerprint
 
-# Prompt tokens of one step.
+# The largest number of prompt tokens that vLLM computes in one step.
 MAX_BATCHED_TOKENS = 8192
 
 
 class VLLMEngine:
     """vLLM in this process. It has no weights until the first `update_weights`.
 
-    With several processes (torchrun) each builds its engine, after the process group. Whatever vLLM changes in this
-    process (random generators, threads, environment variables) is undone after every call.
+    With several processes (torchrun) each builds its own engine, after the process group exists. vLLM changes the state
+    of random generators, the number of threads and environment variables; after every call they are as before.
 
-    Nothing can interrupt a GPU that hangs: where one step (a token of every response under way) takes longer than
-    `options.timeout_seconds`, this process ends with exit code 1 and the places where its threads were.
+    A GPU that hangs cannot be interrupted. So if one step (one token of every active response) takes longer than
+    `options.timeout_seconds`, the process prints where its threads are and exits with code 1.
 
     Args:
-        config: of the policy's model.
-        options: of the engine. `kv_cache_gib` also holds the prompts' prefixes; `tensor_parallel` neighbouring
-            processes share one engine, and call the same methods.
-        dtype: that the engine computes in.
-        max_model_len: longest prompt and response together.
-        max_sequences: responses decoded side by side.
-        block_size: tokens in a block of the KV cache, None for vLLM's choice.
+        config: the configuration of the policy's model.
+        options: the options `rollout.vllm`. `kv_cache_gib` includes the cached prefixes of prompts.
+            `tensor_parallel` processes of consecutive ranks share one engine, and call the same methods.
+        dtype: the dtype in which the engine computes.
+        max_model_len: the largest number of tokens in a prompt and its response together.
+        max_sequences: the largest number of responses that are decoded in one batch.
+        block_size: the number of tokens in a block of the KV cache; None lets vLLM choose.
 
     Raises:
-        ConfigError: where vLLM is missing or cannot run the model.
+        ConfigError: vLLM is not installed, or cannot run the model.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class VLLMEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "max_num_seqs": max_sequences,
-            # Without it vLLM takes nearly all memory there is.
+            # Without this option vLLM takes nearly all of the memory.
             "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
             "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, max_sequences),
             "tensor_parallel_size": options.tensor_parallel,
             "enforce_eager": options.enforce_eager,
             "load_format": "dummy",
             "skip_tokenizer_init": True,
-            # The model's own top_k and the like would change the distribution without a word.
+            # Ignore generation_config.json: a top_k in it, for example, would silently change the distribution.
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
         }
@@ -112,13 +112,13 @@ class VLLMEngine:
             os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
         self._on_cpu = current_platform.is_cpu()
         if not self._on_cpu:
-            # The share of the GPU that vLLM wants to find free, though the size of its cache is given: the rest
-            # is the training's.
+            # The share of GPU memory that must be free when vLLM starts. vLLM checks this although the cache size is
+            # given; the training uses the rest, so ask for little.
             arguments["gpu_memory_utilization"] = 0.01
         if self._on_cpu and self.tensor_parallel > 1:
             from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
-            # Its shared memory would have one name for all such runs on a machine, and outlive one that is killed.
+            # All runs on a machine would use one name for vLLM's shared memory, which also stays after a killed run.
             CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
         arguments["enforce_eager"] = arguments["enforce_eager"] or self._on_cpu
         arguments["enable_sleep_mode"] = not self._on_cpu
@@ -129,12 +129,16 @@ class VLLMEngine:
         if had_process_group:
             from vllm.v1.engine import core
 
-            # When it shuts down, vLLM would end all process groups; this one is the trainer's.
+            # When vLLM shuts down it would destroy all process groups, and the default one belongs to the trainer.
             core.cleanup_dist_env_and_memory = _end_own_groups
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See Engine.generate. EngineError while asleep, before the first weights, and where vLLM fails; ConfigError
-        for a prompt that leaves no room for the response."""
+        """See Engine.generate.
+
+        Raises:
+            EngineError: the engine sleeps, has no weights yet, or vLLM fails.
+            ConfigError: a prompt is so long that the longest response would not fit into `max_model_len`.
+        """
         check_request(prompts, seeds, sampling, self.max_model_len)
         self._require_awake("sample")
         if not self._has_weights:
@@ -142,8 +146,12 @@ class VLLMEngine:
         return [response for response, _ in self._generate(prompts, seeds, sampling)]
 
     def update_weights(self, policy: Learner) -> None:
-        """Push the policy's weights, layer by layer, and check them; all processes call it. EngineError where the
-        engine holds anything else than what was pushed, or samples with other log-probabilities than the policy."""
+        """Send the policy's weights to vLLM, layer by layer, and check them. All processes call this.
+
+        Raises:
+            EngineError: the engine does not hold the weights that were sent, or its log-probabilities are not the
+                policy's.
+        """
         self._require_awake("take new weights")
         self._has_weights = False
         pushed: dict[str, Fingerprint] = {}
@@ -160,7 +168,8 @@ class VLLMEngine:
                     )
         except EngineError as error:
             problem = error
-            # The other processes are on their way through the weights, too, and learn of it afterwards.
+            # `weights` gathers shards from all processes, so go through the rest of it; the others do not know of the
+            # error yet.
             for _ in weights:
                 pass
         everybodys = policy.world.gather([(str(problem or ""), held)])
@@ -170,16 +179,16 @@ class VLLMEngine:
             parts = [held for _, held in everybodys[first : first + self.tensor_parallel]]
             require_held(pushed, parts, "vLLM in this process")
         prompts, seeds = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
-        # Each process brings the same prompts, and an engine of its own.
-        found = policy.world.gather(self._generate(prompts, seeds, PROBE, alike=True))
-        if stale := max(num_cached for _, num_cached in found):
+        # Each process gives the same prompts to its own engine.
+        sampled = policy.world.gather(self._generate(prompts, seeds, PROBE, alike=True))
+        if stale := max(num_cached for _, num_cached in sampled):
             raise EngineError(f"vLLM in this process kept {stale} cached tokens of a prompt over a change of weights")
         prompts = prompts * policy.world.size
-        require_parity(policy, prompts, [response for response, _ in found], self.dtype, "vLLM in this process")
+        require_parity(policy, prompts, [response for response, _ in sampled], self.dtype, "vLLM in this process")
         self._has_weights = True
 
     def sleep(self) -> None:
-        """Give back the KV cache and, on a GPU, the weights, which wait in host memory."""
+        """Free the KV cache. On a GPU also move the weights to host memory."""
         if self._asleep:
             return
         self._asleep = True
@@ -189,7 +198,7 @@ class VLLMEngine:
                 [self._emptied] = self.llm.collective_rpc(_empty_kv_cache)
 
     def wake(self) -> None:
-        """Undo `sleep`; prefixes that were cached are gone."""
+        """Undo `sleep`. The prefix cache is empty afterwards."""
         if not self._asleep:
             return
         with self._undisturbed(), _failing_as("waking up"):
@@ -210,8 +219,11 @@ class VLLMEngine:
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling, *, alike: bool = False
     ) -> list[tuple[Response, int]]:
-        """Responses, and how many tokens of each prompt came from the prefix cache. alike: whether the processes of a
-        tensor-parallel engine bring the same prompts; otherwise each of them brings its own."""
+        """Sample; returns each response and how many tokens of its prompt came from the prefix cache.
+
+        alike: whether all processes of a tensor-parallel engine call this with the same prompts. Otherwise each process
+        has its own prompts, and the engine samples all of them.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -255,7 +267,7 @@ class VLLMEngine:
             raise EngineError(f"vLLM in this process is asleep and cannot {what}: wake() it first")
 
     def _exchange(self, item: Any) -> list[Any]:
-        """Everybody's item in the tensor-parallel group."""
+        """The items of all processes in the tensor-parallel group, by rank."""
         from vllm.distributed import get_tp_group
 
         items: list[Any] = [None] * self.tensor_parallel
@@ -275,13 +287,15 @@ class VLLMEngine:
 
 @contextmanager
 def undisturbed(environment: dict[str, str]) -> Iterator[None]:
-    """Leave random generators, number of threads and environment variables as they were.
+    """A context that restores random generators, the number of threads and environment variables at its end.
 
-    environment: the variables that the code inside has set so far; they are there inside, and only there.
+    Args:
+        environment: the variables that earlier contexts set. They are set again inside this one; those that the code
+            inside sets are added to the dictionary.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    # vLLM replaces the function itself on a CPU.
+    # On a CPU vLLM replaces the function torch.set_num_threads, so restore the function, too.
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     before = dict(os.environ)
     os.environ.update(environment)
@@ -304,7 +318,7 @@ def undisturbed(environment: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _failing_as(what: str) -> Iterator[None]:
-    """Whatever vLLM raises becomes an EngineError."""
+    """Turn any error of vLLM into an EngineError that says what was being done."""
     try:
         yield
     except EngineError:
@@ -314,7 +328,7 @@ def _failing_as(what: str) -> Iterator[None]:
 
 
 def _check_processes(tensor_parallel: int) -> None:
-    """ConfigError where engines of so many processes cannot be made of those that there are."""
+    """Raise ConfigError if the number of processes is not a multiple of `tensor_parallel`."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     if tensor_parallel > 1 and (size == 1 or size % tensor_parallel):
         raise ConfigError(
@@ -323,7 +337,7 @@ def _check_processes(tensor_parallel: int) -> None:
 
 
 def _save_config(config: PretrainedConfig, folder: str) -> None:
-    """Write a model's configuration with the name of its class, by which vLLM finds its own."""
+    """Write a model's configuration into `folder`, with the class name by which vLLM chooses its implementation."""
     config = copy.deepcopy(config)
     if config.architectures is None and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
@@ -331,14 +345,14 @@ def _save_config(config: PretrainedConfig, folder: str) -> None:
 
 
 def _watched(step: Callable[[], Any], timeout_seconds: float) -> Callable[[], Any]:
-    """A step that ends this process where it takes longer."""
+    """Wrap `step`: the process exits with code 1 if a call takes longer than the timeout."""
 
-    # Not sys.stderr: a test or a notebook may have replaced it by what has no file.
+    # Not sys.stderr: a test or a notebook may have replaced it by an object that is no file.
     errors = sys.__stderr__
     assert errors is not None
 
     def watched_step() -> Any:
-        # Of another thread than Python's, which may be what hangs.
+        # faulthandler uses a thread outside Python, so this works even if Python itself hangs.
         faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=errors)
         try:
             return step()
@@ -353,7 +367,7 @@ def _short(error: Exception) -> str:
 
 
 def _end_own_groups() -> None:
-    """End the groups of processes that vLLM made, and not the one that they were made of."""
+    """Destroy the process groups that vLLM created, but not the default group, which the trainer created."""
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -363,7 +377,7 @@ def _end_own_groups() -> None:
 
 
 def _empty_kv_cache(worker: Any) -> list[tuple[torch.UntypedStorage, int]]:
-    """Give back a CPU worker's KV cache; returns the storages with the sizes that they had."""
+    """Free a CPU worker's KV cache; returns its storages with their former sizes in bytes."""
     storages = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in worker.model_runner.kv_caches}
     emptied = [(storage, storage.nbytes()) for storage in storages.values()]
     for storage in storages.values():

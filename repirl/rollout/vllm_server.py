@@ -1,8 +1,8 @@
-"""Sampling with a vLLM server, a process of its own, on other devices or another machine.
+"""Sampling with a vLLM server: a separate process, on other devices or another machine.
 
-Prompts and responses travel as token ids (/inference/v1/generate), weights over a TCP connection from the trainer to
-each of the server's workers; nothing is written to a file. `serve_command` tells how to start such a server. Nothing
-here is authenticated: a server belongs on 127.0.0.1 or into a network of one's own.
+Prompts and responses are sent as token ids (/inference/v1/generate). Weights are sent over a TCP connection from the
+trainer to each of the server's workers, never through a file. `serve_command` gives the command that starts such a
+server. The server does not authenticate clients: use it only on 127.0.0.1 or in a private network.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from repirl.rollout.engine import EngineError, Response, Sampling
 from repirl.rollout.parity import PROBE, check_request, probe, recorded, require_held, require_parity
 from repirl.rollout.vllm_worker import Fingerprint, is_worker, send_end, send_tensor
 
-# Opens the routes by which weights are pushed.
+# Turns on the HTTP routes that sending weights needs.
 SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1"}
 
 
@@ -42,7 +42,16 @@ def serve_command(
 ) -> list[str]:
     """The command that starts a server for VLLMServerEngine, in SERVER_ENVIRONMENT and where repirl is installed.
 
-    model: folder or hub id; of its files only the configuration is used · options: further ones of `vllm serve`.
+    Args:
+        model: a folder or a hub id; only the model's configuration is read.
+        dtype: the dtype in which the server computes, such as "bfloat16".
+        max_model_len: the largest number of tokens in a prompt and its response together.
+        host: the address at which the server listens.
+        port: the port at which the server listens.
+        options: more arguments of `vllm serve`.
+
+    Returns:
+        The command as a list of words.
     """
     return [
         *("vllm", "serve", model, "--host", host, "--port", str(port)),
@@ -55,15 +64,19 @@ def serve_command(
 
 
 class VLLMServerEngine:
-    """A running vLLM server. It is used with this policy's weights only after the first `update_weights`.
+    """Samples with a vLLM server that is already running or starting. `update_weights` must come before `generate`.
 
-    url: of the server, such as http://127.0.0.1:8000 · max_sequences: requests under way at a time, of this process ·
-    timeout_seconds: how long one answer may take (a response; all weights; the server's start, which is waited for) ·
-    push_host: this machine's address as the server's workers reach it.
+    With several processes (torchrun) each process requests its own responses, and rank 0 sends the weights.
 
-    With several processes (torchrun) each asks for its own responses, and the first one pushes the weights.
-    EngineError where no server answers in time; ConfigError for one that was started in another way than by
-    `serve_command`.
+    Args:
+        url: the server's address, such as http://127.0.0.1:8000.
+        max_sequences: the largest number of requests that this process has open at a time.
+        timeout_seconds: how long to wait for the server's start, for a response, and for loading all weights.
+        push_host: the address of this machine at which the server's workers can connect to it.
+
+    Raises:
+        EngineError: no server answers in time.
+        ConfigError: the url is wrong, or the server was not started as `serve_command` says.
     """
 
     def __init__(
@@ -84,12 +97,17 @@ class VLLMServerEngine:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The server's name in messages."""
         return f"the vLLM server at {self.host}:{self.port}"
 
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
-        """See Engine.generate. EngineError while asleep, before the first weights, where the server does not answer in
-        time, and where it answers with other weights than the last ones that were pushed."""
+        """See Engine.generate.
+
+        Raises:
+            EngineError: the engine sleeps, has no weights yet, the server does not answer in time, or it sampled with
+                other weights than those that were sent last.
+            ConfigError: a prompt is so long that the longest response would not fit into `max_model_len`.
+        """
         check_request(prompts, seeds, sampling, self.max_model_len)
         self._require_awake("sample")
         if not self._version:
@@ -97,12 +115,16 @@ class VLLMServerEngine:
         return [response for response, _ in self._generate(prompts, seeds, sampling)]
 
     def update_weights(self, policy: Learner) -> None:
-        """Push the policy's weights, tensor by tensor, and check them; all processes call it. EngineError where the
-        server holds anything else than what was pushed, samples with other log-probabilities than the policy, or does
-        not answer in time."""
+        """Send the policy's weights to the server, tensor by tensor, and check them. All processes call this.
+
+        Raises:
+            EngineError: the server does not hold the weights that were sent, its log-probabilities are not the
+                policy's, or it does not answer in time.
+        """
         self._require_awake("take new weights")
         self._version = ""
-        found: list[tuple[str, str, list[Response]]] = []
+        # (error message, version of the weights, responses to the probe), from rank 0 only.
+        result: list[tuple[str, str, list[Response]]] = []
         if policy.world.is_main:
             weights = policy.weights()
             prompts, seeds = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
@@ -111,25 +133,26 @@ class VLLMServerEngine:
                 sampled = self._generate(prompts, seeds, PROBE)
                 if stale := max(num_cached for _, num_cached in sampled):
                     raise EngineError(f"{self.name} kept {stale} cached tokens of a prompt over a change of weights")
-                found = [("", self._version, [response for response, _ in sampled])]
+                result = [("", self._version, [response for response, _ in sampled])]
             except EngineError as error:
-                # The others are on their way through the weights, too, and learn of it afterwards.
+                # `weights` gathers shards from all processes, so go through the rest of it; the others do not know of
+                # the error yet.
                 for _ in weights:
                     pass
-                found = [(str(error), "", [])]
+                result = [(str(error), "", [])]
         else:
             for _ in policy.weights():
                 pass
             prompts, _ = probe(policy.model.config.vocab_size, self.block_size, self.max_model_len)
         self._version = ""
-        [(problem, version, responses)] = policy.world.gather(found)
+        [(problem, version, responses)] = policy.world.gather(result)
         if problem:
             raise EngineError(problem)
         require_parity(policy, prompts, responses, self.dtype, self.name)
         self._version = version
 
     def sleep(self) -> None:
-        """The server's memory is on other devices and stays there; until `wake` nothing is sampled."""
+        """Refuse to generate until `wake`. The server frees nothing: its memory is not on the trainer's devices."""
         self._asleep = True
 
     def wake(self) -> None:
@@ -137,7 +160,7 @@ class VLLMServerEngine:
         self._asleep = False
 
     def close(self) -> None:
-        """End what is being asked. The server was started by somebody else, and stays."""
+        """Break off open requests. The server goes on running, because the engine did not start it."""
         for connection in self._connections:
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -145,7 +168,7 @@ class VLLMServerEngine:
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[tuple[Response, int]]:
-        """Responses, and how many tokens of each prompt came from the server's prefix cache."""
+        """Sample; returns each response and how many tokens of its prompt came from the server's prefix cache."""
         bodies = [
             {
                 "token_ids": list(prompt),
@@ -177,14 +200,14 @@ class VLLMServerEngine:
         return responses
 
     def _push(self, weights: Iterator[tuple[str, Tensor]]) -> str:
-        """Send all weights, check what the workers hold then, and give them a version, which is returned."""
+        """Send all weights, check the workers' copies, and set and return a new random version name for them."""
         pushed: dict[str, Fingerprint] = {}
         try:
             server = socket.create_server((self.push_host, 0))
         except OSError as error:
             raise ConfigError(f"push_host {self.push_host!r} is no address of this machine: {error}") from error
         with server as listener, ThreadPoolExecutor(1) as pool:
-            # Who connects has to know it: the weights are for the workers only.
+            # A worker has to send this secret when it connects, so that nobody else gets the weights.
             secret = secrets.token_hex(16)
             place = [self.push_host, str(listener.getsockname()[1]), str(self.timeout_seconds), secret]
             answer = pool.submit(self._call, "repirl_receive", "taking new weights", *place)
@@ -195,7 +218,7 @@ class VLLMServerEngine:
                         send_tensor(connections, name, weight)
                     send_end(connections)
                 except OSError as error:
-                    # The server's own answer, if it gives one, says more.
+                    # If the server answered with an error, raise that one: it says more than a broken connection.
                     stack.close()
                     answer.result()
                     raise EngineError(f"{self.name} broke off while taking new weights: {error}") from error
@@ -210,7 +233,7 @@ class VLLMServerEngine:
     def _accept(
         self, listener: socket.socket, answer: Future, stack: contextlib.ExitStack, secret: bytes
     ) -> list[socket.socket]:
-        """A connection from each worker; EngineError where the server has answered instead, or none comes in time."""
+        """Wait for a connection from each worker. Raises TimeoutError, or the server's error if it answers instead."""
         connections: list[socket.socket] = []
         listener.settimeout(0.1)
         deadline = time.monotonic() + self.timeout_seconds
@@ -249,7 +272,7 @@ class VLLMServerEngine:
         return self._ask("POST", "/collective_rpc", body, what)["results"]
 
     def _ask_all(self, path: str, bodies: list[dict], what: str) -> list[dict]:
-        """The answers to many requests, several under way at a time; the first failure ends them all."""
+        """Send many requests, up to `max_sequences` at a time; returns the answers in order. An error ends them all."""
         if not bodies:
             return []
         self._connections.clear()
@@ -272,7 +295,7 @@ class VLLMServerEngine:
         what: str,
         announce: Callable[[http.client.HTTPConnection], object] = lambda connection: None,
     ) -> dict:
-        """One request. announce: told of the connection before it is used."""
+        """Send one request; returns the answer. announce: called with the connection before it is used."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_seconds)
         announce(connection)
         try:

@@ -1,7 +1,7 @@
-"""What runs inside vLLM: taking new weights, and telling what is held.
+"""Code that runs inside vLLM's workers: it loads new weights, and computes fingerprints of the weights in use.
 
-`load_weights` and `held_weights` are called on the workers of an engine in this process; a server calls them through
-`WeightReceiver`, a worker extension. Apart from vLLM itself this module needs PyTorch only.
+An engine in this process calls `load_weights` on its workers; a server calls it through `WeightReceiver`, a worker
+extension. This module imports only vLLM and PyTorch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A fingerprint is (a sum over all bits and places modulo 2^64, the sum of absolute values, where NaN counts nothing).
+# A fingerprint is two sums over the elements: the bits of each times a number for its position, modulo 2^64; and the
+# absolute values (NaN counts as 0), which messages show.
 Fingerprint = tuple[int, float]
 
 _MODULUS = 1 << 64
@@ -25,11 +26,15 @@ _ELEMENTS_AT_ONCE = 1 << 23
 
 
 def fingerprint(tensor: Tensor, first_row: int = 0, first_column: int = 0) -> Fingerprint:
-    """Fingerprint of a matrix [rows, columns], or of a vector [rows]; both numbers are sums over the elements.
+    """The fingerprint of a tensor, or of a part of a larger tensor.
 
-    first_row, first_column: where the tensor stands in a larger one, whose fingerprint is the sum of those of its
-    parts. Values are compared as float32; -0 is 0, and so is what is too small for a normal float32, as some matrix
-    products make it so.
+    The fingerprint of a tensor is the sum of the fingerprints of its parts (`add`). Values count as float32. -0 and
+    values too small for a normal float32 count as 0, because some matrix products turn them into 0.
+
+    Args:
+        tensor: a matrix [rows, columns], or a vector [rows].
+        first_row: the row of the larger tensor at which `tensor` begins.
+        first_column: the column of the larger tensor at which `tensor` begins.
     """
     matrix = tensor.detach().reshape(tensor.shape[0], -1)
     digest, total = 0, 0.0
@@ -46,14 +51,21 @@ def fingerprint(tensor: Tensor, first_row: int = 0, first_column: int = 0) -> Fi
 
 
 def add(parts: Iterable[Fingerprint]) -> Fingerprint:
-    """The fingerprint of the whole from those of its parts."""
+    """The fingerprint of a tensor from the fingerprints of its parts."""
     digests, totals = zip(*parts, strict=True)
     return sum(digests) % _MODULUS, float(sum(totals))
 
 
 def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[str, int, float]]:
-    """Replace a worker's weights by those of the iterator (all of the model, by their Hugging Face names, a layer's
-    next to each other), layer by layer; returns what is held then (held_weights)."""
+    """Replace a worker's weights, layer by layer.
+
+    Args:
+        worker: vLLM's worker.
+        weights: all weights of the model, by Hugging Face name; those of one layer follow each other.
+
+    Returns:
+        `held_weights` of the model afterwards.
+    """
     worker.reload_weights(weights_iterator=weights)
     model = worker.get_model()
     refresh_head(model)
@@ -61,7 +73,7 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> dict[str
 
 
 def refresh_head(model: nn.Module) -> None:
-    """On a CPU a head tied to the embeddings computes with a packed copy of its own, which loading leaves as it was."""
+    """Renew the copy of the weights that a head tied to the embeddings uses on a CPU; loading does not change it."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
@@ -70,8 +82,12 @@ def refresh_head(model: nn.Module) -> None:
 
 
 def held_weights(model: nn.Module) -> dict[str, tuple[str, int, float]]:
-    """What a worker's model computes with: a label -> the parameter's Hugging Face name, and the fingerprint of the
-    part of it that is here (in tensor parallel, what several workers hold alike is told by the first of them)."""
+    """Fingerprints of the weights with which a worker's model computes.
+
+    Returns:
+        For each parameter, by a label that is the same on all workers: its Hugging Face name, and the two numbers of
+        the fingerprint of this worker's part. A part that several workers hold is reported only by the first of them.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     packed = getattr(model, "packed_modules_mapping", {})
@@ -87,25 +103,26 @@ def held_weights(model: nn.Module) -> dict[str, tuple[str, int, float]]:
             parts = packed.get(last, [last])
             labels = [".".join(filter(None, [parent, part, kind])) for part in parts]
             places = _places(module, kind, parameter, len(parts))
-            found: dict[str, list[Fingerprint]] = {}
+            fingerprints: dict[str, list[Fingerprint]] = {}
             for column, block in _blocks(module, kind, parameter):
                 for label, (start, end, first_row, first_column, counts) in zip(labels, places, strict=True):
                     if counts:
                         part = fingerprint(block[start:end], first_row, first_column + column)
-                        found.setdefault(label, []).append(part)
-            for label, fingerprints in found.items():
+                        fingerprints.setdefault(label, []).append(part)
+            for label, parts_here in fingerprints.items():
                 # A tied head is the embedding's parameter by another name.
                 tied = tables.get(id(parameter)) if isinstance(module, ParallelLMHead) else None
-                held[label] = (tied or label, *add(fingerprints))
+                held[label] = (tied or label, *add(parts_here))
     return held
 
 
-# Rows of the held tensor [start, end), where they begin in the whole parameter (row, column), whether they count.
+# The rows [start, end) of this worker's tensor; the row and column of the whole parameter at which they begin; and
+# whether this worker reports them.
 _Place = tuple[int, int, int, int, bool]
 
 
 def _places(module: Any, kind: str, parameter: Tensor, num_parts: int) -> list[_Place]:
-    """Where each of the parameters that are fused into this one lies, here and in the whole model."""
+    """For each parameter that vLLM fused into this one: its rows here, and its position in the whole parameter."""
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -125,7 +142,7 @@ def _places(module: Any, kind: str, parameter: Tensor, num_parts: int) -> list[_
             sizes = [sum(sizes)]
         places, start = [], 0
         for i, size in enumerate(sizes):
-            # Key and value heads that are fewer than the workers are held several times.
+            # If there are fewer key and value heads than workers, several workers hold the same head.
             copies = module.num_kv_head_replicas if isinstance(module, QKVParallelLinear) and i > 0 else 1
             places.append((start, start + size, rank // copies * size, 0, rank % copies == 0))
             start += size
@@ -138,15 +155,15 @@ def _places(module: Any, kind: str, parameter: Tensor, num_parts: int) -> list[_
 
 
 def _blocks(module: Any, kind: str, parameter: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A parameter as the layer computes with it: first column and [rows, columns], block by block."""
+    """The values with which the layer computes, in blocks of columns: (first column, block [rows, columns])."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     is_table = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
     if kind != "weight" or is_table or not hasattr(module, "cpu_linear"):
         yield 0, parameter
         return
-    # On a CPU a layer computes with a packed copy, and often nothing else of its weight is left. What it answers to
-    # the unit vectors is the weight, exactly: every other product is zero.
+    # On a CPU a layer computes with a packed copy of its weight, and the weight itself is often gone. Applied to the
+    # unit vectors the layer gives exactly the weight, because all other products are zero.
     num_columns = module.input_size_per_partition
     for column in range(0, num_columns, 256):
         width = min(256, num_columns - column)
@@ -156,7 +173,7 @@ def _blocks(module: Any, kind: str, parameter: Tensor) -> Iterator[tuple[int, Te
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """What a trainer has to know of the engine that a worker belongs to."""
+    """The options of a worker's engine that a trainer needs."""
     config = worker.vllm_config
     return {
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -166,13 +183,13 @@ def describe(worker: Any) -> dict[str, Any]:
     }
 
 
-# The stream from a trainer to a worker: for each tensor the length of a header, the header (name, dtype, shape) in
-# JSON, and the bytes; a length of 0 ends it.
+# The stream from a trainer to a worker. For each tensor: the header's length in bytes, the header (name, dtype and
+# shape in JSON), and the tensor's bytes. A length of 0 ends the stream.
 _LENGTH = struct.Struct("!Q")
 
 
 def send_tensor(connections: Iterable[socket.socket], name: str, tensor: Tensor) -> None:
-    """Write one tensor to each connection."""
+    """Send one tensor over each connection."""
     header = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     encoded = json.dumps(header).encode()
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -182,13 +199,17 @@ def send_tensor(connections: Iterable[socket.socket], name: str, tensor: Tensor)
 
 
 def send_end(connections: Iterable[socket.socket]) -> None:
-    """Tell each connection that no tensor follows."""
+    """Send the end of the stream over each connection."""
     for connection in connections:
         connection.sendall(_LENGTH.pack(0))
 
 
 def received_tensors(connection: socket.socket) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the other end sends, one by one. ConnectionError where the stream breaks off."""
+    """Receive the names and tensors of a stream, one by one.
+
+    Raises:
+        ConnectionError: the connection ended before the stream did.
+    """
     while length := _LENGTH.unpack(_read(connection, _LENGTH.size))[0]:
         header = json.loads(bytes(_read(connection, length)))
         dtype, shape = getattr(torch, header["dtype"]), header["shape"]
@@ -208,7 +229,7 @@ def _read(connection: socket.socket, size: int) -> bytearray:
 
 
 def is_worker(connection: socket.socket, secret: bytes) -> bool:
-    """Whether the other end says the secret, within a few seconds."""
+    """Whether the other side sends the secret within five seconds."""
     connection.settimeout(5.0)
     try:
         return hmac.compare_digest(bytes(_read(connection, len(secret))), secret)
@@ -217,8 +238,10 @@ def is_worker(connection: socket.socket, secret: bytes) -> bool:
 
 
 class WeightReceiver:
-    """vllm serve --worker-extension-cls repirl.rollout.vllm_worker.WeightReceiver: methods that a trainer calls
-    through the server's /collective_rpc."""
+    """Methods that a trainer calls through the server's /collective_rpc.
+
+    The server is started with `vllm serve --worker-extension-cls repirl.rollout.vllm_worker.WeightReceiver`.
+    """
 
     def repirl_describe(self) -> dict[str, Any]:
         """See describe."""
@@ -227,8 +250,7 @@ class WeightReceiver:
     def repirl_receive(
         self, host: str, port: str, timeout_seconds: str, secret: str
     ) -> dict[str, tuple[str, int, float]]:
-        """Connect to the trainer and load the weights that it sends to who knows the secret; returns what is held
-        then."""
+        """Connect to the trainer, send it the secret, and load the weights that it sends. See load_weights."""
         timeout = float(timeout_seconds)
         with socket.create_connection((host, int(port)), timeout) as connection:
             connection.sendall(secret.encode())
