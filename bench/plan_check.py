@@ -22,7 +22,8 @@ from bench.demo_seeds import machine
 from repirl.configfile import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.plan.fit import describe_fit, find_fit, gib, usable
-from repirl.plan.plan import GIB, PROCESS_BYTES, plan
+from repirl.plan.phases import PROCESS_BYTES
+from repirl.plan.plan import GIB, plan
 from repirl.report.log import read_metrics
 
 ROOT = Path(__file__).parents[1]

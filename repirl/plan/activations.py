@@ -6,6 +6,7 @@ where it has no packed kernel; D features, F of the MLP, H heads of d features, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,16 @@ class Shape:
     @property
     def has_head_norms(self) -> bool:
         return _HEAD_NORMS[0] in self.layer
+
+    @property
+    def layer_values(self) -> int:
+        """Numbers in the weights of one layer."""
+        return sum(map(math.prod, self.layer.values()))
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in all weights of the causal language model."""
+        return sum(map(math.prod, self.weights()))
 
     def weights(self, reads_values: bool = False) -> list[Sizes]:
         """Every weight's shape; reads_values: of the model with a one-output head instead of the vocabulary's."""
@@ -153,7 +164,7 @@ def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
 
     def inputs(features: int, layers: Sequence[str]) -> int:
         """Of linear layers that share their input: a product saves it for the gradient of its weight."""
-        if trains_all:
+        if precision.adapted is None:
             return size * features
         adapted = [x for x in layers if x in precision.adapters]
         if not adapted:
