@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -16,113 +16,155 @@ from repirl.report.display import print_table
 
 
 def usable(memory: float, device: str) -> float:
-    """How much of a device's memory a plan may fill, both in bytes. A GPU's also holds the CUDA context, libraries'
-    workspaces and the gaps between blocks: 1 GiB and 5% are kept for them. Resident memory on a CPU holds what the C
-    library keeps of freed blocks (bench/results/cpu/plan.md has the share measured), and there is a system: 15%."""
+    """How much of a device's memory a plan may fill, both in bytes.
+
+    A GPU's also holds the CUDA context, libraries' workspaces and the gaps between blocks: 1 GiB and 5% are kept for
+    them. On a CPU the C library keeps freed blocks (bench/results/cpu/plan.md measures how many), and the system needs
+    some for itself: 15% are kept.
+    """
     return 0.95 * memory - GIB if device == "cuda" else 0.85 * memory
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a memory suffices. switches: what has to be changed for it, nothing if it fits as it is; None where all
-    of them together do not suffice. plan: with these changes, or the smallest that was found."""
+    """Whether a run fits into a memory of so many bytes a process.
+
+    switches: what has to be changed for it, empty where nothing has; None where no changes that are known suffice.
+    plan: with these changes; where none suffice, the smallest plan that was found.
+    """
 
     memory: int
     switches: list[str] | None
     plan: Plan
 
 
+class Setting(NamedTuple):
+    """A value of a switch: its name for people, the options that it changes, and by how much it multiplies the
+    processes."""
+
+    name: str
+    changes: dict[str, Any]
+    times: int = 1
+
+
+# Switches, the cheapest first, each with its settings, the mildest first.
+Ladder = list[list[Setting]]
+# How far each switch is turned: 0 is as configured, n its nth setting.
+Levels = list[int]
+
+
 def find_fit(config: Config, memory: int, ranks: int = 1, device: str | None = None) -> Fit:
-    """The fewest switches, cheap ones first, that make the run fit into `memory` bytes a process."""
+    """The fewest switches that make a run fit, cheap ones before dear ones.
+
+    Args:
+        config: the run's.
+        memory: bytes of a device, or on a CPU of a process.
+        ranks: processes that share the run.
+        device: "cuda" or "cpu"; by default the configuration's, as for `plan`.
+    """
     first = plan(config, ranks, device)
     available = usable(memory, first.device)
     if first.peak.total <= available:
         return Fit(memory, [], first)
     ladder = _ladder(config, ranks, first.device)
-    levels = [0] * len(ladder)
+    attempt = functools.partial(_attempt, config, ranks, first.device, ladder)
+    levels, smallest = _climb(attempt, ladder, first, available)
+    if smallest.peak.total > available:
+        return Fit(memory, None, smallest)
+    levels, found = _take_back(attempt, levels, smallest, available)
+    names = [settings[level - 1].name for level, settings in zip(levels, ladder, strict=True) if level]
+    return Fit(memory, names, found)
 
-    def attempt(levels: list[int]) -> Plan | None:
-        changes: dict[str, Any] = {}
-        count = ranks
-        for level, steps in zip(levels, ladder, strict=True):
-            if level:
-                _, change, times = steps[level - 1]
-                changes, count = merge(changes, change), count * times
-        try:
-            return plan(build_config(merge(config.model_dump(mode="json"), changes)), count, first.device)
-        except ConfigError:
-            # Switches that do not go together.
-            return None
 
-    best, found = first, None
-    for place, steps in enumerate(ladder):
-        for level in range(1, len(steps) + 1):
-            trial = [*levels[:place], level, *levels[place + 1 :]]
+def _attempt(config: Config, ranks: int, device: str, ladder: Ladder, levels: Levels) -> Plan | None:
+    """The plan with these levels; None where they do not go together."""
+    changes: dict[str, Any] = {}
+    for level, settings in zip(levels, ladder, strict=True):
+        if level:
+            setting = settings[level - 1]
+            changes, ranks = merge(changes, setting.changes), ranks * setting.times
+    try:
+        return plan(build_config(merge(config.model_dump(mode="json"), changes)), ranks, device)
+    except ConfigError:
+        return None
+
+
+Attempt = Callable[[Levels], Plan | None]
+
+
+def _climb(attempt: Attempt, ladder: Ladder, first: Plan, available: float) -> tuple[Levels, Plan]:
+    """Turn one switch after the other as far as it goes, until the plan fits.
+
+    Returns:
+        The levels that were reached, and the smallest plan on the way: the last one where it fits.
+    """
+    levels, smallest = [0] * len(ladder), first
+    for place, settings in enumerate(ladder):
+        for level in range(1, len(settings) + 1):
+            trial = _with(levels, place, level)
             made = attempt(trial)
             if made is None:
                 continue
             levels = trial
-            if made.peak.total < best.peak.total:
-                best = made
+            smallest = min(smallest, made, key=lambda p: p.peak.total)
             if made.peak.total <= available:
-                found = made
-                break
-        if found:
-            break
-    if found is None:
-        return Fit(memory, None, best)
-    # What was tried on the way and is not needed is taken back, the costliest first.
-    for place in reversed(range(len(ladder))):
+                return levels, made
+    return levels, smallest
+
+
+def _take_back(attempt: Attempt, levels: Levels, found: Plan, available: float) -> tuple[Levels, Plan]:
+    """Turn back what is not needed, the dearest switch first."""
+    for place in reversed(range(len(levels))):
         while levels[place]:
-            trial = [*levels[:place], levels[place] - 1, *levels[place + 1 :]]
+            trial = _with(levels, place, levels[place] - 1)
             made = attempt(trial)
             if made is None or made.peak.total > available:
                 break
             levels, found = trial, made
-    names = [steps[level - 1][0] for level, steps in zip(levels, ladder, strict=True) if level]
-    return Fit(memory, names, found)
+    return levels, found
 
 
-# A setting of a switch: what it is called, what it changes, by how much it multiplies the processes.
-Step = tuple[str, dict[str, Any], int]
+def _with(levels: Levels, place: int, level: int) -> Levels:
+    return [*levels[:place], level, *levels[place + 1 :]]
 
 
-def _ladder(config: Config, ranks: int, device: str) -> list[list[Step]]:
-    """Switches that could still be changed, the cheapest first, each with its settings, the mildest first."""
+def _ladder(config: Config, ranks: int, device: str) -> Ladder:
+    """The switches that can still be turned."""
 
-    def both(name: str, values: dict[str, Any]) -> Step:
-        return name, dict.fromkeys(config.system.trains, values), 1
+    def each(name: str, values: dict[str, Any]) -> Setting:
+        return Setting(name, dict.fromkeys(config.system.trains, values))
 
-    budgets = _halved(config.batch.tokens_per_microbatch, config.longest_sequence)
-    counts = _halved(config.rollout.max_sequences, config.rollout.samples_per_prompt)
+    rollout, budget = config.rollout, config.batch.tokens_per_microbatch
+    budgets = _halved(budget, config.longest_sequence)
+    counts = _halved(rollout.max_sequences, rollout.samples_per_prompt)
     checkpointing = {"gradient_checkpointing": True}
     on_gpu, shared = device == "cuda", config.adapters is not None
-    ladder: list[list[Step]] = [
-        [both("gradient_checkpointing", checkpointing)],
-        [(f"batch.tokens_per_microbatch {n}", {"batch": {"tokens_per_microbatch": n}}, 1) for n in budgets],
+    ladder: Ladder = [
+        [each("gradient_checkpointing", checkpointing)],
+        [Setting(f"batch.tokens_per_microbatch {n}", {"batch": {"tokens_per_microbatch": n}}) for n in budgets],
     ]
-    if config.rollout.engine == "transformers":
-        ladder.append([(f"rollout.max_sequences {n}", {"rollout": {"max_sequences": n}}, 1) for n in counts])
-    if config.rollout.engine == "vllm":
-        sizes = [config.rollout.vllm.kv_cache_gib / n for n in (2, 4, 8)]
+    if rollout.engine == "transformers":
+        ladder.append([Setting(f"rollout.max_sequences {n}", {"rollout": {"max_sequences": n}}) for n in counts])
+    if rollout.engine == "vllm":
+        sizes = [rollout.vllm.kv_cache_gib / n for n in (2, 4, 8)]
         ladder.append(
-            [(f"rollout.vllm.kv_cache_gib {n:g}", {"rollout": {"vllm": {"kv_cache_gib": n}}}, 1) for n in sizes]
+            [Setting(f"rollout.vllm.kv_cache_gib {n:g}", {"rollout": {"vllm": {"kv_cache_gib": n}}}) for n in sizes]
         )
     if on_gpu and config.computes_in == "float32":
-        ladder.append([("compute_dtype bfloat16", {"compute_dtype": "bfloat16"}, 1)])
+        ladder.append([Setting("compute_dtype bfloat16", {"compute_dtype": "bfloat16"})])
     if on_gpu:
-        ladder.append([both("activation_offload", checkpointing | {"activation_offload": True})])
+        ladder.append([each("activation_offload", checkpointing | {"activation_offload": True})])
     if not shared and not config.parallel.cpu_offload:
-        ladder.append([("offload_idle", {"offload_idle": True}, 1)])
-    ladder.append([both("optimizer.state_bits 8", {"optimizer": {"state_bits": 8}})])
+        ladder.append([Setting("offload_idle", {"offload_idle": True})])
+    ladder.append([each("optimizer.state_bits 8", {"optimizer": {"state_bits": 8}})])
     if not shared:
         # On one base there is nothing idle that could leave.
-        ladder.append([("adapters", {"adapters": {}, "offload_idle": False}, 1)])
-    return [*ladder, [(f"{ranks * n} ranks", {}, n) for n in (2, 4, 8)]]
+        ladder.append([Setting("adapters", {"adapters": {}, "offload_idle": False})])
+    return [*ladder, [Setting(f"{ranks * n} ranks", {}, n) for n in (2, 4, 8)]]
 
 
 def _halved(value: int, least: int) -> list[int]:
-    """value / 2, value / 4, ... down to `least`."""
+    """value / 2, value / 4, ... and `least` last."""
     found = []
     while value // 2 >= least:
         value //= 2
@@ -136,19 +178,19 @@ def _halved(value: int, least: int) -> list[int]:
 
 
 def gib(count: float) -> str:
-    """Bytes as GiB with two digits behind the point."""
+    """Bytes as GiB, with two decimals."""
     return f"{count / GIB:.2f}"
 
 
 def table(found: Plan) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of a plan: a phase a column, in GiB; empty cells are zero."""
+    """Heading and rows of a plan in GiB, with a column for each phase. An empty cell is zero."""
     names = list(dict.fromkeys(name for phase in found.phases for name in phase.rows))
     rows = [[name, *(gib(p.rows[name]) if name in p.rows else "" for p in found.phases)] for name in names]
     return ["GiB", *(p.name for p in found.phases)], [*rows, ["together", *(gib(p.total) for p in found.phases)]]
 
 
 def describe_fit(fit: Fit) -> str:
-    """One line on a memory."""
+    """One line: whether the run fits, what has to be changed for it, and the peak."""
     size, room = f"{fit.memory / GIB:g} GiB", gib(usable(fit.memory, fit.plan.device))
     peak = f"{gib(fit.plan.peak.total)} GiB in {fit.plan.peak.name}"
     if fit.switches is None:
@@ -161,7 +203,7 @@ def describe_fit(fit: Fit) -> str:
 def print_plan(
     config: Config, memories: Sequence[float], ranks: int = 1, device: str | None = None, console: Console | None = None
 ) -> None:
-    """Print the plan of a run and what it takes to fit into each memory (GiB a process)."""
+    """Print the plan of a run, and for each memory (in GiB a process) what makes the run fit into it."""
     console = console or Console()
     show: Callable[[str], None] = functools.partial(console.print, soft_wrap=True, highlight=False)
     found = plan(config, ranks, device)
