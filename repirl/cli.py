@@ -230,13 +230,13 @@ def print_summary(config: Config) -> None:
 
 
 def batch_arithmetic(config: Config) -> str:
-    """What a step and the run come to, data read and checked, no weights loaded."""
+    """What a step and the run come to; models' files and data are checked, no weights loaded."""
     from repirl.batch import deal_out
     from repirl.data.experts import load_experts
     from repirl.data.prompts import load_prompts
-    from repirl.models import load_tokenizer
+    from repirl.sources import check_sources
 
-    tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
+    tokenizer = check_sources(config)
     rollout, budget = config.rollout, config.batch.tokens_per_microbatch
     lines = []
     if config.system.online:

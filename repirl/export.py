@@ -22,7 +22,8 @@ from repirl.config import Config
 from repirl.configfile import build_config
 from repirl.distributed.world import World
 from repirl.learner import Learner
-from repirl.models import add_value_head, build_model, load_tokenizer, quiet_transformers
+from repirl.model_checks import add_value_head
+from repirl.models import build_model, load_tokenizer, quiet_transformers
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import build_learners
 from repirl.work import Work

@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +29,8 @@ from transformers.utils import logging
 from repirl.attention import PACKED, PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError
+from repirl.model_checks import add_value_head, check_loaded, check_shapes
+from repirl.model_files import explained, read_model_config, weight_tensors
 
 
 class FusedHead(nn.Linear):
@@ -159,10 +160,8 @@ def quiet_transformers() -> None:
 
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer; ConfigError where it cannot be loaded or has no end token."""
-    try:
+    with explained("tokenizer", name, gguf_file):
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(load_message("tokenizer", name, gguf_file, error)) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name!r} has no end-of-sequence token; responses could never end")
     if tokenizer.pad_token_id is None:
@@ -170,38 +169,40 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def add_value_head(config: PretrainedConfig) -> None:
-    """Let a model's configuration be that of a token classifier with one output, in place."""
-    config.num_labels, config.classifier_dropout = 1, 0.0
-
-
 def load_model(
-    name: str, *, kind: str, dtype: torch.dtype, device: torch.device, gguf_file: str | None = None
+    name: str,
+    *,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """Load and fuse. kind: "causal" (a head over the vocabulary) or "value" (a new one-output head).
+    """Load and fuse. kind: "causal" (a head over the vocabulary), "value" (a one-output head, which starts at 0 where
+    the files hold none, so every reward is 0 at first) or "trained value" (such a head, which has to be there).
 
-    A value head that the files do not hold starts at zero, so every reward is 0 at first.
-    ConfigError where the name leads to no model.
+    ConfigError where the name leads to no model, or its files do not hold all of it.
     """
     model: Any
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+    needs_head, kind = kind == "trained value", kind.removeprefix("trained ")
+    config = read_model_config(name, gguf_file)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    options |= {"config": config, "ignore_mismatched_sizes": True}
+    if kind == "value":
+        add_value_head(config)
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
-    try:
-        if kind == "causal":
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
-        else:
-            config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
-            add_value_head(config)
-            model, info = AutoModelForTokenClassification.from_pretrained(
-                name, config=config, output_loading_info=True, **options
-            )
-            if any(key.startswith("score") for key in info["missing_keys"]):
-                nn.init.zeros_(model.score.weight)
-                if model.score.bias is not None:
-                    nn.init.zeros_(model.score.bias)
-    except (OSError, ValueError) as error:
-        raise ConfigError(load_message("model", name, gguf_file, error)) from error
+    else:
+        # No pickles, which may run any code.
+        options["use_safetensors"] = True
+        if (tensors := weight_tensors(name)) is not None:
+            check_shapes(name, config, kind, tensors)
+    factory: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
+    with explained("model", name, gguf_file):
+        model, info = factory.from_pretrained(name, **options)
+    check_loaded(model, name, info, kind=kind, needs_head=needs_head)
+    for key in info["missing_keys"]:
+        # Only a value head can be missing by now; one that has weights and no bias keeps them.
+        nn.init.zeros_(model.get_parameter(key))
     if gguf_file is not None:
         # What GGUF loading leaves behind would make save_pretrained refuse a model that is plain float by now.
         model.hf_quantizer = None
@@ -245,16 +246,6 @@ def check_window(model: PreTrainedModel, name: str, longest: int) -> None:
         f"model {name!r} attends to the last {window} tokens only, and a sequence may have {longest} (a prompt and the "
         "longest response or solution): packed attention has no sliding window, so lower data.max_prompt_tokens, "
         "rollout.max_response_tokens or data.max_expert_tokens"
-    )
-
-
-def load_message(what: str, name: str, gguf_file: str | None, error: Exception) -> str:
-    """What to tell the user where a model or tokenizer cannot be loaded."""
-    place = f"{name!r}" + (f" (gguf_file {gguf_file!r})" if gguf_file else "")
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f"cannot load the {what} {place}: expected a folder with a Hugging Face model, or a hub id that can be "
-        f"reached from here. {first_line}"
     )
 
 

@@ -18,7 +18,8 @@ from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, P
 from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
 from repirl.dataconfig import Token
 from repirl.learner import Learner
-from repirl.models import check_window, load_message, load_model, load_tokenizer
+from repirl.model_files import load_message
+from repirl.models import check_window, load_model, load_tokenizer
 from repirl.rewards import read_rewards
 
 # Of descriptions; it changes with the names and the meaning of what is in them.
@@ -34,6 +35,7 @@ class PromptFormat(Section):
     chat_template: bool
     prompt_template: str
     system: str | None
+    chat_template_kwargs: dict[str, Any] = {}
     end_tokens: list[Token] | None = None
 
 

@@ -25,10 +25,11 @@ from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, enable_checkpointing
-from repirl.models import check_window, load_model, load_tokenizer, quiet_transformers
+from repirl.models import check_window, load_model, quiet_transformers
 from repirl.objectives import Objective, load_objectives
 from repirl.rollout.choose import make_engine
 from repirl.rollout.sampler import Sampler
+from repirl.sources import check_sources
 from repirl.systems import System
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer, Work
@@ -182,21 +183,23 @@ class _Builder:
         config, world = self.config, self.world
         source = config.prm if name == "prm" and config.prm.model is not None else config.policy
         model_name, gguf_file = str(source.model), source.gguf_file
-        kind = "value" if name == "prm" and config.prm.reward == "value" else "causal"
+        kind = "causal"
+        if name == "prm" and config.prm.reward == "value":
+            # One that is only read would say 0 for ever with a new head.
+            kind = "value" if name in self.system.trains else "trained value"
+        options: dict[str, Any] = {"kind": kind, "dtype": dtype, "gguf_file": gguf_file}
         if world.mesh is None:
-            model = load_model(model_name, kind=kind, dtype=dtype, device=world.device, gguf_file=gguf_file)
+            model = load_model(model_name, device=world.device, **options)
             if prepare is not None:
                 prepare(model)
         else:
             model = load_sharded_model(
                 model_name,
-                kind=kind,
-                dtype=dtype,
                 compute_dtype=self.compute_dtype,
                 world=world,
                 cpu_offload=config.parallel.cpu_offload,
-                gguf_file=gguf_file,
                 prepare=prepare,
+                **options,
             )
         check_window(model, model_name, config.longest_sequence)
         return model
@@ -234,7 +237,7 @@ def build(config: Config) -> Run:
     set_up_process(config)
     world, timer = join_world(config), PhaseTimer()
     system = config.system
-    tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
+    tokenizer = check_sources(config)
 
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
     prompts = load_prompts(config.data, tokenizer, "train") if "prompts" in system.data else None

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 
 from repirl.adapters import base_name
-from repirl.config import ConfigError
 from repirl.distributed.shard import local_slices, reshard, shard
 from repirl.distributed.world import World
-from repirl.models import add_value_head, check_packed, fuse, load_message, load_model
+from repirl.model_checks import add_value_head, check_names, check_shapes, refuse_shape
+from repirl.model_files import StoredTensor, explained, read_model_config, weight_tensors
+from repirl.models import check_packed, fuse, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +42,24 @@ def load_sharded_model(
     process first, and said so.
     """
     assert world.mesh is not None
+    whole_kind, needs_head, kind = kind, kind == "trained value", kind.removeprefix("trained ")
     home = torch.device("cpu") if cpu_offload else world.device
-    files = None if gguf_file else _files_by_name(name)
-    model = None if files is None else _empty_model(name, kind, dtype)
+    files = None if gguf_file else weight_tensors(name)
+    model = None if files is None else _empty_model(name, kind, dtype, files)
     if model is not None and files is not None and _all_there(model, files, kind):
+        left = sorted(set(files) - set(model.state_dict()) - _ignored(model, files))
+        missing = set(model.state_dict()) - set(files) - _tied(model)
+        check_names(model, name, missing, left, kind=kind, needs_head=needs_head)
         if prepare is not None:
             prepare(model)
         shard(model, world.mesh, compute_dtype, cpu_offload=cpu_offload)
         _materialise(model, home)
-        _read(model, files)
+        _read(model, name, files)
     else:
         if world.is_main and not gguf_file:
             logger.warning("%s: not in safetensors under the model's own names; every process loads it whole", name)
-        model = load_model(name, kind=kind, dtype=dtype, device=torch.device("cpu"), gguf_file=gguf_file)
+        cpu = torch.device("cpu")
+        model = load_model(name, kind=whole_kind, dtype=dtype, device=cpu, gguf_file=gguf_file)
         if prepare is not None:
             prepare(model)
         shard(model, world.mesh, compute_dtype, cpu_offload=cpu_offload)
@@ -70,28 +73,11 @@ def load_sharded_model(
     return model
 
 
-def _files_by_name(name: str) -> dict[str, str] | None:
-    """Parameter name -> the safetensors file that holds it; None where there are no such files."""
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    try:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **options)
-        if index is not None:
-            files, _ = get_checkpoint_shard_files(name, index)
-            by_file = {Path(f).name: f for f in files}
-            return {key: by_file[f] for key, f in json.loads(Path(index).read_text())["weight_map"].items()}
-        single = cached_file(name, SAFE_WEIGHTS_NAME, **options)
-    except (OSError, ValueError) as error:
-        raise ConfigError(load_message("model", name, None, error)) from error
-    if single is None:
-        return None
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _empty_model(name: str, kind: str, dtype: torch.dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
+def _empty_model(name: str, kind: str, dtype: torch.dtype, files: dict[str, StoredTensor]) -> PreTrainedModel:
+    config: PretrainedConfig = read_model_config(name)
     if kind == "value":
         add_value_head(config)
+    check_shapes(name, config, kind, files)
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
     # Buffers (rotary frequencies) are computed for real: nothing in the files could restore them.
     with init_empty_weights(include_buffers=False):
@@ -101,14 +87,26 @@ def _empty_model(name: str, kind: str, dtype: torch.dtype) -> PreTrainedModel:
     return fuse(model)
 
 
-def _all_there(model: PreTrainedModel, files: dict[str, str], kind: str) -> bool:
-    # Tied parameters have one name here. Persistent buffers would have to be read, too: none of these models has any.
-    expected = {name for name, _ in model.named_parameters()}
-    tied = {key for key in model.state_dict() if key.startswith("lm_head") and key not in expected}
-    if expected | tied != set(model.state_dict()):
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Second names of parameters."""
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
+def _ignored(model: PreTrainedModel, files: dict[str, StoredTensor]) -> set[str]:
+    """What files may hold besides, as the model's class says: layers of another use, old buffers."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return {key for key in files if any(re.search(pattern, key) for pattern in patterns)}
+
+
+def _all_there(model: PreTrainedModel, files: dict[str, StoredTensor], kind: str) -> bool:
+    # Tied parameters have one name here, and files with both names may hold two heads, which transformers sees to.
+    # Persistent buffers would have to be read, too: none of these models has any.
+    expected, tied = {name for name, _ in model.named_parameters()}, _tied(model)
+    if expected | tied != set(model.state_dict()) or (tied & set(files) and kind == "causal"):
         return False
     missing = expected - set(files)
-    return not missing or (kind == "value" and all(name.startswith("score.") for name in missing))
+    return not missing or (kind == "value" and missing <= {"score.weight", "score.bias"})
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:
@@ -117,24 +115,21 @@ def _materialise(model: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _read(model: nn.Module, files: dict[str, str]) -> None:
+def _read(model: nn.Module, name: str, files: dict[str, StoredTensor]) -> None:
     by_file: dict[str, list[tuple[str, DTensor]]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        plain = base_name(name)
+        plain = base_name(parameter_name)
         if plain in files:
-            by_file[files[plain]].append((plain, parameter))
+            by_file[files[plain].path].append((plain, parameter))
         else:
             # A new value head: every reward is 0 at first. Adapters get their values elsewhere.
             parameter.to_local().zero_()
     for path, parameters in by_file.items():
-        with safe_open(path, "pt") as file:
-            for name, sharded in parameters:
-                source = file.get_slice(name)
+        with explained("model", name), safe_open(path, "pt") as file:
+            for key, sharded in parameters:
+                source = file.get_slice(key)
                 if tuple(source.get_shape()) != tuple(sharded.shape):
-                    raise ConfigError(
-                        f"{path} holds {name!r} with shape {tuple(source.get_shape())}, the configuration beside it "
-                        f"says {tuple(sharded.shape)}"
-                    )
+                    refuse_shape(name, key, source.get_shape(), sharded.shape)
                 if (where := local_slices(sharded)) is not None:
                     sharded.to_local().copy_(source[where])

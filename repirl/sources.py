@@ -1,0 +1,71 @@
+"""The models that a configuration names, checked before data is read and weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from repirl.config import Config
+from repirl.model_checks import (
+    add_value_head,
+    check_positions,
+    check_same_tokenizer,
+    check_shapes,
+    check_vocabulary,
+)
+from repirl.model_files import find_file, read_model_config, weight_tensors
+from repirl.models import load_tokenizer
+
+# Any of these makes a folder one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def check_sources(config: Config) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, after all models that a run starts from have been looked at.
+
+    Raises:
+        ConfigError: where the files of one are damaged, of another kind, or do not fit the options or each other.
+    """
+    policy, prm = config.policy, config.prm
+    check_source(policy.model, policy.gguf_file, "causal")
+    tokenizer = load_tokenizer(policy.model, policy.gguf_file)
+    _check_use(config, policy.model, policy.gguf_file, tokenizer)
+    if prm.model is not None and config.system.has_prm:
+        check_source(prm.model, prm.gguf_file, "value" if prm.reward == "value" else "causal")
+        _check_use(config, prm.model, prm.gguf_file, tokenizer)
+        check_tokenizers(tokenizer, policy.model, prm.model, prm.gguf_file)
+    return tokenizer
+
+
+def _check_use(config: Config, name: str, gguf_file: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    described = read_model_config(name, gguf_file)
+    check_positions(described, name, config.longest_sequence)
+    check_vocabulary(described, name, tokenizer, config.policy.model)
+
+
+def check_source(name: str, gguf_file: str | None, kind: str) -> None:
+    """ConfigError where a model's files cannot be what they should be; no weights are read."""
+    config = read_model_config(name, gguf_file)
+    tensors = weight_tensors(name) if gguf_file is None else None
+    if tensors is not None:
+        if kind == "value":
+            add_value_head(config)
+        check_shapes(name, config, kind, tensors)
+
+
+def check_tokenizers(tokenizer: PreTrainedTokenizerBase, whose: str, other: str, gguf_file: str | None = None) -> None:
+    """ConfigError where the model `other` comes with a tokenizer that maps text to other ids. A model without any
+    tokenizer is taken as it is."""
+    if Path(other) == Path(whose):
+        return
+    if gguf_file is None and not any(find_file(other, file) for file in TOKENIZER_FILES):
+        return
+    check_same_tokenizer(tokenizer, whose, load_tokenizer(other, gguf_file), other)
