@@ -1,9 +1,9 @@
 """Causal attention over packed sequences, registered with transformers as `repirl_packed`.
 
-On CUDA in half precision variable-length flash attention runs, flash-attn's or PyTorch's own. Elsewhere sequences of
-similar length are laid side by side (at most twice the work of the packed tokens, only inside attention) and PyTorch's
-causal scaled-dot-product attention runs on each such group: exact, and its cost is linear in the number of
-sequences where a T x T mask would be quadratic.
+On CUDA in half precision, variable-length flash attention runs: that of flash-attn, or PyTorch's own. Elsewhere,
+sequences of similar length form groups, and PyTorch's causal scaled-dot-product attention runs on each group as a
+padded batch. The result is exact. Padding at most doubles the number of positions, and only inside attention; the cost
+grows linearly with the number of sequences (with one T x T mask over the packed tokens it would grow quadratically).
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ PACKED = "repirl_packed"
 
 
 class PackedLayout:
-    """Where each packed token stands in the groups; built once for a micro-batch, used by every layer."""
+    """The groups of a micro-batch, and each packed token's position in them. All layers use the same layout.
+
+    Args:
+        cu_seqlens: [S + 1], where each sequence begins in the packed tokens, and where the last one ends.
+        device: where attention runs.
+    """
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
         lengths = cu_seqlens.diff()
@@ -33,7 +38,7 @@ class PackedLayout:
         first = offset = 0
         while first < len(order):
             longest = int(lengths[order[first]])
-            # A group reaches down to half the longest length, so padding costs at most as much as the tokens.
+            # A group takes all sequences of at least half its longest one, so at most half the positions are padding.
             size = int((lengths[order[first:]] * 2 >= longest).sum())
             members = order[first : first + size]
             step = torch.arange(longest)
@@ -43,14 +48,15 @@ class PackedLayout:
             self.groups.append(index.to(device))
             offset += index.numel()
             first += size
-        # Positions that attention computes, padding included; the packed kernel, where it runs, has none.
+        # The number of positions that attention computes, with padding. packed_attention corrects it where a kernel
+        # without padding runs.
         self.num_slots = offset
         self.inverse = inverse.to(device)
 
 
 @functools.cache
 def packed_kernel() -> Callable[[Tensor, Tensor, Tensor, PackedLayout, float | None], Tensor]:
-    """The kernel for packed sequences on a GPU in half precision: flash-attn's where it is installed, or PyTorch's."""
+    """The kernel for packed sequences on a GPU in half precision: flash-attn's if installed, else PyTorch's."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -79,18 +85,20 @@ def _torch_kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: 
 
 
 def _shares_heads(q: Tensor) -> bool:
-    """Whether PyTorch's fused attention lets query heads share keys and values. On a GPU, outside half precision, only
-    its plain attention does, which writes out all scores."""
+    """Whether PyTorch's fused attention accepts fewer key and value heads than query heads (GQA).
+
+    On a GPU in float32 it does not: PyTorch would run its plain attention, which keeps all scores in memory.
+    """
     return not q.is_cuda
 
 
 def _grouped(x: Tensor, index: Tensor) -> Tensor:
-    """The rows [B, L] of x [T, H, D] that are run together, as [B, H, L, D]."""
+    """The rows `index` [B, L] of x [T, H, D], as [B, H, L, D]."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
 
 
 def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [T, H_kv, d] repeated for the query heads that share them."""
+    """Keys and values [T, H_kv, d], repeated to [T, H, d], one for each query head."""
     count = q.shape[1] // k.shape[1]
     return k.repeat_interleave(count, 1), v.repeat_interleave(count, 1)
 
@@ -106,9 +114,24 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
+    """Causal attention inside each packed sequence; the signature is that of transformers' attention functions.
 
-    RuntimeError where no layout came along: without it tokens would see other sequences.
+    Args:
+        module: the attention layer; not used.
+        query: [1, H, T, d].
+        key: [1, H_kv, T, d].
+        value: [1, H_kv, T, d].
+        attention_mask: not used, because `packed_layout` says which tokens belong together.
+        scaling: factor of the scores; None for 1 / sqrt(d).
+        packed_layout: the layout of the micro-batch.
+        sliding_window: the model's window in tokens, or None.
+
+    Returns:
+        The outputs [1, T, H, d], and None in place of attention weights.
+
+    Raises:
+        RuntimeError: there is no layout; tokens would attend to other sequences.
+        ValueError: a sequence is longer than the model's sliding window.
     """
     if packed_layout is None:
         raise RuntimeError(
@@ -127,7 +150,7 @@ def packed_attention(
         k, v = _for_every_head(q, k, v)
     parts = []
     for index in packed_layout.groups:
-        # No names for the groups: they would be held beside those of the next one.
+        # Do not give these tensors names: a name would keep them in memory while the next group is computed.
         out = torch.nn.functional.scaled_dot_product_attention(
             _grouped(q, index),
             _grouped(k, index),

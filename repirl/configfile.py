@@ -1,7 +1,7 @@
-"""Where a configuration comes from: presets, a YAML file, overrides; and what is said of one that is wrong.
+"""Reads a configuration from a preset, a YAML file and overrides, and explains what is wrong with it.
 
-A configuration is a preset (optional), then a YAML file, then overrides `--a.b value`. Relative paths count
-from the working directory. Whatever is wrong with one is a `ConfigError` with one clear message.
+A configuration is an optional preset, then a YAML file, then overrides `--a.b value`; later ones win. Relative paths
+start at the working directory. Every mistake in a configuration raises `ConfigError` with one clear message.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from repirl.strict_yaml import YAMLProblem, dump_yaml, load_yaml
 
 
 def list_presets() -> list[str]:
+    """The names of the presets that come with repirl."""
     folder = resources.files("repirl") / "presets"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The values of a shipped preset; ConfigError with the list where there is none of that name."""
+    """The values of a preset that comes with repirl.
+
+    Raises:
+        ConfigError: no preset has this name. The message lists all names.
+    """
     if name not in list_presets():
         raise ConfigError(
             f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
@@ -32,9 +37,14 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Preset (key `preset` of the file, or `--preset`), file, overrides, in this order.
+    """Load a configuration: the preset, then the file, then the overrides; later ones win.
 
-    overrides: ["--a.b", "value", "--c=value", ...]; values are read as YAML.
+    Args:
+        path: the YAML file, or None. Its key `preset` names the preset; an override `--preset` wins over it.
+        overrides: ["--a.b", "value", "--c=value", ...]; see `parse_overrides`.
+
+    Raises:
+        ConfigError: the file cannot be read, or an option is unknown or wrong.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -56,7 +66,11 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 
 def build_config(values: dict[str, Any]) -> Config:
-    """Validate plain values; ConfigError with the first thing that is wrong."""
+    """Make a configuration from plain values.
+
+    Raises:
+        ConfigError: a value is wrong. The message explains the first such value and counts the others.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -64,8 +78,14 @@ def build_config(values: dict[str, Any]) -> Config:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """["--a.b", "1"] or ["--a.b=1"] -> {"a": {"b": 1}}; values are read as YAML, but what an option takes as text is
-    that text (null: None, where the option allows it)."""
+    """Turn ["--a.b", "1"] or ["--a.b=1"] into {"a": {"b": 1}}.
+
+    Values are read as YAML. But if an option takes a string, the value is used as it is; only `null` and `~` mean None
+    if the option allows None.
+
+    Raises:
+        ConfigError: an argument is not an option, an option has no value, or a value is not valid YAML.
+    """
     values: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -103,7 +123,7 @@ def _read_value(name: str, text: str) -> Any:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, section by section."""
+    """A copy of `base` with the values of `changes`; sections are merged, other values are replaced."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -117,8 +137,8 @@ def describe(config: Config) -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _section_at(location: tuple[Any, ...]) -> type[BaseModel] | None:

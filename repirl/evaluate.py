@@ -17,7 +17,13 @@ from repirl.work import PhaseTimer
 
 
 def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
-    """Share of held-out prompts that the policy answers right; greedy at eval.temperature 0."""
+    """The accuracy: the share of held-out prompts that the policy answers correctly.
+
+    Args:
+        sampler: samples and judges the answers.
+        held_out: the prompts, of which the first `eval.num_prompts` are used.
+        config: the run's configuration. `eval.temperature` 0 means greedy decoding.
+    """
     prompts = held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
     judged = sampler.ask(prompts, seeds, config.eval.temperature)
@@ -25,9 +31,17 @@ def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, int]:
-    """(accuracy, number of prompts) of a checkpoint's policy, or of policy.model itself without one.
+    """Evaluate the policy of a checkpoint on the held-out prompts.
 
-    ConfigError without held-out data, or where the checkpoint is missing.
+    Args:
+        config: the run's configuration.
+        checkpoint: the checkpoint's folder; None evaluates `policy.model` as it is.
+
+    Returns:
+        The accuracy, and the number of prompts.
+
+    Raises:
+        ConfigError: `data.eval` is not set, or the checkpoint does not exist.
     """
     if config.data.eval is None:
         raise ConfigError("data.eval is not set: there are no held-out prompts to evaluate on")

@@ -1,4 +1,4 @@
-"""A model with what it takes to train it: token streams out of it, gradients into it. It knows no algorithm."""
+"""A model with its optimiser: it computes outputs for every token, and is updated with an objective's gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from repirl.work import Work
 
 
 class Loss(Protocol):
-    """What an update needs of an objective."""
+    """The part of an objective that an update uses."""
 
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
         """See objectives.Objective.loss."""
@@ -41,21 +41,21 @@ class Loss(Protocol):
 
 
 class TrainingError(RunError):
-    """The run cannot go on: what it computes is no longer finite."""
+    """Training cannot go on: losses or gradients are not finite."""
 
 
 class Learner:
-    """A model, and with an optimiser its schedule and counters.
+    """A model and, if it is trained, its optimiser, schedule and counters.
 
     Args:
-        model: a fused model (models.fuse), sharded where `world.mesh` says so.
-        optimizer: None for a frozen model.
-        num_updates: optimiser updates that the schedule is laid out for.
-        tokens_per_microbatch: what one forward and backward pass may hold.
-        temperature: the sampling temperature, at which the model's distribution is read.
-        adapter: which of the adapters of a shared model (adapters.add_adapters) this is, None for its base.
-        world: the processes that share the work; each of them calls the same methods with the same batches.
-        work: counts what was computed.
+        model: a fused model (`models.fuse`); it is sharded if `world.mesh` is set.
+        optimizer: the options of the optimiser; None for a frozen model.
+        num_updates: the number of optimiser updates that the learning-rate schedule spans.
+        tokens_per_microbatch: the largest number of tokens in one forward and backward pass.
+        temperature: the sampling temperature; log-probabilities are those at this temperature.
+        adapter: the name of this learner's adapter in a shared model (`adapters.add_adapters`); None for the base.
+        world: the processes that share the work. All of them call the same methods with the same batches.
+        work: the counter to which computed tokens and FLOPs are added.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class Learner:
         self.tokens_per_microbatch = tokens_per_microbatch
         self.temperature = temperature
         self.adapter, self.shares_model = adapter, is_shared(model)
-        # Whether outputs are those of a one-output head rather than of the distribution over the vocabulary.
+        # Whether the model has a head with one output (a value), not one over the vocabulary.
         self.reads_values = not hasattr(model, "lm_head") or (adapter is not None and has_value_head(model, adapter))
         self.residency: Residency | None = None
-        # Training mode everywhere, for checkpointing and because rollouts and updates must be one distribution:
-        # dropout would make pi_old differ from itself.
+        # Training mode, because activation checkpointing needs it. Without dropout, because rollouts and updates must
+        # use the same distribution.
         model.train()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         self.trained = self._trained_parameters() if optimizer else {}
         self.num_skipped_updates = self.num_skipped_in_a_row = 0
-        # Of the weights: whoever has a copy of them sees by it whether it is the present one.
+        # Increases when the weights change. An engine with a copy of the weights compares it to see if its copy is old.
         self.version = 0
         self.optimizer: torch.optim.Optimizer | None = None
         if optimizer is None:
@@ -113,8 +113,10 @@ class Learner:
         return self.world.device
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter once, whole, by its Hugging Face name, as a sampling engine loads it; where the model is
-        sharded, every process has to go through all of them."""
+        """Every parameter once, complete, by its Hugging Face name, as a sampling engine loads it.
+
+        If the model is sharded, all processes must go through all parameters: each one is gathered from all processes.
+        """
         self._activate()
         if self.shares_model:
             yield from merged_weights(self.model, self.adapter)
@@ -122,23 +124,23 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             yield name, whole(parameter.detach())
 
-    # What a checkpoint holds.
+    # The state that a checkpoint saves.
 
     def model_state(self) -> dict[str, Any]:
-        """Weights, sharded as they are: all of the model's, or of a shared model those that are trained here."""
+        """The weights, sharded as they are: of the whole model, or of this learner's adapter in a shared model."""
         self._activate()
         state: dict[str, Any] = get_model_state_dict(self.model)
         return {name: state[name] for name in self.trained} if self.shares_model else state
 
     def load_model_state(self, state: dict[str, Any]) -> None:
-        """Take back what `model_state` gave."""
+        """Restore weights that `model_state` returned."""
         self._activate()
         set_model_state_dict(self.model, state, options=StateDictOptions(strict=not self.shares_model))
         self.version += 1
 
     @property
     def counters(self) -> dict[str, int]:
-        """Plain numbers that belong to its state: updates that the schedule has counted, and skipped ones."""
+        """The numbers in the learner's state: updates that the schedule has counted, and skipped updates."""
         return {
             "num_updates": self.scheduler.last_epoch,
             "num_skipped_updates": self.num_skipped_updates,
@@ -146,22 +148,27 @@ class Learner:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that this learner needs to go on: `model` and `optimizer` (tensors, sharded as they are) and `counters`
-        (plain numbers). Empty for a frozen one."""
+        """The state from which training can go on.
+
+        Returns:
+            `model` and `optimizer` (tensors, sharded as they are) and `counters` (numbers). Empty for a frozen learner.
+        """
         if self.optimizer is None:
             return {}
         model = self.model_state()
         never_stepped = not self.optimizer.state
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         if never_stepped:
-            # To have moments to write, PyTorch has made a step with gradients of zero: it must not count.
+            # To create the moments, PyTorch has made a step with zero gradients. This step must not count.
             for state in self.optimizer.state.values():
                 state["step"].zero_()
         return {"model": model, "optimizer": optimizer, "counters": self.counters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave. The optimiser's options and the schedule stay those of this learner, so
-        that a run can go on with others than it began with."""
+        """Restore a state that `state_dict` returned.
+
+        The optimiser's options and the schedule are not restored: a resumed run may use new ones.
+        """
         assert self.optimizer is not None
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.load_model_state(state["model"])
@@ -174,7 +181,7 @@ class Learner:
         self.num_skipped_in_a_row = counters["num_skipped_in_a_row"]
 
     def _set_num_updates(self, count: int) -> None:
-        """Go on as if `count` updates had been made: the schedule's place, and the rate that belongs to it."""
+        """Set the schedule's position, and the learning rate that belongs to it, as after `count` updates."""
         assert self.optimizer is not None
         self.scheduler.last_epoch, self.scheduler._step_count = count, count + 1
         rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
@@ -186,7 +193,7 @@ class Learner:
                 group["lr"] = rate
 
     def _activate(self) -> None:
-        """Bring this learner's tensors to the device, where idle ones leave it, and switch its adapter on."""
+        """Bring this learner's tensors to the device if they were moved away, and switch on its adapter."""
         if self.residency is not None:
             self.residency.use(self)
         if self.shares_model:
@@ -194,7 +201,10 @@ class Learner:
 
     @contextmanager
     def ordinary_model(self) -> Iterator[PreTrainedModel]:
-        """The model for ordinary forward passes (padded batches, KV cache, no gradients) by this process alone."""
+        """A context with the model set up for padded batches and a KV cache, without gradients.
+
+        Inside, each process runs forward passes independently of the others.
+        """
         self._activate()
         training = self.model.training
         self.model.eval()
@@ -223,8 +233,11 @@ class Learner:
         return outputs
 
     def _microbatches(self, batch: PackedBatch, flops_factor: int) -> Iterator[tuple[list[int], PackedBatch]]:
-        """This process's micro-batches: the sequences' places in `batch`, and a batch of them. Where others have one
-        more, the places are empty and the batch is some sequence: sharded models have to be run together."""
+        """This process's micro-batches: the indices of the sequences in `batch`, and a batch of these sequences.
+
+        All processes get equally many, because a sharded model must run on all processes at once. A process that has
+        no sequences left gets empty indices and a batch of one short sequence, whose results are not used.
+        """
         costs = forward_flops(self.model, batch, self.reads_values)
         mine = batch.microbatches(self.tokens_per_microbatch, self.world.size, costs)[self.world.rank]
         for sequences in mine:
@@ -235,7 +248,15 @@ class Learner:
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
-        """Outputs for every response token [R], on the CPU, without gradients; at another temperature on request."""
+        """Outputs for every response token, without gradients.
+
+        Args:
+            batch: the sequences.
+            temperature: the temperature of the log-probabilities; None for the learner's own.
+
+        Returns:
+            Name -> [R] float32 on the CPU, the same on all processes.
+        """
         self._activate()
         collected: Outputs = {}
         for sequences, micro in self._microbatches(batch, flops_factor=1):
@@ -248,16 +269,20 @@ class Learner:
         return {name: self.world.sum(stream) for name, stream in collected.items()}
 
     def update(self, batch: PackedBatch, objective: Loss) -> Metrics:
-        """One update on the whole batch, micro-batch by micro-batch; the loss is the sum over micro-batches.
+        """Make one update on the whole batch, in micro-batches. The loss is the sum over all micro-batches.
 
-        Normalisers belong into `objective`, computed over the whole batch, so that how the batch is cut and dealt out
-        to processes changes nothing. An update whose loss or gradient is not finite is skipped and counted.
+        An update whose loss or gradient is not finite is skipped and counted.
+
+        Args:
+            batch: the sequences.
+            objective: computes the loss. Its normalisers must be those of the whole batch; then the gradient does not
+                depend on how the batch is divided into micro-batches and over processes.
 
         Returns:
             `loss`, `grad_norm` before clipping, `lr`, `skipped_updates` so far, and the objective's figures.
 
         Raises:
-            TrainingError: after `max_skipped_updates` skipped updates in a row.
+            TrainingError: `max_skipped_updates` updates in a row were skipped.
         """
         assert self.optimizer is not None, "a frozen model cannot be updated"
         self._activate()
@@ -274,7 +299,7 @@ class Learner:
                     counts[name] += count
             else:
                 loss = 0.0 * torch.stack([values.sum() for values in outputs.values()]).sum()
-            # FSDP averages gradients over the processes, here they are to be added.
+            # FSDP takes the mean of the gradients over the processes, but the loss is a sum over them.
             (loss * self.world.size).backward()
         reshard(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)))
@@ -287,7 +312,7 @@ class Learner:
         return metrics | {name: total / counts[name] for name, total in totals.items()}
 
     def _apply(self, loss: float, norm: float) -> None:
-        """Step the optimiser where loss and gradient are finite; TrainingError after too many that are not."""
+        """Step the optimiser if loss and gradient are finite. Raises TrainingError after too many skipped updates."""
         assert self.optimizer is not None
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
@@ -297,7 +322,7 @@ class Learner:
             self.num_skipped_updates += 1
             self.num_skipped_in_a_row += 1
         self.scheduler.step()
-        # Now and not before the next update: until then other models want the memory.
+        # Free the gradients now, not before the next update: other models need the memory until then.
         self.optimizer.zero_grad(set_to_none=True)
         if self.num_skipped_in_a_row >= self.max_skipped_updates:
             raise TrainingError(
@@ -308,7 +333,7 @@ class Learner:
 
 
 def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every process's numbers, by name, added up."""
+    """The sum of all processes' numbers, by name."""
     total: dict[str, Any] = defaultdict(int)
     for part in parts:
         for name, value in part.items():
@@ -317,11 +342,15 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters; weight decay for matrices only. ConfigError where 8-bit state has no torchao."""
+    """Make an AdamW optimiser. Weight decay applies only to parameters with two or more dimensions.
+
+    Raises:
+        ConfigError: `state_bits` is 8 and the package torchao is not installed.
+    """
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    # Fused: one pass over the parameters, and no copies of them on a GPU.
+    # The fused version goes through the parameters once, and makes no copies of them on a GPU.
     factory: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
     if config.state_bits == 8:
         try:
@@ -334,9 +363,17 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig
 
 
 def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:
-    """Recompute each layer's activations in backward; offload: what is kept of a layer waits in host memory."""
+    """Recompute the activations of each layer in the backward pass instead of keeping them.
+
+    Args:
+        model: the model to change.
+        offload: keep the inputs of the layers in host memory until the backward pass.
+
+    Raises:
+        ConfigError: `offload` needs a newer release of transformers.
+    """
     options: dict[str, Any] = {"offload": True} if offload else {}
-    # transformers renamed it; the older name warns, the newer one is missing in older releases.
+    # transformers renamed this method: older releases have only the old name, newer ones warn about it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False}, **options)

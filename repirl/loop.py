@@ -1,7 +1,7 @@
-"""The training loop: turns of whatever the system in systems.py says.
+"""The training loop. A row of systems.py says which learners a turn trains, and how.
 
-An online turn is rePIRL's (Wu et al., ICML 2026, algorithm 1): sample, verify, update the PRM, update the policy. An
-offline turn updates on data alone. Neither knows a system by name.
+An online turn is that of rePIRL (Wu et al., ICML 2026, algorithm 1): sample, verify, update the PRM, update the policy.
+An offline turn updates the learners on data, without sampling. The code here does not depend on a system's name.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from repirl.work import peak_flops_of, peak_memory_bytes
 
 
 def train(config: Config, *, resume: bool = False) -> int:
-    """Train `config.steps` turns, from the newest sound checkpoint with `resume`; returns the turns done in all.
+    """Train until `config.steps` turns are done. With torchrun all processes call this.
 
-    Under torchrun every process calls it.
+    Args:
+        config: the run's configuration.
+        resume: go on from the newest complete checkpoint in `config.output_dir`.
+
+    Returns:
+        The number of turns that are done, with those before the checkpoint.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the models or the checkpoint.
+        RunError: training cannot go on: too many updates that are not finite, or an engine that does not work.
     """
     goes_on = check_output_dir(config, resume)
     run = build(config)
@@ -30,7 +39,7 @@ def train(config: Config, *, resume: bool = False) -> int:
     try:
         _train(run, resume=goes_on)
     except (TrainingError, MismatchError):
-        # On all processes alike: a checkpoint that is being written can be completed.
+        # All processes get these errors together, so they can still complete a checkpoint that is being written.
         run.checkpointer.finish()
         run.abort()
         raise
@@ -57,12 +66,13 @@ def _train(run: Run, *, resume: bool) -> None:
             metrics |= timer.step_metrics(run.world, peak_flops)
             metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
             reporter.log(done, metrics)
-            # After the log: a turn that a checkpoint holds has its line. Its seconds count for the next one.
+            # Log first, so that every turn in a checkpoint has its line in the log. The time for saving is therefore
+            # reported with the next turn.
             with timer("checkpoint"):
                 if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
                     run.save(done, metrics.get("eval/accuracy"))
                 run.checkpointer.poll()
-        # What is still being written may fail, and belongs to the run.
+        # Wait for the last checkpoint here, so that an error while it is written is an error of the run.
         run.checkpointer.finish()
 
 
@@ -73,7 +83,7 @@ def _evaluate(run: Run) -> Metrics:
 
 
 def offline_turn(run: Run) -> Metrics:
-    """Update each learner on data."""
+    """Update each learner on data, without sampling."""
     metrics: Metrics = {}
     for name in run.objectives:
         metrics |= update(run, name, None)
@@ -81,7 +91,7 @@ def offline_turn(run: Run) -> Metrics:
 
 
 def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
-    """One turn of the dual loop."""
+    """One turn of the dual loop: sample and verify rollouts, then update each learner."""
     assert run.sampler is not None
     last = turn + 1 == run.config.steps
     reporter.phase("rollout")
@@ -97,7 +107,11 @@ def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
 
 
 def score_rollouts(run: Run, rollouts: PackedBatch) -> Metrics:
-    """What policy and reference say of rollouts; MismatchError where the sampler is not the policy."""
+    """Write log-probabilities under the policy and the reference into the rollouts, and check the sampler's.
+
+    Raises:
+        MismatchError: the sampler's log-probabilities are not the policy's.
+    """
     assert run.sampler is not None
     outputs = run.learners["policy"].score(rollouts)
     rollouts.write("old_logprob", outputs["logprob"])
@@ -109,7 +123,7 @@ def score_rollouts(run: Run, rollouts: PackedBatch) -> Metrics:
 
 
 def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
-    """This turn's updates of one learner, with its objective."""
+    """Make this turn's updates of one learner, with its objective; returns the metrics of the last update."""
     learner, objective = run.learners[name], run.objectives[name]
     prm = run.learners.get("prm")
     with run.timer(name):
@@ -119,7 +133,7 @@ def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
     metrics: Metrics = {}
     scored_by = None
     for _ in range(getattr(run.config, name).updates_per_step):
-        # Rewards are those of the present PRM; they are still, where it was not updated since.
+        # Compute the rewards with the current PRM, unless it has not changed since they were computed.
         if objective.reads_rewards and prm is not None and scored_by != prm.version:
             with run.timer(name if prm is learner else "reward"):
                 batch.write("reward", read_rewards(prm.score(batch), batch, run.config.prm))
@@ -127,5 +141,5 @@ def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
         with run.timer(name):
             metrics |= objective.prepare(batch)
             metrics |= learner.update(batch, objective)
-    found = {f"{name}/{key}": value for key, value in metrics.items()}
-    return found if rollouts is not None else found | {"tokens": batch.num_tokens}
+    named = {f"{name}/{key}": value for key, value in metrics.items()}
+    return named if rollouts is not None else named | {"tokens": batch.num_tokens}

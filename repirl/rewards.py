@@ -1,4 +1,4 @@
-"""How a PRM's token rewards are read off what its network says."""
+"""Computes a PRM's token rewards from the outputs of its network."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from repirl.config import PRMConfig
 
 
 def read_rewards(outputs: dict[str, Tensor], batch: PackedBatch, config: PRMConfig) -> Tensor:
-    """r_t of every response token [R] float32, by `config.reward`.
+    """The reward r_t of every response token, by the definition that `config.reward` names.
 
     Args:
-        outputs: what the PRM said of the batch (Learner.score, or a forward pass with gradients).
-        batch: `implicit` rewards read its stream `prm_ref_logprob`.
-        config: kind of reward, gamma and beta.
+        outputs: the PRM's outputs for the batch, from `Learner.score` or from a forward pass with gradients.
+        batch: the batch. Rewards of kind `implicit` read its stream `prm_ref_logprob`.
+        config: the kind of reward, gamma and beta.
+
+    Returns:
+        [R] float32, differentiable with respect to `outputs`.
     """
     reference = None
     if config.reward == "implicit":

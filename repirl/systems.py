@@ -1,7 +1,7 @@
-"""The table of training systems: what each trains and reads, on which data, and which objective updates what.
+"""The table of training systems: which learners each one trains, on which data, and with which objectives.
 
-A new system is a row here and a file in `objectives/`. The table is read to check a configuration, which must not wait
-for torch: so it names objectives, and objectives.load_objectives imports them.
+To add a system, add a row here and a file in `objectives/`. Checking a configuration reads this table and must not
+import torch, which is slow. So the table holds the objectives' names; `objectives.load_objectives` imports them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class System:
-    """One row.
+    """One row of the table.
 
-    summary: what it is, for people. objectives: learner ("policy", "prm", ...) -> "module:class" of the
-    `objectives.Objective` that it is trained with, in the order of their updates. data: which data it learns from
-    ("prompts", "answers", "experts"). online: whether a turn samples from the policy. reads: frozen learners that it
-    needs ("prm"); whether it needs the frozen reference, the objectives say, as it depends on options.
+    Args:
+        summary: one line about the system, for users.
+        objectives: for each learner that is trained ("policy", "prm", ...), the "module:class" of its
+            `objectives.Objective`. Learners are updated in this order.
+        data: the kinds of data that the system needs ("prompts", "answers", "experts").
+        online: whether a turn samples from the policy.
+        reads: the frozen learners that the system needs ("prm"). The frozen reference is not listed: whether it is
+            needed depends on options (`Objective.needs_reference`).
     """
 
     summary: str

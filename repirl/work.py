@@ -1,4 +1,4 @@
-"""What was computed, in what time and with what memory: the counters behind a step's metrics."""
+"""Counters of tokens, FLOPs, time and memory, from which a step's metrics are computed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ from repirl.distributed.world import World
 
 @dataclass
 class Work:
-    """What a process has computed so far. tokens: packed through a model or sampled · slots: positions that
-    attention ran on for them, padding included · flops: model FLOPs (models.forward_flops, three times that with
-    gradients)."""
+    """What a process has computed so far.
+
+    Args:
+        tokens: tokens that went through a model in a packed batch, or were sampled.
+        slots: positions on which attention ran for these tokens, with padding.
+        flops: model FLOPs: `models.forward_flops`, times three where gradients were computed.
+    """
 
     tokens: int = 0
     slots: int = 0
@@ -29,7 +33,11 @@ class Work:
 
 
 class PhaseTimer:
-    """`with timer("rollout"): ...` adds up seconds and work by phase. work: the counter that the phases add to."""
+    """Adds up seconds and work by phase: `with timer("rollout"): ...`.
+
+    Args:
+        work: the counter that the code inside the phases increases; None makes a new one.
+    """
 
     def __init__(self, work: Work | None = None) -> None:
         self.work = work or Work()
@@ -50,31 +58,40 @@ class PhaseTimer:
             self._work[phase] = [sum(x) for x in zip(self._work.get(phase, [0.0] * len(done)), done, strict=True)]
 
     def step_metrics(self, world: World | None = None, peak_flops: float | None = None) -> dict[str, float]:
-        """Since the last call: {"seconds/PHASE": ..., "seconds/step": wall seconds}, and for phases that ran models
-        "tokens_per_second/PHASE" and "padding/PHASE" (share of attention's positions without a token) over all
-        processes, and with `peak_flops` (of one process's device, per second) "mfu/PHASE".
+        """The metrics since the last call; then start again from zero. All processes call this together.
+
+        Args:
+            world: the processes whose work is added up; None for this one alone.
+            peak_flops: FLOPs per second that one process's device can do; None leaves out "mfu/PHASE".
+
+        Returns:
+            "seconds/PHASE", and "seconds/step" for everything since the last call, measured on this process. For each
+            phase that ran a model, over all processes: "tokens_per_second/PHASE", "padding/PHASE" (the share of
+            attention's positions that hold no token), and "mfu/PHASE" (the share of `peak_flops` that was used).
         """
         now = time.perf_counter()
-        found = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
-        # The same phases in the same order everywhere, as every process takes the same steps.
+        metrics = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
+        # All processes have the same phases in the same order, because they take the same steps.
         totals = torch.tensor(list(self._work.values()), dtype=torch.float64)
         size = 1
         if world is not None and totals.numel():
             totals, size = world.sum(totals), world.size
         for (phase, seconds), (tokens, slots, flops) in zip(self._seconds.items(), totals.tolist(), strict=True):
             if tokens:
-                found[f"tokens_per_second/{phase}"] = tokens / seconds
-                found[f"padding/{phase}"] = 1.0 - tokens / slots if slots else 0.0
+                metrics[f"tokens_per_second/{phase}"] = tokens / seconds
+                metrics[f"padding/{phase}"] = 1.0 - tokens / slots if slots else 0.0
                 if peak_flops:
-                    found[f"mfu/{phase}"] = flops / (seconds * size * peak_flops)
-        found["seconds/step"] = now - self._start
+                    metrics[f"mfu/{phase}"] = flops / (seconds * size * peak_flops)
+        metrics["seconds/step"] = now - self._start
         self._seconds, self._work, self._start = {}, {}, now
-        return found
+        return metrics
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square product on this device with the threads in use: what utilisation is
-    measured against where the data sheet's figure is not given."""
+    """Measure FLOPs per second of a large square matrix product on this device, with the current number of threads.
+
+    Utilisation ("mfu") is relative to this figure unless `log.peak_tflops` is set.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
@@ -88,18 +105,18 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """High-water mark of the GPU's memory, or for the CPU of the process's resident memory."""
+    """The peak, in bytes, of allocated GPU memory; on a CPU, of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(x.split()[1]) * 1024 for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
-    # Only Linux has /proc; macOS counts in bytes.
+    # Systems other than Linux have no /proc. getrusage gives bytes on macOS, KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let the high-water mark start anew, where the system allows it (Linux, CUDA)."""
+    """Reset the peak that `peak_memory_bytes` returns. This works on Linux and with CUDA; elsewhere it does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -108,7 +125,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_flops_of(config: Config, world: World) -> float:
-    """What one process's device can do a second: `log.peak_tflops`, or else a product timed here."""
+    """FLOPs per second of one process's device: `log.peak_tflops` if it is set, else measured here."""
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops * 1e12
     return measure_peak_flops(world.device, getattr(torch, config.computes_in))
