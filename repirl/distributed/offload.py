@@ -1,4 +1,4 @@
-"""The idle side of the loop leaves the device: parameters and optimiser state of models that do not work now."""
+"""Moves the parameters and optimiser states of idle models off the device, and back when they are needed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# What is smaller is not worth a copy.
+# Smaller storages stay on the device: moving them would save too little.
 _SMALLEST_BYTES = 1 << 16
-# PyTorch rounds pinned memory up to a power of two: pieces of such a size waste none of it, and fit whoever comes next.
+# PyTorch rounds the size of pinned memory up to a power of two. Pieces of this size waste nothing, and another learner
+# can use them again.
 _PIECE_BYTES = 1 << 26
 
 
 class Resident(Protocol):
-    """A model with its optimiser, as far as it matters here (learner.Learner)."""
+    """The parts of learner.Learner that this module uses."""
 
     residency: Residency | None
 
@@ -32,10 +33,14 @@ class Resident(Protocol):
 
 
 class Residency:
-    """At most one learner's tensors are on the device; `use` brings them there and sends the others away: into
-    pinned host memory from a GPU, into files under `folder` from a CPU.
+    """Keeps the tensors of at most one learner on the device.
 
-    Storages are emptied and refilled in place, so whatever refers to them, FSDP's views included, stays valid.
+    `use` moves the other learners' tensors away: from a GPU into pinned host memory, from a CPU into files. Storages
+    are emptied and filled again in place, so all references to them stay valid, also FSDP's views.
+
+    Args:
+        folder: where the files go.
+        name: the beginning of the files' names; different for each process.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -44,17 +49,17 @@ class Residency:
         self._learners: list[Resident] = []
 
     def add(self, learner: Resident) -> None:
-        """From now on the learner asks for its place before it works; it starts away."""
+        """Move the learner's tensors away. From now on the learner calls `use` before it computes."""
         learner.residency = self
         for parameter in learner.model.parameters():
-            # Weights that lie in a file mapped into memory cannot give it back.
+            # Weights in a memory-mapped file cannot be resized, so copy them into ordinary memory.
             if not isinstance(parameter, DTensor) and not parameter.untyped_storage().resizable():
                 parameter.data = parameter.data.clone()
         self._learners.append(learner)
         self._park(learner)
 
     def use(self, learner: Resident | None) -> None:
-        """Bring this learner's tensors to the device, after everybody else's have left; None: all leave."""
+        """Move the tensors of all other learners away, then this learner's to the device; None moves all away."""
         for other in self._learners:
             if other is not learner and id(other) not in self._away:
                 self._park(other)
@@ -62,13 +67,13 @@ class Residency:
             parked.restore()
 
     def use_all(self) -> None:
-        """Bring everything back, to save or to load it."""
+        """Bring all learners' tensors to the device, to save or load them."""
         for learner in self._learners:
             for parked in self._away.pop(id(learner), []):
                 parked.restore()
 
     def close(self) -> None:
-        """Bring everything back and remove the files."""
+        """Bring all learners' tensors to the device, and remove the files."""
         self.use_all()
         with suppress(OSError):
             # Other processes' files may still be there.
@@ -85,14 +90,18 @@ class Residency:
 
 
 class HostMemory:
-    """Memory that a GPU copies to and from (pinned), dealt out without gaps."""
+    """Allocates parts of large pieces of pinned host memory, without gaps between the parts."""
 
     def __init__(self, *, pinned: bool = True) -> None:
         self._pinned = pinned
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int) -> list[Tensor]:
-        """Stretches of bytes, as long together as asked for; what they lie in lives as long as they do."""
+        """Allocate memory.
+
+        Returns:
+            Tensors of bytes with `num_bytes` bytes in all. The memory is freed when no tensor refers to it any more.
+        """
         taken = []
         while num_bytes > 0:
             if self._rest.numel() == 0:
@@ -104,7 +113,7 @@ class HostMemory:
 
 
 class Parked:
-    """The content of one storage, elsewhere: in host memory, or without any in the file `path`."""
+    """The content of one storage that was moved away: in host memory, or (`host_memory` None) in the file `path`."""
 
     def __init__(self, storage: torch.UntypedStorage, path: Path, host_memory: HostMemory | None) -> None:
         self._storage, self._size, self._path = storage, storage.nbytes(), path
@@ -119,19 +128,20 @@ class Parked:
         storage.resize_(0)
 
     def _places(self) -> tuple[Tensor, ...]:
-        """Of the copy's parts in the storage."""
+        """The parts of the storage that belong to the parts of the copy."""
         return _bytes(self._storage).split([part.numel() for part in self._copy])
 
     def restore(self) -> None:
+        """Fill the storage again, and delete the file if there is one."""
         self._storage.resize_(self._size)
         if self._copy:
             for part, place in zip(self._copy, self._places(), strict=True):
                 place.copy_(part)
             return
         with open(self._path, "rb") as file:
-            found = file.readinto(_view(self._storage))
-        if found != self._size:
-            raise RuntimeError(f"{self._path} holds {found} of the {self._size} bytes that were put there")
+            num_read = file.readinto(_view(self._storage))
+        if num_read != self._size:
+            raise RuntimeError(f"{self._path} holds {num_read} of the {self._size} bytes that were put there")
         self._path.unlink()
 
 
@@ -140,13 +150,13 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _view(storage: torch.UntypedStorage) -> memoryview:
-    # Not by NumPy: a storage that was lent to it can never be resized again.
+    # Not through NumPy: a storage that NumPy has a view of can never be resized again.
     return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr()))
 
 
 def _storages(learner: Resident) -> list[torch.UntypedStorage]:
-    """Every storage of parameters and optimiser state once, whether several tensors share it or not."""
-    found: dict[int, torch.UntypedStorage] = {}
+    """The storages of all parameters and optimiser states, each once, even if several tensors share it."""
+    storages: dict[int, torch.UntypedStorage] = {}
     tensors: list[Tensor] = list(learner.model.parameters())
     if learner.optimizer is not None:
         for state in learner.optimizer.state.values():
@@ -156,12 +166,12 @@ def _storages(learner: Resident) -> list[torch.UntypedStorage]:
         local = tensor.detach()
         storage = (local.to_local() if isinstance(local, DTensor) else local).untyped_storage()
         if storage.nbytes() >= _SMALLEST_BYTES and storage.device == learner.device:
-            found[storage.data_ptr()] = storage
-    return list(found.values())
+            storages[storage.data_ptr()] = storage
+    return list(storages.values())
 
 
 def _parts(value: object) -> list[Tensor]:
-    """The plain tensors in an optimiser's state; a quantised moment is made of several."""
+    """The plain tensors of a value in an optimiser's state; a quantised moment consists of several."""
     if isinstance(value, DTensor):
         return _parts(value.to_local())
     if hasattr(value, "__tensor_flatten__"):

@@ -15,57 +15,65 @@ from transformers import PreTrainedModel
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, cpu_offload: bool = False) -> None:
-    """Shard a fused model in place: a unit a decoder layer, one for the rest; parameters may still be on `meta`.
+    """Shard a fused model in place, in units that are gathered one at a time.
 
-    compute_dtype: of gathered weights and activations; gradients are reduced, and added up, in float32.
-    cpu_offload: parameters, gradients and optimiser state stay in host memory.
+    Each decoder layer is a unit, embeddings and head are one each unless they are tied, and one unit is the rest.
+
+    Args:
+        model: the model; its parameters may still be on the device `meta`.
+        mesh: the processes that share the model.
+        compute_dtype: the dtype of gathered weights and of activations. Gradients are reduced and summed in float32.
+        cpu_offload: keep parameters, gradients and optimiser state in host memory.
     """
     on_gpu = mesh.device_type != "cpu"
-    # Inputs are integers; casting float ones, FSDP's default, would round what should not be rounded.
+    # By default FSDP casts floating-point inputs of a unit to param_dtype, which would round them.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy()
     layer_names = set(getattr(model, "_no_split_modules", None) or ())
     units: list[nn.Module] = [m for m in model.modules() if type(m).__name__ in layer_names]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # Tied weights are one parameter of two modules: it belongs to the unit that holds both, the root's.
+    # Tied weights are one parameter of two modules, so it must belong to the unit that contains both, the root.
     if head is not None and head.weight is not embeddings.weight:
         units += [embeddings, head]
-    # As an attribute that is no module or tensor, for whoever asks how the model computes.
+    # Record the dtype as a plain attribute; other code reads `model.compute_dtype`.
     model.__dict__["compute_dtype"] = compute_dtype
     for unit in [*units, model]:
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
 def units(model: nn.Module) -> list[FSDPModule]:
-    """The sharded units of a model, none if it is not sharded."""
+    """The sharded units of a model; an empty list if it is not sharded."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of gathered weights. The root keeps its own after a forward pass without gradients, and would go on
-    computing with them after an update."""
+    """Free the gathered weights.
+
+    After a forward pass without gradients the root unit keeps its gathered weights. Without this call it would still
+    use them after an update.
+    """
     for unit in units(model):
         unit.reshard()
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds the whole model and may run forward passes on its own, without the others."""
-    found = units(model)
-    for unit in found:
+    """A context in which every process has the whole model, and can run forward passes without the others."""
+    sharded = units(model)
+    for unit in sharded:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
-        for unit in found:
+        for unit in sharded:
             # The root is not resharded between forward and backward: backward needs it first.
             unit.set_reshard_after_forward(unit is not model, recurse=False)
             unit.reshard()
 
 
 def local_slices(parameter: DTensor) -> tuple[slice, ...] | None:
-    """Which part of a sharded parameter this process holds; None where it holds nothing."""
+    """The part of a sharded parameter that this process holds, one slice per axis; None if it holds nothing."""
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if 0 in shape:
         return None
@@ -73,5 +81,5 @@ def local_slices(parameter: DTensor) -> tuple[slice, ...] | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be a process's part of a larger one, gathered; every process has to ask."""
+    """The full tensor, gathered from all processes if it is sharded. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
-"""The processes of a run: who they are, how weights are laid over them, and what they tell each other.
+"""The processes of a run, the mesh over which weights are sharded, and sums and gathers over the processes.
 
-`torchrun` starts several, anything else one. Every process holds the whole batch (token ids and streams are small,
-and live on the CPU) and computes its share of it; what it found is then summed or gathered, so that every process
-goes on with the same numbers and the code above knows nothing of ranks.
+`torchrun` starts several processes; otherwise there is one. Every process holds the whole batch (token ids and streams
+are small, and are on the CPU) and computes a part of it. The results are then summed or gathered, so that all
+processes continue with the same numbers. Code that uses this module does not depend on the rank.
 """
 
 from __future__ import annotations
@@ -25,8 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """rank of size processes; device of this one; mesh: where weights are sharded (None: they are not); timeout: how
-    long one waits for the others."""
+    """The processes of a run, seen from one of them.
+
+    Args:
+        device: the device of this process.
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        mesh: the processes over which weights are sharded; None if weights are not sharded.
+        timeout: how long a process waits for the others.
+    """
 
     device: torch.device
     rank: int = 0
@@ -36,7 +43,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and shows what is written and shown once."""
+        """Whether this is the process that writes the log and files, and shows the display."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -46,11 +53,11 @@ class World:
         return values
 
     def maximum(self, value: float) -> float:
-        """The largest of all processes' values."""
+        """The largest value of all processes."""
         return max(self.gather([value]))
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """Everybody's items, by rank, on every process."""
+        """The items of all processes, in the order of ranks, on every process."""
         if self.size == 1:
             return list(items)
         parts: list[Sequence[T]] = [()] * self.size
@@ -58,13 +65,17 @@ class World:
         return [item for part in parts for item in part]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device that the configuration asks for; ConfigError where it asks for CUDA and there is none."""
+    """The device of this process, as the option `device` says.
+
+    Raises:
+        ConfigError: the option is "cuda" and PyTorch finds no GPU.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' but PyTorch sees no GPU here; use device: cpu or device: auto")
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -73,9 +84,11 @@ def pick_device(config: Config) -> torch.device:
 
 
 def join_world(config: Config) -> World:
-    """Take this process's place among those that torchrun started, or be the only one.
+    """Join the processes that torchrun started, or form a world of one process without torchrun.
 
-    ConfigError where the number of processes does not fit `parallel.replicate`, or a process has no GPU of its own.
+    Raises:
+        ConfigError: `parallel.replicate` does not divide the number of processes, or there are more processes than
+            GPUs.
     """
     device = pick_device(config)
     if dist.is_initialized():
@@ -94,9 +107,8 @@ def join_world(config: Config) -> World:
                 "most one process a GPU (torchrun --nproc-per-node), or set device: cpu"
             )
         torch.cuda.set_device(device)
-    # One process shards its weights too where only a sharded model can do what is asked for: computing in another
-    # type than that of the parameters, or keeping these in host memory.
-    # (Adapters keep a type of their own without that.)
+    # A single process shards its weights, too, if the options need a sharded model: to compute in another dtype than
+    # that of the parameters, or to keep parameters in host memory. (With adapters, another dtype needs no sharding.)
     alone = size == 1
     same_type = config.computes_in == config.dtype or config.adapters is not None
     if alone and same_type and not config.parallel.cpu_offload:
@@ -109,7 +121,7 @@ def join_world(config: Config) -> World:
     if replicate == 1:
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
-        # A mesh of two dimensions would make groups that do not know the timeout.
+        # init_device_mesh would create these groups without the timeout.
         ranks = torch.arange(size).view(replicate, -1)
         groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0] for rows in (ranks.T, ranks)]
         mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
@@ -117,6 +129,6 @@ def join_world(config: Config) -> World:
 
 
 def leave_world() -> None:
-    """End the process group, where there is one: its threads have been seen to abort an interpreter that ends."""
+    """Destroy the process group if there is one. If it stays, its threads can crash the interpreter at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a learner is trained for: one file an objective, all of one shape."""
+"""The objectives that learners are trained with: one file for each, all with the same interface."""
 
 from __future__ import annotations
 
@@ -12,29 +12,39 @@ from repirl.batch import PackedBatch
 from repirl.config import Config
 from repirl.data import Data
 
-# What a model says about each response token of a (micro-)batch: name -> [R] float32.
+# A model's outputs for each response token of a (micro-)batch: name -> [R] float32.
 Outputs = dict[str, Tensor]
 Metrics = dict[str, float]
-# Name -> (sum, count) of a figure over a micro-batch. What is reported is the quotient of the sums of both over all
-# micro-batches and processes.
+# Name -> (sum, count) of a figure over a micro-batch. Both are added up over all micro-batches and processes; their
+# quotient is reported.
 Figures = dict[str, tuple[Tensor, int]]
 
 
 def load_objectives(places: Mapping[str, str]) -> dict[str, type[Objective]]:
-    """The classes of a row of systems.py, by learner; places: `System.objectives`."""
-    found = {}
+    """Import the objectives of a row of systems.py.
+
+    Args:
+        places: `System.objectives`: learner -> "module:class".
+
+    Returns:
+        The classes, by learner.
+    """
+    objectives = {}
     for learner, place in places.items():
         module, _, name = place.partition(":")
-        found[learner] = getattr(importlib.import_module(module), name)
-    return found
+        objectives[learner] = getattr(importlib.import_module(module), name)
+    return objectives
 
 
 class Objective(ABC):
-    """The rules of one update; no model, no processes and no micro-batches are known here.
+    """The rules of an update. They do not depend on the model, the processes or the micro-batches.
 
-    Once a turn `select` says what to learn from. Then for each update: the PRM writes the stream `reward` (where
-    `reads_rewards`), `prepare` adds streams and computes what belongs to the whole batch, and the learner calls `loss`
-    for each micro-batch. So how a batch is cut and dealt out to processes changes no gradient.
+    In each turn `select` returns the batch to learn from. Then, for each update: if `reads_rewards`, the PRM writes the
+    stream `reward`; `prepare` adds streams and computes normalisers of the whole batch; the learner calls `loss` for
+    each micro-batch. So the gradient does not depend on how the batch is divided.
+
+    Args:
+        config: the run's configuration.
     """
 
     def __init__(self, config: Config) -> None:
@@ -42,30 +52,42 @@ class Objective(ABC):
 
     @classmethod
     def needs_reference(cls, config: Config) -> bool:
-        """Whether the stream `ref_logprob` is read: log-probabilities under the frozen initial policy."""
+        """Whether it reads the stream `ref_logprob`: log-probabilities under the frozen initial policy."""
         return False
 
     @property
     def reads_rewards(self) -> bool:
-        """Whether the stream `reward`, of the present PRM, is read."""
+        """Whether it reads the stream `reward`: the rewards of the current PRM."""
         return False
 
     @abstractmethod
     def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch | None:
-        """What this turn's updates are made on.
+        """Choose the batch for this turn's updates.
 
         Args:
-            rollouts: this turn's, scored by the policy (`old_logprob`) and verified; None in an offline system.
-            data: where experts come from.
+            rollouts: this turn's rollouts, verified and with the stream `old_logprob`; None in an offline system.
+            data: gives the expert trajectories.
 
         Returns:
-            A batch, or None where there is nothing to learn from this turn; that is reported as NAME/skipped.
+            The batch, or None to skip this turn's updates, which is reported as NAME/skipped.
         """
 
     def prepare(self, batch: PackedBatch) -> Metrics:
-        """Add the streams that `loss` reads, and keep the normalisers of the whole batch. Returns what to report."""
+        """Write the streams that `loss` reads, and keep the normalisers of the whole batch.
+
+        Returns:
+            Metrics to report.
+        """
         return {}
 
     @abstractmethod
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
-        """This micro-batch's share of the loss (a scalar; shares are added up), and figures to report."""
+        """The loss of one micro-batch.
+
+        Args:
+            outputs: the model's outputs for the micro-batch.
+            micro: the micro-batch.
+
+        Returns:
+            A scalar (the loss of the batch is the sum over its micro-batches), and figures to report.
+        """

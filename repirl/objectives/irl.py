@@ -1,8 +1,10 @@
 """PRM update: maximum-entropy inverse reinforcement learning from expert trajectories.
 
-rePIRL (Wu et al., ICML 2026), algorithm 1; Finn et al. 2016; Ziebart 2010. Two passes: `write_coefficients`
-turns scored rewards into one constant a token, the loss is then linear in the rewards, so memory stays that of
-one micro-batch while the gradient is that of the whole loss.
+There are two passes. The first (`write_coefficients`) computes one constant for each token from the rewards of the
+whole batch. In the second the loss is linear in the rewards, with these constants as coefficients. So only one
+micro-batch is in memory at a time, and the gradient is still that of the loss of the whole batch.
+
+Source: rePIRL (Wu et al., ICML 2026), algorithm 1; Finn et al. 2016; Ziebart 2010.
 """
 
 from __future__ import annotations
@@ -28,14 +30,15 @@ from repirl.rewards import read_rewards
 
 
 class IRL(Objective):
-    """n_prm updates on experts against rollouts; the rewards of each are those of the PRM as it is then."""
+    """Updates of the PRM on experts and rollouts. Each update uses the rewards of the PRM just before it."""
 
     num_tokens: int
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        # log mu: what the trainer says of the weights that sampled. Only the sampler itself knows of older ones, and of
-        # adapters that it has rounded together with their base.
+        # The stream with log mu, the log-probability under the weights that sampled. The trainer's own value
+        # (old_logprob) is more exact, but only the sampler has it if it samples from older weights, or from adapters
+        # that it has rounded together with their base.
         merged = config.adapters is not None and config.rollout.engine != "transformers"
         self.behaviour = "sampler_logprob" if config.rollout.overlap == "step" or merged else "old_logprob"
 
@@ -56,7 +59,7 @@ class IRL(Objective):
         return write_coefficients(batch, self.config.irl, self.behaviour)
 
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
-        """Second pass: sum of coefficient * reward, plus reward_l2 times the mean squared reward."""
+        """The second pass: the sum of coefficient * reward, plus reward_l2 times the mean squared reward."""
         reward = read_rewards(outputs, micro, self.config.prm)
         coefficient = micro.read("coefficient").to(reward.device)
         reward_l2 = self.config.irl.reward_l2
@@ -64,10 +67,15 @@ class IRL(Objective):
 
 
 def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: bool) -> PackedBatch | None:
-    """Experts first, then the rollouts that estimate Z.
+    """Join experts and rollouts: first the experts, then the rollouts that estimate the partition function Z.
 
-    With `use_outcome`, verified-correct rollouts join the experts and only failed ones estimate Z. None where
-    no rollout is left for Z: the loss would have no minimum.
+    Args:
+        experts: expert trajectories.
+        rollouts: this turn's verified rollouts.
+        use_outcome: count correct rollouts as experts, so that only the failed ones estimate Z.
+
+    Returns:
+        The batch; None if no rollout is left to estimate Z, because the loss would then have no minimum.
     """
     if not use_outcome:
         return concatenate([experts, rollouts])
@@ -79,16 +87,16 @@ def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: boo
 
 
 def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob") -> Metrics:
-    """First pass: importance weights of the rollouts, and from them the stream `coefficient`.
+    """The first pass: compute importance weights of the rollouts, and from them write the stream `coefficient`.
 
     Args:
-        batch: experts before rollouts, as `training_batch` makes it; of rollouts the streams `reward`, `behaviour` and,
-            for base_measure `reference`, `ref_logprob` are read.
-        config: how weights are made.
-        behaviour: the stream that holds log mu.
+        batch: a batch from `training_batch`, with the stream `reward`. The rollouts also need the stream that
+            `behaviour` names and, for base_measure `reference`, `ref_logprob`.
+        config: the options of the importance weights.
+        behaviour: the name of the stream that holds log mu.
 
     Returns:
-        The importance weights' diagnostics.
+        Diagnostics of the importance weights.
     """
     is_expert = batch.source == EXPERT
     experts, rollouts = batch.select(is_expert), batch.select(~is_expert)
@@ -110,7 +118,7 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
     coefficients = irl_coefficients(
         weights, log_weights, rollouts.response_cu_seqlens, experts.response_cu_seqlens, normalize=config.normalize
     )
-    # Experts stand before rollouts in a training batch, so their coefficients do, too.
+    # The batch has the experts first, so their coefficients come first, too.
     assert bool((batch.source.diff() >= 0).all())
     batch.write("coefficient", torch.cat([coefficients.expert, coefficients.policy]))
     diagnostics = importance_diagnostics(
@@ -121,5 +129,5 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
         expert_reward=experts.read("reward"),
         expert_cu_seqlens=experts.response_cu_seqlens,
     )
-    # NaN says that no group has the 21 samples that a tail fit needs: nothing is wrong, there is just no figure.
+    # pareto_k is NaN if no group has the 21 samples that the fit of the tail needs. That is no error: leave it out.
     return {name: value for name, value in diagnostics.items() if name != "pareto_k" or not math.isnan(value)}

@@ -1,6 +1,6 @@
 """Policy update: leave-one-out advantages and the clipped policy loss.
 
-Ahmadian et al. 2024 (RLOO); rePIRL (Wu et al., ICML 2026), algorithm 1 for outcome plus process rewards.
+Source: Ahmadian et al. 2024 (RLOO); for outcome plus process rewards rePIRL (Wu et al., ICML 2026), algorithm 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from repirl.objectives import Figures, Metrics, Objective, Outputs
 
 
 class RLOO(Objective):
-    """Advantages from outcomes and, where there is a PRM, from its rewards; then clipped updates on the rollouts."""
+    """Clipped updates on the rollouts, with advantages from outcomes and, if there is a PRM, from its rewards."""
 
     @classmethod
     def needs_reference(cls, config: Config) -> bool:
@@ -54,12 +54,13 @@ class RLOO(Objective):
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
         """Reads `advantage`, `loss_weight`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.
 
-        Figures, as means over all response tokens: the share whose gradient the clip removed; KL(pi_old || pi),
-        estimated as k3; pi_old / mu after truncation, and the share of those truncated; the KL term.
+        Figures, as means over all response tokens: `clip_fraction`, the share whose gradient the clip removed;
+        `approx_kl`, the k3 estimate of KL(pi_old || pi), in nats; `sampler_ratio`, pi_old / mu after truncation, and
+        `sampler_ratio_truncated`, the share that was truncated; `kl_reference`, the KL term.
         """
         config, logprob = self.config.loss, outputs["logprob"]
         old_logprob = micro.read("old_logprob").to(logprob.device)
-        found = policy_loss(
+        terms = policy_loss(
             logprob,
             old_logprob,
             micro.read("advantage").to(logprob.device),
@@ -74,10 +75,10 @@ class RLOO(Objective):
             kl_estimator=config.kl_estimator,
         )
         log_ratio = (logprob.detach() - old_logprob).double()
-        tokens = {"clip_fraction": found.clipped, "approx_kl": log_ratio.expm1() - log_ratio}
+        tokens = {"clip_fraction": terms.clipped, "approx_kl": log_ratio.expm1() - log_ratio}
         if config.sampler_ratio_cap is not None:
-            tokens |= {"sampler_ratio": found.sampler_ratio, "sampler_ratio_truncated": found.truncated}
+            tokens |= {"sampler_ratio": terms.sampler_ratio, "sampler_ratio_truncated": terms.truncated}
         if config.kl_coefficient != 0:
-            tokens["kl_reference"] = found.kl
+            tokens["kl_reference"] = terms.kl
         figures = {name: (x.sum(dtype=torch.float64), micro.num_response_tokens) for name, x in tokens.items()}
-        return (found.loss * micro.read("loss_weight").to(logprob.device)).sum(), figures
+        return (terms.loss * micro.read("loss_weight").to(logprob.device)).sum(), figures

@@ -10,7 +10,7 @@ from repirl.objectives import Figures, Metrics, Objective, Outputs
 
 
 class SFT(Objective):
-    """Normalised by the whole batch's number of response tokens."""
+    """The loss is divided by the number of response tokens in the whole batch."""
 
     num_tokens: int
 

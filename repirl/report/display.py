@@ -1,4 +1,4 @@
-"""What the terminal shows: a live display of a run, and tables."""
+"""Terminal output: a live display of a run, and tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# What people look at: metric, label, format.
+# The metrics that the display shows: name, label, format.
 SHOWN = [
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
     ("rollout/outcome", "train accuracy", "{:.1%}"),
@@ -27,7 +27,13 @@ SHOWN = [
 
 
 class ProgressDisplay:
-    """A bar, the running phase and the newest metrics; plain lines where the output is no terminal."""
+    """Shows a progress bar, the current phase and the newest metrics; prints plain lines if there is no terminal.
+
+    Args:
+        total_steps: the number of steps of the run.
+        title: stands in front of the bar.
+        console: where to print; None for standard output.
+    """
 
     def __init__(self, total_steps: int, title: str, *, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -54,10 +60,11 @@ class ProgressDisplay:
             self._live.stop()
 
     def phase(self, name: str) -> None:
+        """Show that a phase of the step begins."""
         self._progress.update(self._task, phase=name)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` steps are done, with these metrics."""
+        """Show that `step` steps are done, with the metrics of the last one."""
         for name, value in metrics.items():
             self._history.setdefault(name, []).append(value)
         self._progress.update(self._task, completed=step)
@@ -79,6 +86,7 @@ class ProgressDisplay:
 
 
 def sparkline(values: list[float], width: int = 32) -> str:
+    """The last `width` finite values as a line of bars of different heights; empty for fewer than two values."""
     values = [v for v in values if math.isfinite(v)][-width:]
     if len(values) < 2:
         return ""
@@ -88,7 +96,7 @@ def sparkline(values: list[float], width: int = 32) -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]], console: Console | None = None) -> None:
-    """A table whose cells are never cut or broken; where the output is narrow, its headings are stacked instead."""
+    """Print a table. Cells are never cut or broken; if the output is narrow, headings are broken into lines."""
     console = console or Console()
     for narrow in (False, True):
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, int(not narrow)))
@@ -100,6 +108,6 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]], console: 
         needed = Measurement.get(console, console.options.update(width=1000), table).maximum
         if needed <= console.width:
             break
-    # Wider than the output even so: long lines are better than lost digits.
+    # The table may still be wider than the output: long lines are better than lost digits.
     table.width = needed
     console.print(table, crop=False)

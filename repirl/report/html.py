@@ -1,7 +1,7 @@
 """A run as one self-contained HTML page: figures, learning curves, and solutions coloured token by token.
 
-The page fetches nothing: styles, drawings and a few lines of script stand in the file itself. It follows the
-reader's light or dark setting and the same report always gives the same bytes.
+The file contains its styles, drawings and a short script, and loads nothing from elsewhere. The page follows the
+reader's light or dark setting. The same report always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TypedDict
 
 
 class ComparisonTable(TypedDict):
-    """The final table; every row has a cell for every column, and the first column names the row."""
+    """The final table. Every row has a cell for every column; the first cell of a row is its name."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float]]
 
 
 class Series(TypedDict):
-    """One line of a chart. x and y are of one length; a y that is None or not finite leaves a gap."""
+    """One line of a chart. x and y have the same length; where y is None or not finite, the line has a gap."""
 
     name: str
     x: list[float]
@@ -31,7 +31,7 @@ class Series(TypedDict):
 
 
 class Curve(TypedDict):
-    """One chart; percent: y is a share in [0, 1] and is shown in percent."""
+    """One chart. percent: y is a share in [0, 1], shown in percent."""
 
     title: str
     xlabel: str
@@ -43,8 +43,8 @@ class Curve(TypedDict):
 class Variant(TypedDict):
     """One model's view of a solution: a reward for every token.
 
-    Tokens before response_start belong to the prompt and are not coloured. error_span: [first, past the last]
-    token of a known error.
+    Tokens before response_start belong to the prompt and are not coloured. error_span: a known
+    error, as the index of its first token and the index after its last one.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Variant(TypedDict):
 
 
 class Sample(TypedDict):
-    """One solution; correct: whether it is right, None if that is unknown."""
+    """One solution. correct: whether it is right; None if that is unknown."""
 
     title: str
     prompt: str
@@ -65,7 +65,7 @@ class Sample(TypedDict):
 
 
 class Report(TypedDict):
-    """What a page shows. configuration: YAML. Every text is plain text, escaped here."""
+    """The content of a page. configuration: YAML. All texts are plain text; they are escaped here."""
 
     title: str
     subtitle: str
@@ -77,13 +77,13 @@ class Report(TypedDict):
     samples: list[Sample]
 
 
-# Okabe and Ito's palette (2008), whose colours stay apart for colour-blind readers; brighter twins for dark pages.
+# Okabe and Ito's palette (2008): colour-blind readers can tell the colours apart. Brighter versions for dark pages.
 _SERIES_LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b0548a", "#a87400", "#2a9bd6", "#55585f")
 _SERIES_DARK = ("#58b0ea", "#ff8f4d", "#2fc79b", "#e69ac5", "#f0c14b", "#93d3f5", "#b4b8c0")
 # Reward colours from low over middle to high: vermilion and blue differ for colour-blind readers too.
 _REWARD_LIGHT = ("#c43c06", "#f3f4f6", "#0f62ab")
 _REWARD_DARK = ("#ff7f45", "#242a35", "#5cb0f5")
-# Of black and white, one has a contrast of 4.58 or more with whatever shade is behind it.
+# Black or white text: the better of the two has a contrast of at least 4.58 with any shade.
 _INKS = ("#000000", "#ffffff")
 _LEVELS = 7
 _WIDTH, _HEIGHT = 520, 290
@@ -92,9 +92,10 @@ _MINUS = "\u2212"
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
-    """Write the page as UTF-8; a page that was there is replaced at once or not at all.
+    """Write the page as UTF-8. An old page stays until the new one is complete.
 
-    ValueError: a part of the report is missing, or lists that belong together differ in length.
+    Raises:
+        ValueError: a part of the report is missing, or lists that belong together differ in length.
     """
     target = Path(path)
     temporary = target.with_name(target.name + ".tmp")
@@ -103,11 +104,11 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    """The page's text; ValueError as in `write_report`."""
+    """The page's text. Raises ValueError as `write_report` does."""
     missing = sorted(Report.__annotations__.keys() - report.keys())
     if missing:
         raise ValueError(f"the report lacks {', '.join(missing)}; repirl.report.html.Report says what it holds")
-    # A name has one colour on the whole page.
+    # A name has the same colour everywhere on the page.
     names = dict.fromkeys(series["name"] for curve in report["curves"] for series in curve["series"])
     shades = {name: f"s{index % len(_SERIES_LIGHT)}" for index, name in enumerate(names)}
     parts = [
@@ -123,7 +124,7 @@ def render(report: Report) -> str:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        # The browser itself forbids the page to fetch anything.
+        # Tell the browser that the page must not load anything.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n"
         f"<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n"
@@ -133,9 +134,9 @@ def render(report: Report) -> str:
 
 
 def reward_scale(rewards: Iterable[float]) -> tuple[float, float]:
-    """(centre, spread) of a colour scale: the median, and the 99th percentile of the distance from it.
+    """The centre of a colour scale (the median) and its spread (the 99th percentile of the distance from it).
 
-    A rare extreme token cannot wash out the others; it saturates. Values that are not finite are left out.
+    A few extreme tokens do not make the others pale: they get the last colour. Values that are not finite are ignored.
     """
     values = sorted(r for r in rewards if _finite(r))
     if not values:
@@ -146,7 +147,7 @@ def reward_scale(rewards: Iterable[float]) -> tuple[float, float]:
 
 
 def contrast(first: str, second: str) -> float:
-    """WCAG 2's contrast ratio of two #rrggbb colours, 1 to 21."""
+    """The contrast ratio of two colours #rrggbb, from 1 to 21, as WCAG 2 defines it."""
     bright, dark = sorted((_luminance(first), _luminance(second)), reverse=True)
     return (bright + 0.05) / (dark + 0.05)
 
@@ -169,7 +170,7 @@ def _header(report: Report) -> str:
 
 
 def _tiles(curves: Sequence[Curve], shades: dict[str, str]) -> str:
-    """The first percent chart in large figures: where each series ended and how far that is from its start."""
+    """The first percent chart as large numbers: the last value of each series, and its difference to the first one."""
     curve = next((c for c in curves if c["percent"]), None)
     if curve is None:
         return ""
@@ -254,7 +255,7 @@ def _points(series: Series) -> list[tuple[float, float | None]]:
 
 
 def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]], shades: dict[str, str]) -> str:
-    """The chart as SVG: grid, axes, one line a series broken at gaps, and a spot with its value for each point."""
+    """The chart as SVG: a grid, axes, a line for each series with its gaps, and a dot with its value for each point."""
     xs = [x for line in points for x, y in line if y is not None]
     ys = [y for line in points for _, y in line if y is not None]
     percent = curve["percent"]
@@ -293,7 +294,7 @@ def _drawing(curve: Curve, points: list[list[tuple[float, float | None]]], shade
             path = " ".join(f"{h:.1f},{v:.1f}" for h, v in (place(*point) for point in run))
             out.append(f'<polyline class="line" points="{path}"/>\n')
         spots = [(x, y) for x, y in line if y is not None]
-        # Lines of many points are read as lines; a spot for each would hide them.
+        # In a line with many points, dots would hide the line.
         crowded = " quiet" if len(spots) > 25 else ""
         for x, y in spots[:: math.ceil(len(spots) / 400)] if spots else []:
             h, v = place(x, y)
@@ -390,7 +391,7 @@ def _variant(variant: Variant, scale: tuple[float, float]) -> str:
 
 
 def _lowest(variant: Variant) -> str:
-    """Which token has the lowest reward, and whether it lies in the known error."""
+    """The text about the token with the lowest reward, and whether it is in the known error."""
     known = [(r, i) for i, r in enumerate(variant["rewards"]) if i >= variant["response_start"] and _finite(r)]
     if not known:
         return ""
@@ -440,14 +441,14 @@ def _yaml_line(line: str) -> str:
 
 
 def _escape(value: object) -> str:
-    """Safe as text and inside quotes. Control characters become their pictures, lone surrogates a question mark."""
+    """Escape a text for HTML, also inside quotes. Control characters become visible symbols, lone surrogates "?"."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
     return html.escape(text, quote=True)
 
 
 def _visible(token: str) -> str:
-    """Escaped, with faint signs for white space; the text that a reader copies stays the token itself."""
+    """Escape a token, and add pale signs for white space. Text that a reader copies does not contain these signs."""
     if token == "":
         return '<i class="w none"></i>'
     signs = {" ": '<i class="w"> </i>', "\n": '<i class="w nl">\n</i>', "\t": '<i class="w tab">\t</i>'}
@@ -473,7 +474,7 @@ def _finite(value: float | None) -> bool:
 
 
 def _ticks(low: float, high: float, num: int) -> list[float]:
-    """About `num` round values (1, 2 or 5 times a power of ten) from at or below `low` to at or above `high`."""
+    """About `num` round values (1, 2 or 5 times a power of ten); the first is <= `low`, the last >= `high`."""
     if high - low <= 1e-12 * max(1.0, abs(low), abs(high)):
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin

@@ -10,11 +10,15 @@ from typing import Any
 
 
 class MetricsLogger:
-    """Appends to OUTPUT_DIR/metrics.jsonl, one line a step, on disk before `log` returns.
+    """Appends one line for each step to OUTPUT_DIR/metrics.jsonl. The line is on disk when `log` returns.
 
-    start_step: a resumed run has finished that many steps; later lines of the killed run, and a half-written
-    last one, are cut away, so that no step stands there twice. Values that are not finite become null and are
-    named under "nonfinite".
+    Values that are not finite are written as null, and their names under "nonfinite".
+
+    Args:
+        output_dir: the run's folder.
+        tensorboard: write TensorBoard files, too.
+        start_step: the number of finished steps of a resumed run; 0 for a new one. Lines of later steps, and an
+            incomplete last line, are removed, so that no step is in the file twice.
     """
 
     def __init__(self, output_dir: str | os.PathLike, *, tensorboard: bool, start_step: int = 0) -> None:
@@ -56,7 +60,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a half-written last line, which a killed run may leave, is left out."""
+    """The lines of a metrics.jsonl, without an incomplete last line, which a killed run may leave."""
     lines = []
     for text in Path(path).read_text(encoding="utf-8").splitlines():
         try:

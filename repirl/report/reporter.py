@@ -12,7 +12,13 @@ from repirl.report.log import MetricsLogger
 
 
 class Reporter:
-    """What a run shows and writes as it goes: log file and display, by the main process only."""
+    """Writes a run's log file and shows its display. Only the main process does so; the others do nothing.
+
+    Args:
+        config: the run's configuration.
+        world: the processes of the run.
+        start_step: the number of finished steps of a resumed run; 0 for a new one.
+    """
 
     def __init__(self, config: Config, world: World, start_step: int) -> None:
         self._stack = ExitStack()
@@ -23,12 +29,12 @@ class Reporter:
             self._display = ProgressDisplay(config.steps, config.objective)
 
     def phase(self, name: str) -> None:
-        """A phase of the step begins."""
+        """Show that a phase of the step begins."""
         if self._display:
             self._display.phase(name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """`step` steps are done, with these metrics."""
+        """Write and show the metrics of a step; `step` counts finished steps, and step 0 is only written."""
         if self._logger and self._display:
             self._logger.log(step, metrics)
             if step:
