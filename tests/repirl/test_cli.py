@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from shared import ROOT
 from tiny import tiny_values
 
 from repirl.cli import NEEDED, main
 
-ROOT = Path(__file__).parents[2]
 BLOCK = """
 import importlib.abc, sys
 
@@ -97,7 +97,7 @@ def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
         (["--data.train", "nowhere.jsonl"], ["'nowhere.jsonl' does not exist"]),
         (["--data.prompt_column", "question"], ["no column 'question'", "data.prompt_column", "'prompt'"]),
         (["--data.solution_column", "proof"], ["no column 'proof'", "data.solution_column"]),
-        (["--data.max_prompt_tokens", "3"], ["row 0", "max_prompt_tokens is 3", "data.overlong: drop"]),
+        (["--data.max_prompt_tokens", "3"], ["line 1", "max_prompt_tokens is 3", "data.overlong: drop"]),
         (["--data.max_prompt_tokens", "1", "--data.overlong", "drop"], ["no row is left", "24 were over"]),
         (["--policy.model", "nowhere"], ["cannot load the tokenizer 'nowhere'"]),
         (["--device", "cuda"], ["PyTorch sees no GPU"]),
@@ -142,7 +142,7 @@ def test_mistakes_in_files_have_their_messages(file, tmp_path, capsys):
     for row, message in [
         ({"prompt": "1+1=", "answer": None, "solution": "2"}, "'answer' is null"),
         ({"prompt": "1+1=", "answer": "2", "solution": []}, "is an empty list"),
-        ({"prompt": "1+1=", "answer": "2", "solution": " "}, "holds an empty solution"),
+        ({"prompt": "1+1=", "answer": "2", "solution": " "}, "'solution' holds an empty text"),
     ]:
         path = file()
         append_row(tmp_path, row)
