@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from repirl.config import AdapterConfig, ConfigError
 from repirl.distributed.shard import local_slices, whole
@@ -44,6 +45,8 @@ def add_adapters(
         with warnings.catch_warnings():
             # That there are several is meant.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            # It sees by itself which layers hold their weights the other way round.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(lora, model, adapter_name=name)
     device = next(model.parameters()).device
     if value_head:
@@ -58,6 +61,7 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     """peft itself minds only if no name at all fits, and what it would add to an embedding or to the head, which
     computes no logits, would not be trained."""
     if targets == "all-linear":
+        _refuse_packed_experts(model)
         return
     found: dict[str, list[tuple[str, nn.Module]]] = {
         target: [(n, m) for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
@@ -78,10 +82,23 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
                 )
 
 
+def _refuse_packed_experts(model: PreTrainedModel) -> None:
+    """Mixtures of experts hold the experts' weights as one tensor of three dimensions, which is no linear layer: `all`
+    linear layers would leave out most of the model without a word."""
+    packed = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    if packed:
+        linear = sorted({n.rpartition(".")[2] for n, _ in _linear_layers(model)})
+        raise ConfigError(
+            f"adapters.target_modules is 'all-linear', but {packed[0]!r} ({type(model).__name__}) "
+            f"is no linear layer, as of a mixture of experts, and gets no adapter: name the layers that shall have one, of {linear}, or train "
+            "without adapters"
+        )
+
+
 def _linear_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """What can get an adapter: all linear layers but the head, of which no logits are ever asked."""
     head = model.get_output_embeddings()
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
 
 
 def select_adapter(model: nn.Module, name: str | None) -> None:
@@ -163,5 +180,7 @@ def merged_weights(model: PreTrainedModel, adapter: str | None) -> Iterator[tupl
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if adapter is not None and layer is not None and adapter in layer.lora_A:
             a, b = (whole(part[adapter].weight.detach()) for part in (layer.lora_A, layer.lora_B))
-            value = value.float() + layer.scaling[adapter] * (b.float() @ a.float())
+            update = b.float() @ a.float()
+            # GPT-2's layers hold their weights the other way round.
+            value = value.float() + layer.scaling[adapter] * (update.T if layer.fan_in_fan_out else update)
         yield plain, value

@@ -18,9 +18,11 @@ from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, P
 from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
 from repirl.dataconfig import Token
 from repirl.learner import Learner
+from repirl.model_checks import check_vocabulary
 from repirl.model_files import load_message
 from repirl.models import check_window, load_model, load_tokenizer
 from repirl.rewards import read_rewards
+from repirl.sources import check_tokenizers
 
 # Of descriptions; it changes with the names and the meaning of what is in them.
 FORMAT: Final = 1
@@ -214,13 +216,17 @@ def load_prm(
         temperature = described.temperature
         return Learner(loaded, None, tokens_per_microbatch=tokens_per_microbatch, temperature=temperature)
 
-    learner, other = frozen(name, _head(name, described, config)), None
+    # A head that rewards are read off has to be a trained one.
+    learner, other = frozen(name, _head(name, described, config).replace("value", "trained value")), None
+    tokenizer = load_tokenizer(name)
+    check_vocabulary(learner.model.config, name, tokenizer, name)
     if relative_to is not None:
         try:
             other = frozen(relative_to.model, "causal", relative_to.gguf_file)
+            check_tokenizers(tokenizer, name, relative_to.model, relative_to.gguf_file)
         except ConfigError as error:
             raise ConfigError(f"the reference of the PRM {name!r}: {error} (if it moved, give reference=)") from error
-    return PRM(learner, load_tokenizer(name), described, other)
+    return PRM(learner, tokenizer, described, other)
 
 
 def _head(name: str, description: PRMDescription, config: PretrainedConfig) -> str:

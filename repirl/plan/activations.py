@@ -1,11 +1,11 @@
 """Sizes of a model, from its configuration alone, and what autograd saves of each operation of a decoder layer.
 
-Axes: T tokens of a micro-batch, R of them response tokens; B positions of the padded groups that attention runs on
-where it has no packed kernel; D features, F of the MLP, H heads of d features, V vocabulary.
+Symbols: D features of hidden states; H query heads with d features each; V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,11 +26,13 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a decoder's memory depends on. layer: the weights of one layer by name; embeddings [V, D]; head: the output
-    embedding's shape, None if tied; num_layers layers."""
+    """The shapes of a decoder's weights, all of whose layers are alike."""
 
+    # Of one layer, by name.
     layer: dict[str, Sizes]
+    # [V, D].
     embeddings: Sizes
+    # Of the output embeddings; None where they are tied to the input's.
     head: Sizes | None
     num_layers: int
     num_heads: int
@@ -54,7 +56,7 @@ class Shape:
 
     @property
     def key(self) -> int:
-        """Features of all key heads, and of all value heads."""
+        """Features of all key heads; the value heads have as many."""
         return self.layer[f"{_QKV[1]}.weight"][0]
 
     @property
@@ -65,15 +67,28 @@ class Shape:
     def has_head_norms(self) -> bool:
         return _HEAD_NORMS[0] in self.layer
 
+    @property
+    def layer_values(self) -> int:
+        """Numbers in the weights of one layer."""
+        return sum(map(math.prod, self.layer.values()))
+
+    @property
+    def num_values(self) -> int:
+        """Numbers in all weights of the causal language model."""
+        return sum(map(math.prod, self.weights()))
+
     def weights(self, reads_values: bool = False) -> list[Sizes]:
-        """Every weight's shape; reads_values: of the model with a one-output head instead of the vocabulary's."""
+        """Every weight's shape. reads_values: of a model with a one-output head in place of the output embeddings."""
         heads: list[Sizes] = [(1, self.hidden), (1,)] if reads_values else [self.head] if self.head else []
         return [*list(self.layer.values()) * self.num_layers, self.embeddings, (self.hidden,), *heads]
 
 
 def read_shape(config: PreTrainedConfig) -> Shape:
-    """The shape of a configuration's causal language model. ConfigError for anything but Llama's structure, naming
-    what is missing, or what is there and not understood."""
+    """The shape of a configuration's causal language model.
+
+    Raises:
+        ConfigError: for anything but Llama's structure; it names the weights that are missing or not known here.
+    """
     name = config.model_type
     try:
         with torch.device("meta"):
@@ -105,7 +120,11 @@ def read_shape(config: PreTrainedConfig) -> Shape:
 
 
 def load_shape(name: str, gguf_file: str | None = None) -> Shape:
-    """The shape of a model, of which only `config.json` is read. ConfigError where that fails, or as `read_shape`."""
+    """The shape of a model, read from its `config.json` alone.
+
+    Raises:
+        ConfigError: where that file cannot be read, or as of `read_shape`.
+    """
     return read_shape(read_model_config(name, gguf_file))
 
 
@@ -115,41 +134,47 @@ def _below(weights: dict[str, Sizes], prefix: str) -> dict[str, Sizes]:
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch: its tokens T and response tokens R, and the groups [sequences, longest] of padded attention."""
+    """The numbers of a micro-batch that its memory depends on."""
 
     tokens: int
+    # Response tokens among them.
     responses: int
+    # Sequences, and tokens of the longest, of each group that attention pads where it has no packed kernel.
     groups: tuple[tuple[int, int], ...]
 
     @property
     def slots(self) -> int:
+        """Positions that padded attention computes."""
         return sum(rows * longest for rows, longest in self.groups)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a value. kept: of parameters and their gradients · computed: of activations and gathered weights ·
-    adapted: of adapters in products, None where all weights are trained · adapters: which linear layers have one,
-    and its rank · kernel: whether attention runs on packed sequences · repeated:
-    whether it wants keys and values repeated for every query head."""
+    """How many bytes the values of a pass take, and how attention and linear layers compute with them."""
 
+    # Of parameters and their gradients.
     kept: int
+    # Of activations and gathered weights.
     computed: int
+    # Of adapters in products; None where all weights are trained.
     adapted: int | None = None
+    # The linear layers that have an adapter, and its rank.
     adapters: tuple[str, ...] = ()
     rank: int = 0
+    # Attention runs on packed sequences, without padding.
     kernel: bool = False
+    # Attention needs keys and values repeated for every query head.
     repeated: bool = False
 
 
 def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What autograd saves of one decoder layer as transformers computes it, in bytes."""
+    """Bytes that autograd saves of one decoder layer, as transformers computes it."""
     width, wide, query, key = shape.hidden, shape.intermediate, shape.query, shape.key
     size, trains_all = precision.computed, precision.adapted is None
 
     def inputs(features: int, layers: Sequence[str]) -> int:
-        """Of linear layers that share their input: a product saves it for the gradient of its weight."""
-        if trains_all:
+        """The saved input, for a token, that these linear layers have in common: gradients of their weights need it."""
+        if precision.adapted is None:
             return size * features
         adapted = [x for x in layers if x in precision.adapters]
         if not adapted:
@@ -159,29 +184,28 @@ def layer_saved_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
         return precision.adapted * (features * copies + precision.rank * len(adapted))
 
     def norm(features: int, count: int = 1) -> int:
-        # The float32 input (in float32 the input itself) and one factor a row; for the gradient of the weight, what
-        # it was multiplied with.
+        # The input in float32 and one factor for each norm; also what the weight multiplies, for its gradient.
         return 4 * (features + count) + (size * features if trains_all else 0)
 
     each = 2 * norm(width) + inputs(width, _QKV) + inputs(query, [_OUT]) + inputs(width, _GATE_UP)
-    # The gate before and behind its activation, and what it is multiplied with; then the product.
+    # The gate before and after its activation, what it is multiplied with, and the product.
     each += 3 * size * wide + inputs(wide, [_DOWN])
     if shape.has_head_norms:
         each += norm(query, shape.num_heads) + norm(key, key // shape.head_dim)
     attention = (2 * query + 2 * (query if precision.repeated else key)) * size + 4 * shape.num_heads
     if precision.kernel:
-        # The output is what the next linear layer saves as its input, unless that takes a copy.
+        # The next linear layer saves this output as its input, unless it makes a copy.
         shared = size * query if trains_all or (precision.adapted == size and _OUT in precision.adapters) else 0
         return micro.tokens * (each + attention - shared)
     return micro.tokens * each + micro.slots * attention
 
 
 def saved_bytes(shape: Shape, micro: Micro, precision: Precision, *, checkpointing: bool, reads_values: bool) -> int:
-    """What autograd has saved after a forward pass over a micro-batch, in bytes."""
+    """Bytes that autograd has saved after a forward pass over a micro-batch."""
     width, size = shape.hidden, precision.computed
     layer = layer_saved_bytes(shape, micro, precision)
     trains_all = precision.adapted is None
-    # The last norm, rotary factors, indices of tokens and positions.
+    # The last norm, rotary factors, token and position ids.
     each = 4 * (width + 1) + size * (width if trains_all else 0) + 2 * size * shape.head_dim + 16
     total = micro.tokens * each
     if not precision.kernel:
@@ -191,29 +215,30 @@ def saved_bytes(shape: Shape, micro: Micro, precision: Precision, *, checkpointi
     else:
         total += shape.num_layers * layer
         if not trains_all:
-            # Nothing below the first layer is trained, so its first norm saves nothing.
+            # Nothing before the first layer's adapters is trained, so that its first norm saves nothing.
             total -= micro.tokens * 4 * (width + 1)
     rows = size * width + 8 if reads_values else size * width + 28
     return total + micro.responses * rows
 
 
 def recomputed_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What backward holds of the one layer that it computes again; in float32 its input is already there."""
+    """Bytes that backward holds of the layer that it computes again, with gradient checkpointing."""
+    # In float32 the layer's input is among what was saved.
     shared = 4 * shape.hidden * micro.tokens if precision.computed == 4 else 0
     return layer_saved_bytes(shape, micro, precision) - shared
 
 
 def forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """The most that lives for a moment of a forward pass without gradients."""
+    """The most bytes that a forward pass without gradients holds at a time, weights left out."""
     width, wide, size = shape.hidden, shape.intermediate, precision.computed
-    # Embeddings, the layer's input, the residual and the normed input; in the MLP gate, other and product.
+    # Embeddings, the layer's input, the residual and the normed input; in the MLP both projections and their product.
     held = 4 * size * width
     mlp = 3 * size * wide
     if precision.adapted is not None:
-        # What the adapter adds, before and behind the sum.
+        # The adapter's share, and its sum with the layer's output.
         mlp = 4 * max(size, precision.adapted) * wide
         held += precision.adapted * width if precision.adapted != size else 0
-    # Queries, keys, values; the same in groups, and the output.
+    # Queries, keys and values; where there is no kernel the same in padded groups, too; and the output.
     attention = size * (shape.query + 2 * shape.key) * micro.tokens
     if precision.kernel:
         attention += size * shape.query * micro.tokens
@@ -225,7 +250,8 @@ def forward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
 
 
 def backward_bytes(shape: Shape, micro: Micro, precision: Precision) -> int:
-    """What backward holds in the MLP beyond what is still saved: gradients of its three products, less one freed."""
+    """The most bytes that backward holds beyond what is saved: gradients of the MLP's three products."""
     if precision.adapted is not None and precision.adapted != precision.computed:
         return 3 * precision.adapted * shape.intermediate * micro.tokens
+    # One of them is freed before the last is made.
     return 2 * precision.computed * shape.intermediate * micro.tokens
