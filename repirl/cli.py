@@ -232,15 +232,17 @@ def print_summary(config: Config) -> None:
 def batch_arithmetic(config: Config) -> str:
     """What a step and the run come to; models' files and data are checked, no weights loaded."""
     from repirl.batch import deal_out
-    from repirl.data.experts import load_experts
-    from repirl.data.prompts import load_prompts
+    from repirl.data.experts import Expert, load_experts
+    from repirl.data.preview import preview
+    from repirl.data.prompts import Prompt, load_prompts
     from repirl.sources import check_sources
 
     tokenizer = check_sources(config)
     rollout, budget = config.rollout, config.batch.tokens_per_microbatch
-    lines = []
+    lines, rows, experts = list[str](), list[Prompt](), list[Expert]()
     if config.system.online:
         prompts = load_prompts(config.data, tokenizer, "train")
+        rows += prompts.prompts
         longest = max(len(p.token_ids) for p in prompts.prompts)
         responses = rollout.prompts_per_step * rollout.samples_per_prompt
         lengths = [longest + rollout.max_response_tokens] * responses
@@ -260,8 +262,10 @@ def batch_arithmetic(config: Config) -> str:
         )
     if config.data.eval:
         held_out = load_prompts(config.data, tokenizer, "eval")
+        rows += held_out.prompts
         used = min(config.eval.num_prompts or len(held_out), len(held_out))
         lines.append(f"held out: {used} of {len(held_out)} prompts, every {config.eval.every} steps")
+    lines += preview(config, tokenizer, rows, experts)
     sections = sorted(config.trained_sections.items(), key=lambda item: item[0] != "policy")
     updates = [f"{config.steps * section.updates_per_step} of the {LEARNERS[name]}" for name, section in sections]
     return "\n".join([*lines, f"optimiser updates: {', '.join(updates)}"])

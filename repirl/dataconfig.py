@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,9 @@ class DataConfig(Section):
     experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
     chat_template: bool = Field(False, description="wrap prompts with the tokenizer's chat template")
     system: str | None = Field(None, description="system message of the chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the chat template, such as enable_thinking: false"
+    )
     prompt_template: str = Field("{prompt}", description="text around the prompt")
     end_tokens: list[Token] | None = Field(
         None,
@@ -48,3 +51,15 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.solution_remove {self.solution_remove!r} is no regular expression: {error}"
             ) from error
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"data.prompt_template is {self.prompt_template!r}, which has no {{prompt}}: every prompt would be the "
+                "same; write {prompt} where it belongs"
+            )
+        if not self.chat_template:
+            for name, value in {"system": self.system, "chat_template_kwargs": self.chat_template_kwargs}.items():
+                if value:
+                    raise ValueError(
+                        f"data.{name} is {value!r}, but data.chat_template is false and only a chat template has it: "
+                        "set data.chat_template: true, or leave it out"
+                    )

@@ -37,7 +37,7 @@ class PromptFormat(Section):
     chat_template: bool
     prompt_template: str
     system: str | None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field({})
     end_tokens: list[Token] | None = None
 
 

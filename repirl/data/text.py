@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
+from repirl.data.template import render
 from repirl.data.values import Messages
 
 # Stands for an assistant's text where only what follows it is of interest.
@@ -69,9 +70,9 @@ def _end_of_turn(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int | 
         return None
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:
-        # Templates are programs and may raise anything. Whether this one can be used is told where a prompt needs it.
+        text = render(messages, data, tokenizer, add_generation_prompt=False)
+    except DataError:
+        # Whether the template can be used is told where a prompt needs it.
         return None
     _, mark, rest = text.rpartition(_MARK)
     others = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
@@ -125,9 +126,10 @@ def encode_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTraine
         if messages[0]["role"] == "system":
             raise DataError("the messages have a system message of their own: leave out data.system")
         messages.insert(0, {"role": "system", "content": data.system})
-    if not tokenizer.chat_template:
-        raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = render(messages, data, tokenizer)
+    for what, message in [("data.system", messages[0])] * (data.system is not None) + [("the prompt", messages[-1])]:
+        if "".join(message["content"].split()) not in "".join(text.split()):
+            raise DataError(f"the chat template leaves out {what}: it does not support the role {message['role']!r}")
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -34,6 +34,13 @@ from repirl.run import build
 README = Path(__file__).parents[2] / "README.md"
 REWARDS = ("value", "logit", "soft_q", "logprob", "implicit")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+PROMPT = {
+    "chat_template": False,
+    "prompt_template": "1+{prompt}",
+    "system": None,
+    "chat_template_kwargs": {},
+    "end_tokens": None,
+}
 
 
 def train_and_export(folder, reward, *, adapters):
@@ -129,7 +136,7 @@ def test_the_description_says_all_and_stays_with_the_model(implicit, value, tmp_
         "reference": {"model": implicit.config.policy.model, "gguf_file": None},
         "token": "action",
         "steps": {"rule": "separator", "separator": "\n"},
-        "prompt": {"chat_template": False, "prompt_template": "1+{prompt}", "system": None, "end_tokens": None},
+        "prompt": PROMPT,
         "calibration": None,
     }
     of_value = json.loads((value.out / "prm" / "config.json").read_text())["repirl"]
@@ -152,8 +159,7 @@ def test_the_description_says_all_and_stays_with_the_model(implicit, value, tmp_
 
 def test_the_policy_says_how_it_was_sampled(value, tmp_path):
     content = json.loads((value.out / "policy" / "config.json").read_text())["repirl"]
-    prompt = {"chat_template": False, "prompt_template": "1+{prompt}", "system": None, "end_tokens": None}
-    assert content == {"format": 1, "role": "policy", "temperature": 0.7, "prompt": prompt}
+    assert content == {"format": 1, "role": "policy", "temperature": 0.7, "prompt": PROMPT}
     # Offline the distribution itself is taught; and what ends a response is the tokenizer's token.
     base = make_model(tmp_path / "model")
     config = json.loads((base / "config.json").read_text())

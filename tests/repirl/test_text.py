@@ -3,12 +3,15 @@
 import json
 
 import pytest
-from tiny import make_model, tiny_config
+import yaml
+from tiny import make_model, tiny_config, tiny_values
 from tokenizers import processors
 
+from repirl.cli import main
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
 from repirl.data.experts import load_experts
+from repirl.data.prompts import load_prompts
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
 from repirl.loop import train
@@ -96,7 +99,10 @@ def test_solutions_end_with_one_end_of_turn(ending):
 
 @pytest.mark.parametrize(
     ("solution", "message"),
-    [("1<|im_end|>2", r"line 1: 'solution' goes on after the end token '<\|im_end\|>'"), ("<eos>", "an empty solution")],
+    [
+        ("1<|im_end|>2", r"line 1: 'solution' goes on after the end token '<\|im_end\|>'"),
+        ("<eos>", "an empty solution"),
+    ],
 )
 def test_solutions_that_no_policy_could_write_are_refused(tmp_path, solution, message):
     path = write(tmp_path / "t.jsonl", {"prompt": "1", "solution": solution})
@@ -127,3 +133,93 @@ def test_rollouts_end_at_whatever_ends_them(tmp_path, monkeypatch):
     ends = ids_of(build_tokenizer(), "<eos>", "1", "2")
     assert {r.token_ids[-1] for r in seen if r.ended} > {ends[0]}
     assert not any(token in ends for r in seen for token in r.token_ids[:-1])
+
+
+def test_chat_templates_take_variables():
+    thinking = "{% if enable_thinking is defined and enable_thinking is false %}0{% endif %}="
+    tokenizer = chat_tokenizer(CHATML.replace("assistant\n", "assistant\n" + thinking))
+    plain, off = (
+        DataConfig(chat_template=True, chat_template_kwargs=kwargs) for kwargs in ({}, {"enable_thinking": False})
+    )
+    assert tokenizer.decode(encode_prompt("1", plain, tokenizer)).endswith("=")
+    assert tokenizer.decode(encode_prompt("1", off, tokenizer)).endswith("0=")
+
+
+SEVERAL = {"a": CHATML, "b": CHATML}
+BODY = "{{ messages[-1]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        ("{%", {}, r"not valid Jinja: .*\(line 1\)"),
+        ("{{ 1 | nothing }}", {}, "not valid Jinja: No filter named 'nothing'"),
+        (BODY + "{{ raise_exception('only saints may ask') }}", {}, r"fails \(only saints may ask\)$"),
+        (BODY + "{{ raise_exception('no system') }}", {"system": "2"}, r"fails \(no system\); leave out data.system"),
+        (BODY, {"system": "2"}, "leaves out data.system: it does not support the role 'system'"),
+        ("{{ messages[0]['role'] }}", {}, "leaves out the prompt"),
+        (BODY + "{{ messages[0].text.more }}", {}, "fails .*has no attribute 'text'"),
+        (BODY + "{{ 1 / 0 }}", {}, r"fails \(division by zero\)"),
+        (BODY + "{{ date_string + '.' }}", {}, "prints 'date_string', which nothing sets: set data.chat_template_kw"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, "more than 0.2 seconds"),
+        (SEVERAL, {}, r"the chat templates \['a', 'b'\] and none of them is 'default'"),
+        (None, {}, "has no chat template; use data.prompt_template"),
+        (CHATML, {"chat_template_kwargs": {"enable_thinkin": 0}}, "'enable_thinkin', which .* reads no variables"),
+        (BODY + "{% if x %}{{ x }}{% endif %}", {"chat_template_kwargs": {"y": 0}}, r"reads \['x'\]"),
+        (CHATML, {"chat_template_kwargs": {"tokenize": True}}, "has 'tokenize', which the chat template does not read"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_refused_by_row(tmp_path, monkeypatch, template, options, message):
+    monkeypatch.setattr("repirl.data.template._SECONDS", 0.2)
+    path = write(tmp_path / "t.jsonl", {"prompt": "1+1", "answer": "2"})
+    with pytest.raises(DataError, match=message) as error:
+        load_prompts(DataConfig(train=path, chat_template=True, **options), chat_tokenizer(template), "train")
+    assert "t.jsonl, line 1: " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_templates_with_unset_variables_that_do_no_harm():
+    template = "{{ bos_token }}{{ x | default('1') }}{% if y %}{{ y }}{% endif %}{% if tools %}2{% endif %}" + BODY
+    tokenizer = chat_tokenizer(template + "{% generation %}={% endgeneration %}")
+    assert tokenizer.decode(encode_prompt("3", DataConfig(chat_template=True), tokenizer)) == "13="
+    # A template under the name that is taken unless another is asked for.
+    tokenizer.chat_template = {"default": BODY, "tool_use": "{{ no_such_thing }}"}
+    assert tokenizer.decode(encode_prompt("3", DataConfig(chat_template=True), tokenizer)) == "3"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"system": "be good"}, "data.system is 'be good', but data.chat_template is false"),
+        ({"chat_template_kwargs": {"a": 1}}, "data.chat_template_kwargs is {'a': 1}, but data.chat_template is false"),
+        ({"prompt_template": "Question: {question}"}, "which has no {prompt}"),
+        ({"end_tokens": []}, "'data.end_tokens'"),
+        ({"end_tokens": [True]}, "'data.end_tokens"),
+        ({"solution_remove": "("}, "data.solution_remove '\\(' is no regular expression"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, data=options)
+
+
+def test_a_dry_run_shows_what_the_models_will_see(tmp_path, capsys):
+    values = tiny_values(tmp_path, data={"prompt_template": "1+{prompt}"})
+    row = {"prompt": "2=", "answer": "see the figure", "solution": "3<eos>"}
+    with open(values["data"]["eval"], "a") as file:
+        file.write(json.dumps(row | {"answer": r"\frac{1}{2}"}) + "\n" + json.dumps(row | {"answer": "$"}) + "\n")
+    write(tmp_path / "train.jsonl", row | {"answer": 3})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", "--config", str(path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "first prompt: '1+2='",
+        "first solution: '3<eos>'",
+        "a response ends with '<eos>'",
+        "first answer: '3'",
+        "answers: the verifier can read 26 of 27; the first that it cannot is '$' (row 25, from 0)",
+    ):
+        assert line in lines
+    assert main(["train", "--config", str(path), "--dry-run", "--verifier.kind=custom", "--verifier.function=a:b"]) == 0
+    assert "answers: 27, for a:b to judge" in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""What a run would learn from, for `repirl train --dry-run`: the first of everything as the models will see it."""
+
+from __future__ import annotations
+
+import re
+
+from math_verify import parse
+from transformers import PreTrainedTokenizerBase
+
+from repirl.config import Config, VerifierConfig
+from repirl.data.experts import Expert
+from repirl.data.prompts import Prompt
+from repirl.data.text import find_end_tokens
+from repirl.verify.math import extract_answer, is_overlong
+from repirl.verify.process import Verifier
+
+# Characters that are shown of a text.
+_SHOWN = 2000
+
+
+def preview(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], experts: list[Expert]
+) -> list[str]:
+    """Lines about the first prompt, solution and answer, what ends a response, and which answers can be read.
+
+    Args:
+        config: the run's.
+        tokenizer: the policy's.
+        prompts: all of them, held-out ones too.
+        experts: none where the system has none.
+    """
+    ends = find_end_tokens(config.data, tokenizer, config.policy.model)
+    names = [repr(tokenizer.decode([i])) for i in ends.ids]
+    lines = []
+    first = prompts[0].token_ids if prompts else experts[0].prompt_ids if experts else None
+    if first is not None:
+        lines.append(f"first prompt: {_text(first, tokenizer)}")
+    if experts:
+        lines.append(f"first solution: {_text(experts[0].response_ids, tokenizer)}")
+    lines.append(f"a response ends with {' or '.join(names)}")
+    answers = [(prompt, prompt.answer) for prompt in prompts if prompt.answer is not None]
+    if answers:
+        lines += [f"first answer: {answers[0][1]!r}", _readable(config.verifier, answers)]
+    return lines
+
+
+def _text(token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = str(tokenizer.decode(list(token_ids)))
+    return repr(text[:_SHOWN]) + (f" ... ({len(text)} characters)" if len(text) > _SHOWN else "")
+
+
+def _readable(config: VerifierConfig, answers: list[tuple[Prompt, str]]) -> str:
+    if config.kind == "custom":
+        return f"answers: {len(answers)}, for {config.function} to judge"
+    # In its processes: a parser may take any time.
+    verifier = Verifier(config.model_copy(update={"kind": "custom", "function": f"{__name__}:can_read"}))
+    try:
+        verdicts = verifier.judge([(answer, answer) for _, answer in answers])
+    finally:
+        verifier.close()
+    line = f"answers: the verifier can read {sum(map(int, verdicts))} of {len(answers)}"
+    unread = next((pair for pair, verdict in zip(answers, verdicts, strict=True) if not verdict), None)
+    if unread is None:
+        return line
+    prompt, answer = unread
+    return f"{line}; the first that it cannot is {answer[:60]!r} (row {prompt.index}, from 0)"
+
+
+def can_read(_: str, answer: str) -> float:
+    """Whether the verifier of mathematical answers finds something to compare with in an answer: 1.0 or 0.0."""
+    found = extract_answer(answer)
+    gold = answer.strip() if found is None else found
+    if re.fullmatch(r"[-+]?[\d,]*\.?\d+", gold):
+        return 1.0
+    if is_overlong("", answer):
+        return 0.0
+    try:
+        parsed = parse(rf"$\boxed{{{gold}}}$", parsing_timeout=None)
+    except MemoryError:
+        raise
+    except Exception:
+        return 0.0
+    return float(any(not isinstance(part, str) for part in parsed))
