@@ -11,10 +11,10 @@ import pytest
 import repirl_kernels
 import torch
 from repirl_kernels import linear_token_loss, linear_token_stats
+from shared import ROOT
 
 import repirl
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "repirl_kernels.triton", "triton", "sympy")
 
 

@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from rank_processes import rank_processes
+from shared import MEASURED
 from tiny import make_model, objective, tiny_config, tiny_values
 
 from repirl.batch import pack
@@ -44,7 +45,6 @@ from repirl.report.log import read_metrics
 from repirl.run import build
 from repirl.verify.process import Verifier
 
-SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 6, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "eval": {"every": 0}}
 PATHS = [str(Path(__file__).parent), *sys.path]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
@@ -66,7 +66,7 @@ def _forks():
 
 def metrics_of(folder):
     lines = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(SPEED)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def weights_of(values):

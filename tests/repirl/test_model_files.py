@@ -9,6 +9,7 @@ import torch
 import yaml
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
+from shared import CPU
 from tiny import make_model, tiny_values
 from transformers import AutoModelForTokenClassification, GPT2Config, GPT2LMHeadModel
 
@@ -19,7 +20,6 @@ from repirl.distributed.load import load_sharded_model
 from repirl.distributed.world import join_world
 from repirl.models import load_model
 
-CPU = torch.device("cpu")
 FIRST = "model.layers.0.self_attn.q_proj.weight"
 
 

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from shared import CPU
 from tiny import gradients, make_model, objective, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GraniteConfig, GraniteForCausalLM
 
@@ -16,7 +17,6 @@ from repirl.learner import Learner, enable_checkpointing
 from repirl.models import load_model, load_tokenizer
 from repirl.run import build
 
-CPU = torch.device("cpu")
 PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]
 
 

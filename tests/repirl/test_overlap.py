@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import rank_processes
+from shared import MEASURED
 from tiny import tiny_config, tiny_values
 
 from repirl.config import ConfigError
@@ -17,7 +18,6 @@ from repirl.models import load_model
 from repirl.report.log import read_metrics
 from repirl.rollout.transformers import TransformersEngine
 
-SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"steps": 5, "prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "order": "policy_first"}
 
 
@@ -81,7 +81,7 @@ def run_with_own_weights(config, resume=False):
 
 def lines(folder):
     found = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(SPEED)} for line in found]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in found]
 
 
 def config_of(tmp_path, name, overlap, **changes):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from plan_cases import CONFIGS, SIZES, model_config, peak_of
+from shared import CPU
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, GPT2Config, MixtralConfig
 
 from repirl.adapters import add_adapters, init_adapters, select_adapter
@@ -26,7 +27,6 @@ from repirl.plan.activations import (
     saved_bytes,
 )
 
-CPU = torch.device("cpu")
 LINEAR = tuple(f"self_attn.{x}_proj" for x in "qkvo") + tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 
 

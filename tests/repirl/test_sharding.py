@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
+from shared import CPU
 from tiny import gradients, make_model, tiny_config, tiny_values
 
 from repirl.apps.demo import make_base, make_data
@@ -31,7 +32,6 @@ from repirl.report.log import read_metrics
 
 # Uneven on purpose; with three ranks and the first two only, one rank has none.
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1]), ([7], [8, 8, 8, 1])]
-CPU = torch.device("cpu")
 # A large epsilon: Adam would otherwise turn the rounding of a gradient near zero into a whole step.
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2)
 

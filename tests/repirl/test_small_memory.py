@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import rank_processes
+from shared import CPU, MEASURED
 from tiny import gradients, make_model, objective, tiny_config, tiny_values
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
@@ -26,16 +27,14 @@ from repirl.models import load_model
 from repirl.report.log import read_metrics
 from repirl.run import build
 
-CPU = torch.device("cpu")
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1])]
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, max_grad_norm=1e9)
-SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 ADAPTERS = {"adapters": {"rank": 4, "alpha": 8.0}}
 
 
 def metrics_of(folder):
     lines = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(SPEED)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def shared(path, dtype=torch.float32):

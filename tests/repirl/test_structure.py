@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from shared import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = {"repirl_kernels": ROOT / "kernels" / "repirl_kernels", "repirl": ROOT / "repirl"}
 # What each package may import of ours: those below it.
 BELOW = {"repirl_kernels": set(), "repirl": {"repirl_kernels"}}

@@ -15,7 +15,7 @@ from repirl.objectives import Objective, load_objectives
 from repirl.report.log import read_metrics
 from repirl.systems import SYSTEMS
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
@@ -37,10 +37,9 @@ def test_an_unknown_system_is_refused_by_name(tmp_path):
         build_config(tiny_values(tmp_path, objective="repirll"))
 
 
-def test_a_new_system_is_a_row_and_a_file(tmp_path, monkeypatch, capsys):
+def test_a_new_system_is_a_row_and_a_file(tmp_path, capsys):
     """Trained through the command line, with checkpoints, evaluation, plan, export and two processes."""
-    monkeypatch.syspath_prepend(HERE)
-    assert len((HERE / "toy_system.py").read_text().splitlines()) < 40
+    assert len((SUPPORT / "toy_system.py").read_text().splitlines()) < 40
     importlib.import_module("toy_system")
     values = tiny_values(tmp_path, objective="right_ones", steps=3)
     file = tmp_path / "run.yaml"
@@ -65,7 +64,7 @@ def test_a_new_system_is_a_row_and_a_file(tmp_path, monkeypatch, capsys):
 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "toy_system.py"]
     command += ["train", "--config", str(file), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=SUPPORT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     both = read_metrics(tmp_path / "two" / "metrics.jsonl")
     for one, two in zip(lines[1:4], both[1:], strict=True):

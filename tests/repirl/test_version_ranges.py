@@ -23,8 +23,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from shared import ROOT
 
-ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests" / "support"
 EXTRA = [
     Requirement(text)
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
@@ -82,8 +83,8 @@ def environment(index, tmp_path) -> Iterator[Path]:
 def trains(python: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run range_script.py with an interpreter, which ends with the versions that it had."""
     names = [requirement.name for requirement in EXTRA]
-    command = [str(python), "-W", "error::FutureWarning", str(Path(__file__).with_name("range_script.py"))]
-    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'repirl'}"}
+    command = [str(python), "-W", "error::FutureWarning", str(SUPPORT / "range_script.py")]
+    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
     (folder / "run").mkdir()
     return subprocess.run(
         [*command, str(folder / "run"), *names],

@@ -5,11 +5,9 @@ import sys
 import time
 
 import pytest
-import torch
+from shared import CPU
 
 from repirl.work import PhaseTimer, peak_memory_bytes, reset_peak_memory
-
-CPU = torch.device("cpu")
 
 
 def test_timer_adds_up_by_phase():

@@ -20,12 +20,9 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "repirl"))
+from shared import MEASURED
 from tiny import make_data, make_model
 
-# Of the machine, not of what was computed.
-MEASURED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 NUM_TURNS = 6
 
 # What each run says beside the base; `processes` and `resumed_at` are for this script.

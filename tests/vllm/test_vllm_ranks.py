@@ -5,14 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from shared import ROOT
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from shared import MEASURED
 from tiny import make_model, tiny_config
 
 from repirl.configfile import describe
@@ -16,13 +17,12 @@ from repirl.report.log import read_metrics
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make test-vllm", allow_module_level=True)
 
-SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 OPTIONS = {"prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "order": "policy_first", "steps": 3}
 
 
 def lines(config):
     found = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(SPEED)} for line in found]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in found]
 
 
 def config_of(tmp_path, name, engine, **changes):
