@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_files(folder: Path) -> None:
-    """The model, and prompts and expert solutions of exactly the lengths that the settings allow."""
+    """Write the model, and prompts and expert solutions that are exactly as long as the settings allow."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -124,6 +124,7 @@ def make_files(folder: Path) -> None:
 
 
 def settings_of(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a configuration on the files of `make_files`, with these changes."""
     plain = {
         "objective": "repirl",
         "output_dir": str(folder / "run"),
@@ -147,7 +148,7 @@ def settings_of(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(folder: Path, label: str, processes: int, changes: dict[str, Any], unset: bool) -> dict[str, Any]:
-    """One setting: the plan, and the largest resident memory of any process."""
+    """Plan one setting and train with it: a row of the results."""
     config = build_config(settings_of(folder, changes))
     found = plan(config, processes)
     row: dict[str, Any] = {
@@ -165,8 +166,21 @@ def check(folder: Path, label: str, processes: int, changes: dict[str, Any], uns
 
 
 def train(folder: Path, text: str, processes: int, variables: dict[str, str], threads: int = 1) -> dict[str, Any]:
-    """Run `repirl train`, with so many threads a process; what it logs last. RuntimeError with its output where it
-    fails."""
+    """Run `repirl train` in processes of its own.
+
+    Args:
+        folder: gets the configuration and the run.
+        text: the configuration as YAML.
+        processes: how many train.
+        variables: of their environment, beside this process's own without those of malloc.
+        threads: of each process.
+
+    Returns:
+        The last line of the run's metrics.
+
+    Raises:
+        RuntimeError: with the run's output, where it fails.
+    """
     (folder / "config.yaml").write_text(text)
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
     launcher = [sys.executable, "-m", "repirl.cli"]
@@ -250,7 +264,7 @@ MEMORIES, PROCESSES = (24, 48, 80), (1, 2, 4, 8)
 
 
 def qwen3_page(command: str) -> str:
-    """Which ways to train fit on how many GPUs of which memory; predictions, nothing is measured."""
+    """The page that says which ways to train fit on how many GPUs of which size. Nothing is measured."""
     with tempfile.TemporaryDirectory() as folder:
         Qwen3Config(**QWEN3_4B).save_pretrained(folder)
         base = merge(PAPER, {"policy": {"model": folder}})
@@ -289,7 +303,7 @@ def qwen3_page(command: str) -> str:
 
 
 def marks(count: int) -> str:
-    """A dot for each of the memories in which it fits."""
+    """A dot for each size of memory that holds so many bytes."""
     fitting = sum(count <= usable(memory * GIB, "cuda") for memory in MEMORIES)
     return f" {'●' * fitting}" if fitting else ""
 

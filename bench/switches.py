@@ -58,7 +58,7 @@ def measure(folder: Path, processes: int, changes: dict[str, Any]) -> dict[str, 
 
 
 def rows(result: dict[str, Any]) -> list[str]:
-    """The table's rows: medians, and what they are of the run without any switch."""
+    """The table's rows: medians, and their ratios to those of the run without any switch."""
     found = {
         label: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         for label, rounds in result["rounds"].items()
