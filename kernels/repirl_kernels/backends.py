@@ -1,4 +1,4 @@
-"""Which backend runs what, and where it is."""
+"""Chooses the backend for a device and dtype, and imports it."""
 
 import functools
 import importlib
@@ -17,8 +17,13 @@ from repirl_kernels.operands import BACKENDS
 def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str | None = None) -> str:
     """The name of the backend that runs for tensors of this device and dtype.
 
-    float64 always runs ``"reference"``. Else a CUDA or ROCm device runs ``"triton"`` and a CPU ``"native"``;
-    where those are not installed, and on other devices, it is ``"reference"``. ``backend`` forces one.
+    For float64 it is always ``"reference"``. For other dtypes it is ``"triton"`` on a CUDA or ROCm device and
+    ``"native"`` on a CPU; if that one is not installed, and on other devices, it is ``"reference"``.
+
+    Args:
+        device: the tensors' device.
+        dtype: the tensors' dtype.
+        backend: a backend to use in any case, or ``None``.
 
     Raises:
         ValueError: ``backend`` is not a backend's name, or does not run on ``device``.
@@ -77,12 +82,12 @@ def _warn_once(message: str) -> None:
 
 
 def repeats_products(tensor: Tensor, backend: str) -> bool:
-    """Whether a row's logits are the same bits whatever other rows are multiplied beside it."""
+    """Whether the backend computes the same bits for a row's logits, no matter how many other rows there are."""
     name = choose_backend(tensor.device, tensor.dtype, backend or None)
     return name == "triton" or (name == "native" and native.has_products(tensor.dtype))
 
 
 def backend_module(tensor: Tensor, backend: str) -> ModuleType:
     name = choose_backend(tensor.device, tensor.dtype, backend or None)
-    # Imported when first used: the Triton kernels are of no use, and slow to import, where there is no GPU.
+    # Import a backend only when it is used: importing the Triton kernels is slow.
     return importlib.import_module(f"repirl_kernels.{name}")

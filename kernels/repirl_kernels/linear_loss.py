@@ -1,10 +1,10 @@
-"""``linear_token_loss``: a loss of token statistics whose gradients are computed while the logits are at hand.
+"""``linear_token_loss``: a loss of token statistics, with gradients that are computed in the forward pass.
 
-A chunk of rows gives logits, these statistics, these the loss and its derivatives, these the gradient of the logits
-and with it those of hidden states and weights, all in the forward pass. That takes three products of the size of the
-logits; ``linear_token_stats`` followed by ``backward()`` takes four, because it has to compute the logits again.
-The price is memory: the logits of one chunk (or, on a CPU, their exponentials in bfloat16), and, for half-precision
-weights and more than one chunk, the sum of the weight's gradient in float32.
+The rows are divided into chunks. For each chunk the forward pass computes the logits, their statistics, the loss and
+its derivatives, the gradient of the logits, and from this the gradients of hidden states and weights. That takes three
+matrix products; ``linear_token_stats`` followed by ``backward()`` takes four, because it computes the logits twice.
+In return it needs more memory: for the logits of one chunk (or, on a CPU, their exponentials in bfloat16) and, if
+weights are in half precision and there is more than one chunk, for the sum of the weight's gradient in float32.
 
 Axes: N rows (tokens), D features, V vocabulary.
 """
@@ -73,11 +73,13 @@ def linear_token_loss(
     chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> TokenLoss:
-    """The sum of a per-token loss of the statistics, and its gradients at once: three products instead of four.
+    """The sum of a per-token loss of the statistics; its gradients are computed in the forward pass.
+
+    This takes three matrix products of the size of the logits instead of four.
 
     ``loss_fn`` may be any differentiable function of the four statistics of each row. It is called once for each chunk
-    of rows, with their statistics and the range of rows that they are, so that it can take its share of advantages or
-    old log-probabilities. It must return each row's loss by itself; weights and normalisers belong into it::
+    of rows, with the statistics and the range of these rows, so that it can select their advantages or old
+    log-probabilities. It must return one loss for each row, already with its weight and normaliser::
 
         def loss_fn(stats, rows):
             ratio = torch.exp(stats.logprob - old_logprob[rows])
@@ -85,10 +87,10 @@ def linear_token_loss(
 
         linear_token_loss(hidden, weight, targets, loss_fn).loss.backward()
 
-    Gradients are those of ``linear_token_stats`` followed by the same loss, up to this: they have the dtype of their
-    tensor already when a factor on ``.loss`` reaches them. With float16 a loss scale therefore belongs into
-    ``loss_fn``, where it keeps small gradients from vanishing. If no gradient is wanted (``torch.no_grad()``, no
-    argument requires one), none is computed.
+    Gradients are those of ``linear_token_stats`` followed by the same loss, with one difference: they are rounded to
+    the dtype of their tensor before they are multiplied by a factor on ``.loss``. So with float16, apply a loss scale
+    inside ``loss_fn``, or small gradients become 0. No gradient is computed under ``torch.no_grad()``, or if no
+    argument requires one.
 
     Where a gradient cannot be computed in the forward pass, it is computed in the backward pass, by four products:
     under ``torch.func`` transforms, and under ``torch.compile`` in a region that is checkpointed.
@@ -97,21 +99,22 @@ def linear_token_loss(
         hidden, weight, targets, bias, temperature, softcap, ignore_index, row_mask, vocab_size, label_smoothing,
             with_entropy, with_argmax, backend: as in :func:`repirl_kernels.linear_token_stats`.
         loss_fn: ``loss_fn(stats, rows) -> [R]``, where ``stats`` are the statistics of ``[R]``, ``rows`` is a
-            ``slice`` of the flattened rows of length R. Ignored rows hold 0 there, and their losses do not count. It
-            is differentiated with respect to ``stats`` only. A row's loss may depend on other rows' statistics as
-            long as all of them are in one chunk: where there are several chunks, ``loss_fn`` is called twice more for
-            all rows, the second time with slightly other statistics to learn how it rounds, and the first time it has
-            to give the same losses.
+            ``slice`` of the flattened rows of length R. In ignored rows the statistics are 0, and the loss does not
+            count. It is differentiated only with respect to ``stats``. A row's loss may depend on the statistics of
+            other rows only if there is one chunk. If there are several, this is checked: ``loss_fn`` is called twice
+            more with all rows, once with the same statistics, where it must return the same losses, and once with
+            slightly changed ones, to measure how much rounding changes its result.
         main_grad: contiguous float32 ``[V, D]`` (float64 for float64 operands), the weight's gradient accumulator where
-            one is kept beside ``weight.grad`` (Megatron's ``weight.main_grad``). The weight's gradient is added to it
-            in the forward pass, without a buffer of its own, and ``weight`` gets none from autograd. ``backward()``
-            must then start from the loss as it is (an upstream gradient of 1): scale it in ``loss_fn``. What runs
-            forward twice adds twice: keep it out of checkpointed regions. If ``loss_fn`` raises, or its losses depend
-            on the chunk, chunks have been added.
-        chunk_bytes: bound of the logits held at once (one row's at least); default 256 MiB on a CPU, 2 GiB elsewhere.
-            They are float32, but for bfloat16 operands the native CPU backend holds their exponentials in bfloat16, if
-            there is no softcap. Those serve the gradients alone; the statistics come of float32 logits all the same.
-            What it can put into the memory of the weight's gradient does not count.
+            one is used besides ``weight.grad`` (Megatron's ``weight.main_grad``). The weight's gradient is added to it
+            in the forward pass, without another buffer, and ``weight`` gets none from autograd. ``backward()`` must
+            then start from this loss with an upstream gradient of 1: scale the loss in ``loss_fn``. Do not use it in
+            checkpointed regions: they run the forward pass twice, which adds the gradient twice. If ``loss_fn`` raises,
+            or its losses depend on the chunk, some chunks have already been added.
+        chunk_bytes: the largest size of the logits in memory (but at least one row); 256 MiB on a CPU and 2 GiB
+            elsewhere by default. The logits are float32. For bfloat16 operands without a softcap, the native CPU
+            backend instead keeps their exponentials in bfloat16; only gradients are computed from these, the
+            statistics still from float32 logits. Values that it puts into the memory of the weight's gradient do not
+            count.
 
     Returns:
         :class:`TokenLoss`.
@@ -121,7 +124,7 @@ def linear_token_loss(
         TypeError: ``loss_fn`` returns losses that are not floating-point numbers.
         ValueError: ``loss_fn`` returns another shape, uses a tensor that requires a gradient (it would silently
             get none: detach it), or gives losses that depend on the chunk; ``main_grad`` has another shape, device or
-            layout, or stands where the gradient is left to the backward pass; ``chunk_bytes`` is not positive.
+            layout, or is given although the backward pass computes the gradient; ``chunk_bytes`` is not positive.
         RuntimeError: in backward, an upstream gradient other than 1 with ``main_grad``; not checked where
             ``torch.compile`` traces the backward.
     """
@@ -166,7 +169,7 @@ def linear_token_loss(
     with torch.no_grad():
         num_chunks, memory = _plan(operands, options, needs, main_grad, chunk_bytes)
         if num_chunks > 1 and not torch.compiler.is_compiling():
-            # Before the first chunk adds to main_grad, and with rows counted from the first of all.
+            # Check before the first chunk adds to main_grad. Messages name rows by their place among all rows.
             check_rows(operands.targets, operands.row_temperature, keep, options.vocab_size)
         chunks = []
         for chunk in range(num_chunks):
@@ -205,8 +208,8 @@ def linear_token_loss(
 def _differentiates_while_traced() -> bool:
     """Whether a loss can be differentiated in the forward pass that ``torch.compile`` traces.
 
-    It is done by ``torch.func.vjp``, which does not go together with hooks on saved tensors, and a checkpointed region,
-    traced as a graph of its own, sets them.
+    This needs ``torch.func.vjp``, which does not work together with hooks on saved tensors. A checkpointed region,
+    which is traced as a separate graph, sets such hooks.
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return False
@@ -215,12 +218,12 @@ def _differentiates_while_traced() -> bool:
     return InstructionTranslator.current_tx().output.current_tracer.parent is None
 
 
-# Called for real where torch.compile traces, and its result taken as a constant.
+# While torch.compile traces, it calls this function and takes the result as a constant.
 _differentiates_while_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _by_autograd(operands: LinearOperands, options: Options, loss_fn: LossFunction, targets: Tensor) -> TokenLoss:
-    """The same loss by way of ``linear_token_stats``, whose backward pass computes the logits again."""
+    """The same loss through ``linear_token_stats``; its backward pass computes the logits again."""
     hidden, weight, flat_targets, bias, row_mask, row_temperature = operands
     stats = linear_token_stats(
         hidden,
@@ -241,7 +244,7 @@ def _by_autograd(operands: LinearOperands, options: Options, loss_fn: LossFuncti
 
 
 class _Memory(NamedTuple):
-    """What all chunks use: logits ``[R, V]``, or the native backend's buffer, which may come with ``dweight``."""
+    """Memory that all chunks use: logits ``[R, V]``, or the native backend's buffer with or without ``dweight``."""
 
     logits: Tensor | None
     weight_sum: Tensor | None
@@ -260,7 +263,7 @@ def _plan(
     device, operand_dtype = operands.hidden.device, operands.hidden.dtype
     dtype = statistics_dtype(operand_dtype)
     own_buffer = _has_own_buffer(device.type, operand_dtype, options.backend or None)
-    # The weight's gradient of a single chunk is written once, and its memory is free until then.
+    # With a single chunk the weight's gradient is written only once, at the end; until then its memory is free.
     in_gradient = own_buffer and needs[1] and main_grad is None
 
     def bytes_of(rows: int, in_gradient: bool) -> int:
@@ -271,7 +274,7 @@ def _plan(
     num_chunks = 1
     if bytes_of(num_rows, in_gradient) > chunk_bytes:
         if torch.compiler.is_compiling():
-            # A graph for each number of chunks: powers of two, as there are few of them.
+            # torch.compile makes a graph for each number of chunks, so use only powers of two.
             num_chunks = 2
             while num_chunks < num_rows and bytes_of(-(-num_rows // num_chunks), False) > chunk_bytes:
                 num_chunks *= 2
@@ -286,7 +289,7 @@ def _plan(
     step = -(-num_rows // num_chunks)
     if not own_buffer:
         return num_chunks, _Memory(torch.empty((step, vocab_size), dtype=dtype, device=device), weight_sum, None)
-    # Never empty: that would be a graph of its own when compiled.
+    # Never empty: torch.compile would make another graph for an empty tensor.
     buffer = torch.empty(torch.sym_max(bytes_of(step, in_gradient), 64), dtype=torch.uint8, device=device)
     dweight = torch.empty(operands.weight.shape, dtype=operand_dtype, device=device) if in_gradient else None
     return num_chunks, _Memory(buffer, weight_sum, dweight)
@@ -345,7 +348,7 @@ def _run_chunk(
 
 
 def _copied(stats: AnyTokenStats, factor: float = 1.0) -> AnyTokenStats:
-    """For a loss function, which may change what it is given; the four statistics times ``factor``."""
+    """A copy for a loss function, which may change its arguments; the four statistics are multiplied by ``factor``."""
     columns: list[Any] = [None if column is None else column * factor for column in stats[:4]]
     return type(stats)(*columns, *(column.clone() for column in stats[4:] if column is not None))
 
@@ -368,7 +371,7 @@ def _differentiate(
             _check_losses(losses, stats.logprob, losses.requires_grad)
             upstream = pull_back(keep.to(losses.dtype))
             return losses.detach(), (*upstream, None)[:4]
-        # Hooks of a surrounding graph (activation checkpointing, offloading) are not for this one, which ends here.
+        # Hooks of a surrounding graph (activation checkpointing, offloading) must not apply to this separate graph.
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             leaves = [column.detach().requires_grad_() for column in given]
             losses = losses_of(*leaves)
@@ -412,9 +415,9 @@ def _has_other_leaves(losses: Tensor, leaves: list[Tensor]) -> bool:
 
 @torch.library.custom_op("repirl_kernels::check_chunks", mutates_args=(), tags=OPERATOR_TAGS)
 def _check_chunks(loss: Tensor, by_chunk: Tensor, at_once: Tensor, shifted: Tensor, num_chunks: int) -> Tensor:
-    """``loss``, unless rows' losses depend on which other rows are in their chunk: a ValueError then.
+    """Return ``loss``. Raise ValueError if a row's loss depends on which other rows are in its chunk.
 
-    ``shifted`` are the losses of statistics that are off by a few roundings.
+    ``shifted`` are the losses for statistics that were changed by a few rounding errors.
     """
 
     def largest(values: Tensor) -> Tensor:
@@ -459,7 +462,7 @@ def _chunk_forward(
     with_argmax: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics; the first rows of ``logits`` get those of rows that count."""
+    """Statistics. The logits of the rows that count are written to the first rows of ``logits``."""
     options = Options(
         temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
     )
@@ -534,9 +537,9 @@ def _attach_gradients(
     dweight: Tensor | None,
     dbias: Tensor,
 ) -> Tensor:
-    """``loss``, whose gradients with respect to hidden, weight and bias are those given.
+    """Return ``loss`` so that its gradients with respect to hidden, weight and bias are the given ones.
 
-    Without ``dweight``, the weight's gradient has been delivered already, for an upstream gradient of 1.
+    Without ``dweight``, the weight's gradient was already added to main_grad, for an upstream gradient of 1.
     """
     return loss.clone()
 

@@ -1,8 +1,7 @@
 """Rewards and losses as pure functions of per-token statistics, packed end to end.
 
-Axes: T tokens (response tokens only) of S sequences, see `packed`. Losses come per token, to be summed with
-weights whose normaliser is that of the whole batch: so however a batch is cut into micro-batches or packed,
-the gradient is the same.
+Axes: T tokens (response tokens only) of S sequences, see `packed`. Losses are per token. They are added up with weights
+that are normalised over the whole batch, so the gradient does not depend on how the batch is divided or packed.
 
 Sources: rePIRL, Wu et al., ICML 2026; maximum-entropy IRL, Ziebart et al. 2008; guided cost learning, Finn et
 al. 2016; PPO, Schulman et al. 2017; inverse soft-Q learning, Garg et al. 2021; implicit rewards, Rafailov et
@@ -24,21 +23,24 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SMOOTHINGS = ("none", "psis")
 
-# exp of it is finite in float32; a policy that moved further than e^20 on a token gets no gradient from it.
+# Its exponential is finite in float32. A token whose ratio is larger than e^20 gets no gradient.
 _MAX_LOG_RATIO = 20.0
 
 
 class PolicyLoss(NamedTuple):
-    """loss [T] is differentiable; the rest is detached: ratio = pi_theta / pi_old, clipped (bool) where the
-    clip removed the gradient, kl the estimate against the reference (0 without one), sampler_ratio the
-    truncated pi_old / mu (1 when off), truncated (bool) where it was cut."""
+    """What :func:`policy_loss` returns: tensors [T], of which only ``loss`` is differentiable."""
 
     loss: Tensor
     ratio: Tensor
+    """pi_theta / pi_old."""
     clipped: Tensor
+    """bool: whether the clip removed the gradient."""
     kl: Tensor
+    """The estimate of the KL divergence to the reference, in nats; 0 without a reference."""
     sampler_ratio: Tensor
+    """pi_old / mu after truncation; 1 if the correction is off."""
     truncated: Tensor
+    """bool: whether pi_old / mu was truncated."""
 
 
 def token_rewards(
@@ -53,7 +55,7 @@ def token_rewards(
     gamma: float = 1.0,
     beta: float = 1.0,
 ) -> Tensor:
-    """The reward r_t of every token, [T], differentiable in whatever it is read from.
+    """The reward r_t of every token, computed from a PRM's outputs.
 
     | kind       | r_t                                              | needs                               |
     |------------|--------------------------------------------------|-------------------------------------|
@@ -63,9 +65,25 @@ def token_rewards(
     | `logprob`  | logprob_t                                        | logprob                             |
     | `implicit` | beta (logprob_t - ref_logprob_t)                 | logprob, ref_logprob                |
 
-    What is NaN or infinite stays so: `log_importance_weights` refuses it, and takes -inf.
+    Args:
+        kind: the definition of the reward, a row of the table.
+        value: [T], the output of a value head.
+        logprob: [T], log pi of the token under the PRM, in nats.
+        logsumexp: [T], log of the sum of the exponentials of all logits.
+        target_logit: [T], the token's logit.
+        ref_logprob: [T], log pi of the token under the PRM's reference.
+        cu_seqlens: [S + 1], where each sequence begins, and where the last one ends.
+        gamma: the discount of `soft_q`, in [0, 1].
+        beta: the factor of `implicit`.
 
-    ValueError for an unknown kind, a missing input, or a gamma or beta out of range.
+    Returns:
+        [T], differentiable with respect to the inputs. NaN and infinities in the inputs stay in the result.
+        `log_importance_weights` later refuses NaN and +inf, and accepts -inf.
+
+    Raises:
+        ValueError: the kind is unknown, an input is missing, or gamma or beta is out of range.
+
+    Source: soft_q, Garg et al. 2021; implicit, Rafailov et al. 2023 and Cui et al. 2025.
     """
     check_choice("kind", kind, REWARD_KINDS)
     check_number("beta", beta)
@@ -118,22 +136,41 @@ def policy_loss(
         loss_t = - min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) min(pi_old / mu, cap)
                  - entropy_coefficient H_t + kl_coefficient KL_t
 
-    logprob is the trained policy's, old_logprob what the trainer computed before the update, sampler_logprob
-    what the engine that sampled reported; the last ratio corrects for their mismatch and is off where the cap
-    is None. All [T]. Gradients flow through logprob and entropy only. Rows where row_mask [T] is false may hold
-    anything: their loss is 0, they pass no gradient, and ratio and sampler_ratio are 1.
+    The first factor is PPO's clipped objective with ratio = pi / pi_old. The factor min(pi_old / mu, cap) corrects for
+    the mismatch between the trainer's log-probabilities before the update and those of the engine that sampled.
 
     KL_t estimates KL(pi || pi_ref) from d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d.
     As a loss, k1's own derivative has mean zero under pi and would do nothing, so k1 carries the
     score-function gradient d * grad logprob: on policy it and k2's (the same) are unbiased for the gradient
     of KL(pi || pi_ref), and k3's is that of KL(pi_ref || pi).
 
-    What is known beforehand has to be finite in the rows that count: old_logprob, advantage, ref_logprob, and, where
-    the cap is set, sampler_logprob (engines report NaN for tokens near probability 1: put old_logprob there). What is
-    trained may be NaN or infinite, and so is the loss then, by which trainers know an update that is to be skipped.
+    Args:
+        logprob: [T], log pi under the trained policy. If it is NaN or infinite, so is the loss; trainers see by this
+            that the update must be skipped.
+        old_logprob: [T], log pi_old: the trainer's log-probabilities before the update.
+        advantage: [T], A.
+        entropy: [T], H under the trained policy, in nats.
+        sampler_logprob: [T], log mu, as the engine reported it. Some engines report NaN for tokens of probability near
+            1; replace NaN by old_logprob.
+        ref_logprob: [T], log pi_ref.
+        row_mask: [T] bool. Where it is False the inputs may hold any values, the loss is 0 without a gradient, and
+            ratio and sampler_ratio are 1.
+        clip_low: how far below 1 the ratio may go, in [0, 1].
+        clip_high: how far above 1 the ratio may go.
+        sampler_ratio_cap: the largest pi_old / mu; None leaves the factor out.
+        entropy_coefficient: weight of the entropy.
+        kl_coefficient: weight of the KL term.
+        kl_estimator: "k1", "k2" or "k3".
 
-    ValueError for such values (not under `torch.compile`, `torch.func` or in the capture of a CUDA graph, where none
-    can be read), unequal shapes, options out of range, or a term that is switched on without its input.
+    Returns:
+        :class:`PolicyLoss`. Gradients flow only through logprob and entropy.
+
+    Raises:
+        ValueError: shapes differ, an option is out of range, a term is on but its input is missing, or old_logprob,
+            advantage, ref_logprob or (with a cap) sampler_logprob is not finite where row_mask is True. Values are not
+            checked under `torch.compile`, under `torch.func`, or while a CUDA graph is captured: they cannot be read.
+
+    Source: PPO, Schulman et al. 2017.
     """
     check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     inputs = {"old_logprob": old_logprob, "advantage": advantage, "entropy": entropy}
@@ -216,11 +253,23 @@ def aggregate_weights(
     num_tokens: int | None = None,
     num_sequences: int | None = None,
 ) -> Tensor:
-    """Weights [T] float32 that make `(weights * loss).sum()` the batch's loss.
+    """The weights with which token losses are added up: the loss of the batch is `(weights * loss).sum()`.
 
-    token_mean: 1/num_tokens · sequence_mean: 1/(num_sequences T_i), T_i the sequence's length ·
-    constant_length: 1/(num_sequences constant_length). `num_tokens` and `num_sequences` are the whole
-    batch's; without them those of this pack, empty sequences included.
+    | aggregation       | weight of a token in sequence i          |
+    |-------------------|------------------------------------------|
+    | `token_mean`      | 1 / num_tokens                           |
+    | `sequence_mean`   | 1 / (num_sequences T_i), T_i its length  |
+    | `constant_length` | 1 / (num_sequences constant_length)      |
+
+    Args:
+        cu_seqlens: [S + 1], where each sequence begins, and where the last one ends.
+        aggregation: a row of the table.
+        constant_length: a number of tokens, for `constant_length` only.
+        num_tokens: the number of tokens in the whole batch; None for those of these sequences.
+        num_sequences: the number of sequences in the whole batch; None for these, with empty ones.
+
+    Returns:
+        [T] float32.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     check_packed(cu_seqlens)
@@ -245,11 +294,21 @@ def aggregate_weights(
 def irl_token_loss(
     reward: Tensor, coefficient: Tensor, *, reward_l2: float = 0.0, num_tokens: int | None = None
 ) -> Tensor:
-    """Second pass of the IRL gradient: c_t r_t + reward_l2 r_t^2 / num_tokens, [T]; its sum is to be
-    differentiated.
+    """The second pass of the IRL gradient: c_t r_t + reward_l2 r_t^2 / num_tokens for every token.
 
-    coefficient [T] from `importance.irl_coefficients`; num_tokens of the whole batch, experts and rollouts. ValueError
-    for unequal shapes and for coefficients that are NaN or infinite; where a reward is, so is the loss.
+    The derivative of the sum of these terms is the gradient of the maximum-entropy IRL loss.
+
+    Args:
+        reward: [T], r_t. If it is NaN or infinite, so is the loss.
+        coefficient: [T], c_t from `importance.irl_coefficients`.
+        reward_l2: weight of the mean squared reward.
+        num_tokens: the number of tokens in the whole batch, experts and rollouts together.
+
+    Returns:
+        [T], differentiable with respect to `reward`.
+
+    Raises:
+        ValueError: shapes differ, or a coefficient is NaN or infinite.
     """
     if coefficient.shape != reward.shape:
         raise ValueError(f"coefficient must have reward's shape {tuple(reward.shape)}, got {tuple(coefficient.shape)}")
@@ -281,20 +340,21 @@ def irl_loss(
     normalize: str = "sequence",
     reward_l2: float = 0.0,
 ) -> Tensor:
-    """The maximum-entropy IRL loss in one pass, a differentiable scalar: the definition of the two-pass
-    gradient.
+    """The maximum-entropy IRL loss in one pass. It defines what the gradient of the two passes must be.
 
         loss = - mean_{expert} R + mean_groups log Z,     log Z = (logsumexp_j alpha log w_j - log M) / alpha
                + reward_l2 mean_t r_t^2
 
-    expert_reward [T of the experts]; policy_reward, sampler_logprob, base_logprob [T of the rollouts];
-    group_ids [S] of the rollouts. Options as in `log_importance_weights`, `self_normalize` (truncate),
-    `pareto_smooth` (smooth "psis") and `irl_coefficients` (normalize, whose denominators are constants to
-    autograd).
+    expert_reward is [T of the experts]; policy_reward, sampler_logprob and base_logprob are [T of the rollouts];
+    group_ids is [S] of the rollouts. Options are those of `log_importance_weights`, `self_normalize` (truncate),
+    `pareto_smooth` (smooth "psis") and `irl_coefficients` (normalize; autograd takes its denominators as constants).
 
-    Weights of kind `trajectory` and `token` (there log Z is the tokens', times tokens per sequence) have this
-    as an ordinary loss. Those of other kinds, and all that are smoothed or truncated, approximate the
-    gradient of log Z rather than log Z: for them its place is taken by sum_t c_t r_t with constant c.
+    For weights of kind `trajectory` and `token` this is an ordinary loss. (For `token`, log Z is that of tokens, times
+    the number of tokens per sequence.) Weights of other kinds, and weights that are smoothed or truncated, approximate
+    the gradient of log Z, not log Z. For them sum_t c_t r_t with constant c takes the place of log Z.
+
+    Returns:
+        A differentiable scalar.
     """
     check_choice("smooth", smooth, SMOOTHINGS)
     log_weights = log_importance_weights(

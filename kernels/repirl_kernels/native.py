@@ -1,9 +1,9 @@
-"""The native CPU backend, in C++: a tile's logits, their statistics or gradient, and the products with that.
+"""The native CPU backend, with a C++ module.
 
-Where the machine has AVX-512 with bfloat16, all is done by the C++ module, tile by tile in cache. Elsewhere, and
-for float16, torch makes the matrix products over vocabulary slabs, and the C++ module what lies between them; these
-products are taken in float32, for which half-precision operands are widened slab by slab. Either way logits are
-never rounded to half precision, and gradients are accumulated in float32 and rounded once.
+On a machine that has AVX-512 with bfloat16, the C++ module does everything, one tile at a time, so that a tile's logits
+stay in the cache. On other machines, and for float16, torch computes the matrix products in float32, for one slab of
+the vocabulary at a time, and converts half-precision operands slab by slab; the C++ module computes the rest. In both
+cases logits are never rounded to half precision, and gradients are summed in float32 and rounded once.
 
 Functions have the signatures and meaning of :mod:`repirl_kernels.reference`.
 
@@ -23,12 +23,13 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-# Logits in a slab: 2**22 float32 values, 16 MiB. Smaller slabs stay nearer to the cores, but their matrix
-# products lose more than that gains.
+# The number of logits in a slab: 16 MiB in float32. Smaller slabs would fit better into the caches, but would make the
+# matrix products slower by more than that.
 _SLAB_ELEMENTS = 2**22
-# Bound of the C++ module's buffers of one slab's gradient; a slab of 384 columns is the narrowest.
+# The largest size of the C++ module's buffers for the gradient of a slab. A slab has at least 384 columns, even if its
+# buffers are then larger.
 _WORKSPACE_BYTES = 8 << 20
-# A product with few columns reads all of hidden for little work.
+# With fewer columns, the product reads all of hidden but computes little.
 _MIN_SLAB_COLUMNS = 1024
 _PANEL_COLUMNS = 48  # the C++ module's kPanelColumns
 
@@ -54,20 +55,34 @@ def use_instruction_set(name: str) -> None:
 
 
 def has_products(dtype: torch.dtype) -> bool:
-    """Whether the C++ module multiplies operands of this dtype itself, on this machine.
+    """Whether, on this machine, the C++ module itself computes the matrix products of operands of this dtype.
 
-    For gradients it then keeps values in a layout of its own, in :func:`buffer_bytes`, and never widens an operand.
+    If it does, it never converts an operand to float32 as a whole. What the forward pass keeps for the gradients is
+    then a buffer in a layout that only the C++ module reads (see :func:`buffer_bytes`), not a tensor of logits.
     """
     return dtype in (torch.float32, torch.bfloat16) and is_available() and _native.has_products()
 
 
 def buffer_bytes(num_rows: int, num_features: int, dtype: torch.dtype, options: Options, in_gradient: bool) -> int:
-    """What :func:`linear_forward` keeps for the gradients of ``num_rows`` rows, where it :func:`has_products`.
+    """The size of the buffer in which :func:`linear_forward` keeps values for the gradients.
 
-    For bfloat16 operands that is exp(z - maximum), in bfloat16: as exact as the gradients that come of it. But the
-    derivative of a softcap would not be: then, and for float32, it is the logits in float32. ``in_gradient``: values of
-    the operands' own size lie in the memory of the weight's gradient first, which is written after they are read.
-    The C++ module says the same, ``kept_bytes``, and checks it; here sizes may be symbols of ``torch.compile``.
+    The buffer exists only for a dtype that :func:`has_products`. For bfloat16 operands without a softcap it holds
+    exp(z - maximum) in bfloat16, which is exact enough for gradients in bfloat16. With a softcap, whose derivative
+    needs more digits, and for float32 operands it holds the logits in float32.
+
+    The C++ function ``kept_bytes`` computes the same size, and the C++ module checks that the buffer has it.
+
+    Args:
+        num_rows: the number of rows, N. Under ``torch.compile`` it may be a symbol.
+        num_features: the number of features, D.
+        dtype: the dtype of the operands.
+        options: vocabulary size and softcap.
+        in_gradient: whether kept values may also use the memory of the weight's gradient. Values as large as an element
+            of the weight are put there first, as many as fit; each part of the gradient is written after the values in
+            its place have been read.
+
+    Returns:
+        The number of bytes.
     """
     vocab_size = options.vocab_size
     powers = dtype == torch.bfloat16 and options.softcap is None
@@ -126,9 +141,9 @@ def linear_forward(
 ) -> ForwardResult:
     """Statistics of ``hidden [N, D] @ weight [V, D].T + bias [V]`` at ``targets [N]``.
 
-    ``logits``, a float32 ``[N, vocab_size]``, receives the logits before bias, softcap and temperature. Where this
-    backend :func:`has_products` it is a uint8 buffer of :func:`buffer_bytes`, and ``dweight`` the memory of the
-    weight's gradient, if that is to be used, too.
+    Values for the backward pass are written to ``logits`` if it is given. It is float32 ``[N, vocab_size]`` and gets
+    the logits before bias, softcap and temperature. For a dtype that :func:`has_products` it is instead a uint8 buffer
+    of :func:`buffer_bytes`; ``dweight`` is then the memory of the weight's gradient if values are kept there, too.
     """
     vocab_size = options.vocab_size
     state = _RunningStatistics(targets, options, row_temperature)
@@ -172,11 +187,20 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
-    With ``logits`` of :func:`linear_forward`, those are not computed again; they may be overwritten. If they are a
-    buffer, they come with ``dweight`` as there, which is written and returned, with that pass's ``num_logits_rows``,
-    and ``logits_rows``, the places of these rows among those (``None`` for all). The weight's gradient is added to
-    ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then returned as ``None``. Of a row whose gradients of
-    a range of logits are all below its ``skip_below``, that range is left out.
+    Args:
+        logits: the tensor or buffer that :func:`linear_forward` filled; then the logits are not computed again. It may
+            be overwritten.
+        num_logits_rows: if ``logits`` is a buffer, the number of rows N of the forward pass.
+        logits_rows: if ``logits`` is a buffer, the indices of these rows among those of the forward pass; ``None`` if
+            they are all rows.
+        dweight: if ``logits`` is a buffer, the ``dweight`` of the forward pass. The weight's gradient is written there,
+            and ``dweight`` is returned.
+        dweight_sum: float32 ``[V, D]``; the weight's gradient is added to it, and ``None`` is returned in its place.
+        skip_below: ``[N]``; if all gradients of a row's logits in a range of columns are below this value, the range is
+            left out for this row.
+
+    The other arguments are those of :func:`linear_forward`; ``need_hidden``, ``need_weight`` and ``need_bias`` say
+    which gradients are computed.
     """
     vocab_size = options.vocab_size
     rows = _Gradients(gradients, targets, options, row_temperature)
@@ -223,7 +247,7 @@ def _backward_by_slabs(
     logits: Tensor | None,
     skip_below: Tensor | None,
 ) -> None:
-    """Fill in the gradients with torch's products."""
+    """Compute the gradients with torch's matrix products, slab by slab, and write them to the given tensors."""
     hidden_ND = hidden.detach().float()
     if dhidden is not None:
         dhidden.zero_()
@@ -248,12 +272,12 @@ def _backward_by_slabs(
         elif dweight is not None and weight.dtype == torch.float32:
             torch.mm(dz.T, hidden_part, out=dweight[first:last])
         elif dweight is not None:
-            # Products of half-precision operands, summed over all rows in float32, rounded once.
+            # torch sums the products of half-precision operands in float32 over all rows, and rounds once.
             torch.mm(dz.to(weight.dtype).T, hidden_part.to(weight.dtype), out=dweight[first:last])
 
 
 def _whole_words(hidden: Tensor) -> Tensor:
-    """The C++ module reads pairs of bfloat16 values: an odd row is filled up with 0."""
+    """Add a column of 0 if there is an odd number of bfloat16 features: the C++ module reads them in pairs."""
     if hidden.dtype == torch.bfloat16 and hidden.shape[1] % 2:
         return torch.nn.functional.pad(hidden.detach(), (0, 1))
     return hidden
@@ -266,19 +290,20 @@ def _slabs(num_rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _product(hidden: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """``hidden @ weight.T``, into ``buffer`` where the shape is right: every slab but the last one's."""
+    """``hidden @ weight.T``, written to ``buffer`` if that has the right shape. Only the last slab may need another."""
     if buffer is None or buffer.shape[1] != weight.shape[0]:
         buffer = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device="cpu")
     return torch.mm(hidden, weight.T, out=buffer)
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor as the C++ module takes it: bfloat16, which DLPack consumers seldom know, as its bits."""
+    """The tensor in the form that the C++ module accepts: bfloat16 is passed as uint16, because DLPack readers often
+    do not know bfloat16."""
     tensor = tensor.detach()
     return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
-# The temperature, rows' own ones, and the softcap, as the C++ module takes them.
+# The arguments of the C++ module: the temperature, a temperature for each row (or None), and the softcap (0 for none).
 _Transform = tuple[float, Tensor | None, float]
 
 
@@ -288,14 +313,14 @@ def _transform(options: Options, row_temperature: Tensor | None) -> _Transform:
 
 
 class _RunningStatistics:
-    """Statistics of all rows over the columns seen so far."""
+    """The statistics of all rows over the columns that were passed to `update` so far."""
 
     def __init__(self, targets: Tensor, options: Options, row_temperature: Tensor | None) -> None:
         num_rows = targets.shape[0]
         self.targets = targets.contiguous()
         self.transform = _transform(options, row_temperature)
         self.vocab_size = options.vocab_size
-        # Not of the default dtype: they are what the C++ module writes.
+        # The dtypes are fixed, because the C++ module writes these tensors.
         self.maximum = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
         self.total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
         self.weighted = torch.zeros(num_rows, dtype=torch.float64, device="cpu") if options.with_entropy else None
@@ -308,12 +333,12 @@ class _RunningStatistics:
         return self.maximum, self.total, self.weighted, self.target_logit, self.sum, self.argmax
 
     def update(self, slab: Tensor, bias: Tensor | None, first_column: int) -> None:
-        """Take in ``slab [N, C]``, whose columns begin at ``first_column``."""
+        """Add the columns of ``slab [N, C]``, of which the first is column ``first_column`` of the vocabulary."""
         function: Callable[..., None] = _native.update_bf16 if slab.dtype == torch.bfloat16 else _native.update_f32
         function(_bits(slab), bias, *self.transform, self.targets, first_column, *self.columns, torch.get_num_threads())
 
     def result(self) -> ForwardResult:
-        """The statistics; NaN for a row whose every column is banned."""
+        """The statistics. They are NaN in a row in which all logits are -inf."""
         total = torch.where(self.maximum == -torch.inf, torch.nan, self.total)
         log_total = total.log()
         maximum = self.maximum.double()
@@ -334,7 +359,7 @@ class _RunningStatistics:
 
 
 class _Gradients:
-    """What each row's gradient needs beside its logits."""
+    """The values of each row, besides its logits, from which the gradient is computed."""
 
     def __init__(
         self, gradients: RowGradients, targets: Tensor, options: Options, row_temperature: Tensor | None

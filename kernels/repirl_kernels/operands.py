@@ -1,4 +1,4 @@
-"""What the ops are given: checked operands, and their options as one value.
+"""Checks the arguments of the ops, and puts their options into one value.
 
 Axes: N rows (tokens), D features, V vocabulary.
 """
@@ -20,10 +20,10 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 
 
 class Options(NamedTuple):
-    """What is done with the logits: the last arguments of every operator, in this order."""
+    """The options of an op. They are the last arguments of every operator, in this order."""
 
     temperature: float
-    """1 where each row has one of its own."""
+    """1 if each row has its own temperature."""
     softcap: float | None
     ignore_index: int
     vocab_size: int
@@ -67,9 +67,9 @@ def prepare_linear(
     backend: str | None,
     is_shard: bool = False,
 ) -> tuple[LinearOperands, Options]:
-    """Check the arguments of a linear op, whose docstring names the errors, and bring them into one form.
+    """Check the arguments of a linear op, and flatten and cast them. The op's docstring lists the errors.
 
-    A shard of the vocabulary may be empty, and its ``vocab_size`` is left to the caller.
+    A shard of the vocabulary may be empty; the caller has to check its ``vocab_size``.
     """
     _check_tensor("hidden", hidden, SUPPORTED_DTYPES)
     _check_weight(weight)
@@ -127,7 +127,7 @@ def prepare_logits(
     with_argmax: bool,
     backend: str | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], Options]:
-    """As :func:`prepare_linear`, for logits that exist: ``[N, V]``, targets, mask and temperatures ``[N]``."""
+    """Like :func:`prepare_linear`, for given logits ``[N, V]`` with targets, mask and temperatures ``[N]``."""
     _check_tensor("logits", logits, SUPPORTED_DTYPES)
     if logits.dim() < 1:
         raise ValueError("logits must have shape [*, V], got a tensor without axes")
@@ -149,7 +149,7 @@ def prepare_logits(
 
 
 def check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
-    """The number of columns that take part."""
+    """The number of columns that are not padding. ValueError if ``vocab_size`` is out of range."""
     if num_columns == 0:
         raise ValueError("the vocabulary is empty: V = 0")
     if vocab_size is None:
@@ -161,7 +161,7 @@ def check_vocab_size(num_columns: int, vocab_size: int | None) -> int:
 
 
 def refuse_forward_mode(*tensors: Tensor | None, what: str = "token statistics") -> None:
-    """Raise NotImplementedError for a dual tensor: its tangent would be lost without a word."""
+    """Raise NotImplementedError for a dual tensor, because its tangent would be lost silently."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     for tensor in tensors:
@@ -186,7 +186,7 @@ def check_main_grad(main_grad: Tensor, weight: Tensor, dtype: torch.dtype) -> No
 
 
 def _shares_memory(left: Tensor, right: Tensor) -> bool:
-    """Whether both begin at the same place; not known where tensors are wrapped or traced."""
+    """Whether both begin at the same address; False if that is unknown because tensors are wrapped or traced."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     storages = (left.untyped_storage()._cdata, right.untyped_storage()._cdata)
@@ -247,7 +247,7 @@ def _as_int64(targets: Tensor) -> Tensor:
 
 
 def _split_temperature(temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """The temperature of all rows; or 1, and each row's own ``[N]``, whose values are checked in the operator."""
+    """One temperature for all rows and ``None``; or 1 and temperatures ``[N]``, which the operator checks later."""
     if not isinstance(temperature, Tensor):
         return temperature, None
     _check_tensor("temperature", temperature, SUPPORTED_DTYPES)
@@ -310,7 +310,7 @@ def _check_number(name: str, value: Any) -> float:
 
 
 def _is_of_numpy(value: Any) -> bool:
-    """Whether it is a number of NumPy's, or an array that holds one."""
+    """Whether ``value`` is a NumPy number, or a NumPy array that holds one."""
     return not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0 and hasattr(value, "item")
 
 

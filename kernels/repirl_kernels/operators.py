@@ -1,14 +1,14 @@
-"""What all custom operators of this package have in common."""
+"""Code that all custom operators of this package use."""
 
 import torch
 
-# These operators read values on the host (how many rows count, whether targets are in range): they cannot be part of a
-# CUDA graph, and torch.compile(mode="reduce-overhead") has to know.
+# The operators read values on the host (how many rows count, whether targets are in range), so they cannot be part of a
+# CUDA graph. This tag tells torch.compile(mode="reduce-overhead").
 OPERATOR_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def under_transforms() -> bool:
-    """Whether ``torch.func`` transforms this call: ``grad``, ``vjp``, ``vmap`` and the like."""
+    """Whether the call is inside a ``torch.func`` transform, such as ``grad``, ``vjp`` or ``vmap``."""
     if not torch.compiler.is_compiling():
         return torch._C._are_functorch_transforms_active()
     if _traces_a_transform():
@@ -20,5 +20,5 @@ def _traces_a_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-# Called for real where torch.compile traces, and its result taken as a constant.
+# While torch.compile traces, it calls this function and takes the result as a constant.
 _traces_a_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """``token_stats`` and ``linear_token_stats``: custom operators and their gradients.
 
-Everything that the backends have in common happens here, so that each of them sees only rows that matter: inputs
-are checked and flattened (``operands.py``), ignored rows are removed before the product, rows without an upstream
-gradient are removed before the backward product, and results are scattered back. Rows are removed, never zeroed and
-multiplied: a NaN in a row that does not count must not reach a gradient.
+The work that all backends share is done here, so that a backend gets only the rows that count. Inputs are checked and
+flattened (``operands.py``), ignored rows are removed before the product, rows without an upstream gradient are removed
+before the product of the backward pass, and results are put back in their places. Rows must be removed, not set to
+zero and multiplied: a NaN in an ignored row would otherwise reach a gradient.
 
 How many rows are left depends on the values of the data, so the removal happens inside the custom operators.
 To ``torch.compile`` and to fake tensors they have static shapes.
@@ -66,11 +66,11 @@ class TokenStats(NamedTuple):
     target_logit: Tensor
     """The target's final logit, smoothed like ``logprob``."""
     entropy: Any  # a Tensor, or None: a type checker cannot know
-    """-sum p log p, in nats; ``None`` where it was left out."""
+    """-sum p log p, in nats; ``None`` with ``with_entropy=False``."""
 
 
 class TokenStatsWithArgmax(NamedTuple):
-    """:class:`TokenStats`, and what greedy decoding would have chosen: what ``with_argmax=True`` gives."""
+    """:class:`TokenStats` and the token that greedy decoding would choose; the result with ``with_argmax=True``."""
 
     logprob: Tensor
     logsumexp: Tensor
@@ -106,12 +106,12 @@ def token_stats(
         targets: ``[*]``, any integer dtype, each in ``[0, vocab_size)`` or equal to ``ignore_index``.
         temperature: final logits are divided by it; > 0. A tensor ``[*]`` gives each row its own; it gets no gradient.
         softcap: ``c`` in ``c * tanh(logits / c)``, applied before the temperature; > 0, or ``None`` for none.
-        ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
+        ignore_index: rows with this target are ignored, even if it is in ``[0, vocab_size)``.
         row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever their target and logits hold.
         vocab_size: only the first ``vocab_size`` columns take part; the others (padding) get zero gradient.
         label_smoothing: the share, in [0, 1), of the target's mass that is spread evenly over the vocabulary, as in
             ``torch.nn.functional.cross_entropy``. With a banned token (a logit of -inf) the result is -inf, as there.
-        with_entropy: ``False`` leaves the entropy's work out; it is ``None`` then.
+        with_entropy: ``False`` does not compute the entropy; it is ``None`` then.
         with_argmax: ``True`` gives a :class:`TokenStatsWithArgmax`.
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
 
@@ -123,8 +123,8 @@ def token_stats(
         TypeError: a dtype or an option's type is not supported, or an argument is a DTensor.
         ValueError: a shape, a device, an option or a target's value is wrong. Values of targets are
             checked when the operator runs, also under ``torch.compile``.
-        RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
-        NotImplementedError: a forward-mode derivative is asked for.
+        RuntimeError: the forced backend is not installed; or a second derivative is computed.
+        NotImplementedError: a forward-mode derivative is computed.
     """
     rows, options = prepare_logits(
         logits,
@@ -178,15 +178,15 @@ def linear_token_stats(
         temperature: final logits are divided by it; > 0. A tensor ``[*]`` gives each row its own; it gets no gradient.
         softcap: ``c`` in ``c * tanh(z / c)``, applied after the bias, before the temperature; > 0, or
             ``None``.
-        ignore_index: rows with this target are ignored, also where it lies inside ``[0, vocab_size)``.
+        ignore_index: rows with this target are ignored, even if it is in ``[0, vocab_size)``.
         row_mask: ``[*]`` bool; rows with ``False`` are ignored whatever they hold, and cost no product.
         vocab_size: only the first ``vocab_size`` rows of ``weight`` take part; the others get zero gradient.
         label_smoothing, with_entropy, with_argmax: as in :func:`token_stats`.
         tp_group: a process group whose ranks each hold a part of the vocabulary; see below.
-        skip_negligible: leave out of the backward products the parts of a row's vocabulary where every gradient of
-            its logits is below the resolution of the operands' dtype (1/32 of its epsilon, relative to the row's
-            upstream gradients). Faster where distributions are peaked, at the price of a small bias: many
-            negligible terms of one sign can add up to one that is not.
+        skip_negligible: in the backward products, leave out the parts of the vocabulary in which all gradients of a
+            row's logits are very small: below 1/32 of the epsilon of the operands' dtype, relative to the row's
+            upstream gradients. This is faster if distributions are peaked. It causes a small bias, because many very
+            small terms of the same sign can have a sum that is not small.
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
 
     Vocabulary-parallel: with ``tp_group``, ``weight [V_r, D]`` and ``bias [V_r]`` are this rank's shard: the shards in
@@ -194,7 +194,7 @@ def linear_token_stats(
     ``vocab_size`` counts those. ``hidden``, ``targets``, ``row_mask`` and all options are the same on every rank of the
     group, and so must be the gradients that arrive at the statistics, each as of one process's loss (not divided by
     the number of ranks). All ranks return the same statistics. ``hidden`` gets its whole gradient on every rank,
-    summed over the ranks in here: reduce it no further. ``weight`` and ``bias`` get that of their shard.
+    already summed over the ranks: do not sum it again. ``weight`` and ``bias`` get the gradient of their shard.
 
     Returns:
         :class:`TokenStats` (or :class:`TokenStatsWithArgmax`) with tensors of the shape of ``targets``; ignored rows
@@ -205,8 +205,8 @@ def linear_token_stats(
         ValueError: a shape, a device, an option or a target's value is wrong, options exclude each other, or ranks
             disagree about the rows.
             Values of targets are checked when the operator runs, also under ``torch.compile``.
-        RuntimeError: the forced backend is not installed; or a gradient of a gradient is asked for.
-        NotImplementedError: a forward-mode derivative is asked for.
+        RuntimeError: the forced backend is not installed; or a second derivative is computed.
+        NotImplementedError: a forward-mode derivative is computed.
     """
     operands, options = prepare_linear(
         hidden,
@@ -350,9 +350,10 @@ def linear_forward(
     logits: Tensor | None = None,
     dweight: Tensor | None = None,
 ) -> RowStats:
-    """Statistics ``[N]``; the first rows of ``logits`` get those of rows that count.
+    """Statistics ``[N]``. The logits of the rows that count are written to the first rows of ``logits``.
 
-    ``logits`` may be a buffer of the native backend's (without rows), which comes with ``dweight`` if that is its, too.
+    For the native backend ``logits`` may be a buffer of bytes instead, and ``dweight`` more memory for the same values
+    (see ``native.linear_forward``).
     """
     keep = kept_rows(targets, row_mask, options.ignore_index)
     check_rows(targets, row_temperature, keep, options.vocab_size)
@@ -393,10 +394,10 @@ def linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; one that is not needed is returned as an empty tensor.
 
-    ``upstream`` are the four statistics' gradients, ``stats`` are logsumexp, entropy (``None`` in both where that was
-    left out) and what logsumexp lost. ``logits`` are those that :func:`linear_forward` left, and are overwritten. With
-    ``weight_sum`` the weight's gradient is added to that; with ``dweight``, the forward pass's, it is written there;
-    here it is an empty tensor then.
+    ``upstream`` holds the gradients of the four statistics; ``stats`` holds logsumexp, entropy and the rounding error
+    of logsumexp (without entropy, that is ``None`` in both). ``logits`` is what :func:`linear_forward` filled; it is
+    overwritten. With ``weight_sum`` the weight's gradient is added to it; with the ``dweight`` of the forward pass it
+    is written there. In both cases an empty tensor is returned in its place.
     """
     keep = kept_rows(targets, row_mask, options.ignore_index)
     live = live_rows(upstream, keep)

@@ -6,22 +6,22 @@ the entropy over the columns of rank r, and a the target, owned by rank o:
     L = log sum_r exp L_r              log p_a = log p_a^o - (L - L_o)
     w_r = exp(L_r - L)                 H = sum_r w_r (H_r + L - L_r)
 
-With label smoothing, the mean log-prob over all columns comes of the shards' sums alike, and the argmax of the shards'
-largest logits.
+In the same way, label smoothing's mean log-prob over all columns is computed from the shards' sums, and the argmax from
+the shards' largest logits.
 
-No large terms cancel: log p_a is a sum of two numbers <= 0, H one of numbers >= 0. Four float64 numbers a row travel,
-or seven.
-Every rank does the same sums on the same numbers, so that all ranks return the same bits. Given L and H, a column's
-gradient needs nothing from other columns: weight and bias of the own shard are local, and only dH is summed over
-ranks.
+No large terms cancel: log p_a is a sum of two numbers <= 0, and H is a sum of numbers >= 0. Ranks exchange four float64
+numbers for each row (seven with label smoothing or argmax). All ranks add up the same numbers in the same order, so
+they return the same bits. Given L and H, a column's gradient depends on no other column: the gradients of a shard's
+weight and bias are local, and only the gradient of hidden is summed over the ranks.
 
-A target that another rank owns is replaced by column 0 of the own shard, and what that column gives is masked.
+If another rank owns the target, this rank computes with column 0 of its own shard instead, and masks the result.
 
-Collectives must match on all ranks. They depend only on what is the same on all of them: the number of rows, checked
-before anything else is exchanged, and which rows have a gradient, agreed upon in the backward pass. There, rows with a
-probability of nearly 1 get their statistics anew, as in ``ops.py``: whether there are any is seen in the merged ones,
-and whether products repeat, which may be so on one rank's machine only, was asked with the number of rows. It needs
-all ranks even where only weights have a gradient.
+All ranks must make the same collective calls. So the calls depend only on values that are the same on all ranks: the
+number of rows, which is checked before anything else is exchanged, and the rows that have a gradient, on which the
+ranks agree in the backward pass. The backward pass computes the statistics of rows with a probability of nearly 1
+again, as in ``ops.py``. Whether there are such rows follows from the merged statistics; whether this is needed
+(``repeats_products``) may differ between the ranks' machines, so the ranks exchange it together with the number of
+rows. All ranks take part, even if only weights have a gradient.
 
 Axes: N rows (tokens), K rows that count, D features, V vocabulary.
 """
@@ -89,7 +89,7 @@ def _shard(
     group: dist.ProcessGroup, weight: Tensor, num_rows: int, num_kept: int, vocab_size: int | None, repeats: bool
 ) -> tuple[int, int, int, bool]:
     """This rank's first global column, how many of its columns are no padding, the global vocabulary's size, and
-    whether products repeat on all ranks: their machines may differ.
+    whether `repeats_products` is true on all ranks (their machines may differ).
     """
     given_size = -1 if vocab_size is None else vocab_size
     mine = torch.tensor([repeats, weight.shape[0], num_rows, num_kept, given_size], device=weight.device)
@@ -113,7 +113,7 @@ def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _own_columns(targets: Tensor, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Which targets are columns of the own shard, and their indices there; 0 for those of other ranks."""
+    """Which targets are in this rank's shard, and their columns in the shard; 0 for targets of other ranks."""
     owned = (targets >= first) & (targets < first + num_columns)
     return owned, torch.where(owned, targets - first, 0)
 
@@ -128,15 +128,15 @@ def _shard_statistics(
     first: int,
     num_columns: int,
 ) -> Tensor:
-    """``[4, K]`` in float64: of the own columns logsumexp, entropy, the target's log p and logit.
+    """``[4, K]`` in float64, over this rank's columns: logsumexp, entropy, and the target's log p and logit.
 
-    The last two are -inf where another rank owns the target. Where they are wanted, three more: the sum of log p, and
-    the argmax with its logit.
+    The last two are -inf if another rank owns the target. With label smoothing or argmax there are three more: the sum
+    of log p, the argmax, and its logit.
     """
     extra = 3 if options.with_argmax or options.label_smoothing else 0
     result = torch.zeros(4 + extra, targets.shape[0], dtype=torch.float64, device=targets.device)
-    # Backends call a row of nothing but -inf NaN, as the whole vocabulary's would be. A shard of banned columns has no
-    # share in the distribution instead. (After a softcap, a bias of -inf is a finite logit.)
+    # Backends return NaN for a row in which all logits are -inf: right for a whole vocabulary. But a shard with only
+    # banned columns has probability 0. (After a softcap, a bias of -inf is a finite logit.)
     banned = bias is not None and options.softcap is None and bool((bias[:num_columns] == -torch.inf).all())
     if num_columns == 0 or banned:
         result[[0, 2, 3]] = -torch.inf
@@ -298,7 +298,7 @@ def _vocab_parallel_token_stats_backward(
     upstream = (g_logprob, g_logsumexp, g_target_logit, g_entropy)
     stats = (logsumexp, entropy, logsumexp_low)
     live = live_rows(upstream, kept_rows(targets, row_mask, ignore_index))
-    # Of all rows, as all ranks have to find the same: which rows are live, they have not agreed upon yet.
+    # Look at all rows, so that all ranks get the same result: they have not yet agreed which rows are live.
     may_refresh = not repeats and bool(are_saturated(logsumexp, entropy).any())
     if (need_hidden and live.shape[0] > 0) or may_refresh:
         # A gradient that is 0 on one rank and 1e-9 on another must not make them wait for each other for ever.
@@ -364,7 +364,7 @@ def _vocab_parallel_context(ctx, inputs, output) -> None:  # type: ignore[no-unt
 
 def _vocab_parallel_autograd(ctx, *gradients):  # type: ignore[no-untyped-def]
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    tensors = ctx.saved_tensors  # once: what is checkpointed can be read no second time
+    tensors = ctx.saved_tensors  # read only once: under checkpointing a second read fails
     dhidden, dweight, dbias = _vocab_parallel_token_stats_backward(
         *upstream_of(gradients, ctx.options.with_entropy),
         *tensors[6:],

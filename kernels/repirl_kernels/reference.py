@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the definition of what the other backends compute, and their oracle in float64.
+"""Every op in plain PyTorch. It defines what the other backends compute; tests compare them with it in float64.
 
 With final logits ``z = softcap(hidden @ weight.T + bias) / temperature`` over the first ``vocab_size``
 columns and target ``a``, per row:
@@ -17,15 +17,15 @@ and with upstream gradients ``g``:
 ``logprob`` and ``entropy`` are built from differences to the row maximum: ``z_a - L`` and ``L - b`` would
 lose them to cancellation when the logits share a large offset. A column with ``p_v = 0`` (a banned token,
 ``z_v = -inf``) contributes exactly 0 to the entropy and to every gradient. A row that contains NaN or +inf,
-or nothing but -inf, has no distribution: its statistics but for ``target_logit`` and its gradients are NaN, and no
-other row is touched.
+or only -inf, has no distribution: its gradients, and its statistics except ``target_logit``, are NaN. Other rows are
+not affected.
 
-With a temperature of its own for each row, T is that; with label smoothing, ``ops.py`` mixes ``mean_logprob`` into the
-target's, and hands the share of every column's gradient down as ``uniform``.
+If each row has its own temperature, that is the temperature in the formulas. With label smoothing, ``ops.py`` mixes
+``mean_logprob`` into the target's log-prob, and passes the part of the gradient that all columns get as ``uniform``.
 
-Functions here take data which ``ops.py`` has checked and compacted: at least one row, every target in
-``[0, vocab_size)``, ``hidden`` and ``weight`` of one dtype. They work through the rows in chunks, so that the
-memory they need beside the results does not grow with the number of rows.
+``ops.py`` has checked and compacted the arguments of these functions: there is at least one row, every target is in
+``[0, vocab_size)``, and ``hidden`` and ``weight`` have the same dtype. The rows are processed in chunks, so that the
+memory for intermediate values does not grow with the number of rows.
 
 Axes: N rows (tokens), D features, V vocabulary.
 """
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from repirl_kernels.operands import Options, statistics_dtype
 
-# Logits held at once. 2**22 float32 values are 16 MiB: beyond the caches already, small beside any model.
+# The number of logits in memory at a time: 16 MiB in float32, more than the caches hold, but little beside a model.
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -61,7 +61,7 @@ class ForwardResult(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What the gradient of each row's logits needs beside them, each ``[N]``; see the formula above."""
+    """The values, each ``[N]``, from which the gradient of a row's logits is computed; see the formula above."""
 
     mass: Tensor
     onehot: Tensor
@@ -73,7 +73,7 @@ class RowGradients(NamedTuple):
     mean_logit: Tensor
 
     def of(self, rows: slice) -> "RowGradients":
-        """Those of some rows."""
+        """The values of some rows."""
         return RowGradients(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
@@ -152,10 +152,10 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to ``hidden``, ``weight`` and ``bias``, each in its operand's dtype or ``None``.
 
-    Sums over rows are accumulated in float32 (float64 for float64 operands) and rounded once. With ``logits``, which
-    :func:`linear_forward` filled and which may be overwritten here, these are not computed again. With
-    ``dweight_sum [V, D]``, of the dtype of the statistics, the weight's gradient is added to that and ``None`` here.
-    ``skip_below [N]`` permits to leave out of a row what is smaller; here nothing ever is.
+    Sums over rows are computed in float32 (float64 for float64 operands) and rounded once. With ``logits``, which
+    :func:`linear_forward` filled, the logits are not computed again; ``logits`` may be overwritten. With ``dweight_sum
+    [V, D]``, of the dtype of the statistics, the weight's gradient is added to it, and ``None`` is returned instead.
+    ``skip_below [N]`` allows a backend to leave out smaller gradients of a row; this one never does.
     """
     vocab_size = options.vocab_size
     dtype = statistics_dtype(hidden.dtype)
@@ -227,7 +227,7 @@ def _statistics(z: Tensor, targets: Tensor, options: Options) -> ForwardResult:
         mean_logprob = shifted.mean(dim=-1) - log_total
     target_logit = z.gather(-1, targets[:, None]).squeeze(-1)
     z_max = z_max.squeeze(-1)
-    if argmax is not None:  # of several, `max` returns any
+    if argmax is not None:  # if several are equal, `max` may return any of them
         argmax = (z == z_max[:, None]).to(torch.uint8).argmax(dim=-1)
     return ForwardResult(
         logprob=(target_logit - z_max) - log_total,

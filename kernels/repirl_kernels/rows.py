@@ -1,7 +1,7 @@
-"""What every operator does with rows around a backend: which ones count, what their statistics and gradients keep.
+"""Code around the backends: it selects the rows that count, and prepares their statistics and gradients.
 
-A backend sees only rows that matter. Rows are removed before a product and put back after it, never zeroed and
-multiplied: a NaN in a row that does not count must not reach a gradient.
+A backend gets only the rows that count. The others are removed before a product, and put back after it. They must not
+be set to zero and multiplied: a NaN in an ignored row would otherwise reach a gradient.
 
 Axes: N rows (tokens).
 """
@@ -19,7 +19,7 @@ from repirl_kernels.reference import ForwardResult, RowGradients
 # entropy, ``None`` in both.
 Upstream = tuple[Tensor, Tensor, Tensor, Tensor | None]
 SavedStats = tuple[Tensor, Tensor | None, Tensor]
-# The argmax of a row that has none.
+# The argmax of a row that has no argmax.
 NO_COLUMN = -1
 
 
@@ -29,7 +29,7 @@ def kept_rows(targets: Tensor, row_mask: Tensor | None, ignore_index: int) -> Te
 
 
 def row_indices(keep: Tensor) -> Tensor | None:
-    """Indices of the rows to keep; ``None`` if that is all of them, so that nothing needs to be copied."""
+    """Indices of the rows to keep; ``None`` for all rows, so that nothing has to be copied."""
     rows = keep.nonzero().squeeze(-1)
     return None if rows.shape[0] == keep.shape[0] else rows
 
@@ -55,13 +55,13 @@ def take_live(upstream: Upstream, stats: SavedStats, rows: Tensor | None) -> tup
 
 
 def upstream_of(gradients: tuple[Tensor, ...], with_entropy: bool) -> Upstream:
-    """The four statistics' gradients; ``None`` for an entropy that was left out."""
+    """The gradients of the four statistics; ``None`` if the entropy was not computed."""
     g_logprob, g_logsumexp, g_target_logit, g_entropy = (gradient.contiguous() for gradient in gradients[:4])
     return g_logprob, g_logsumexp, g_target_logit, g_entropy if with_entropy else None
 
 
 def replace_stats(stats: SavedStats, fresh: "RowStats", where: Tensor) -> SavedStats:
-    """``stats``, and in some rows those of ``fresh``."""
+    """``stats``, with some rows replaced by those of ``fresh``."""
     logsumexp, entropy, logsumexp_low = stats
     return (
         torch.where(where, fresh.logsumexp, logsumexp),
@@ -100,12 +100,11 @@ def check_rows(targets: Tensor, row_temperature: Tensor | None, keep: Tensor, vo
 
 
 def split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """``logsumexp`` in the dtype of the statistics, and what that rounding lost.
+    """``logsumexp`` in the dtype of the statistics, and the error of rounding it to this dtype.
 
-    A backend may return logsumexp in float64, which has what float32 loses up to offsets of 1e8. Else
-    ``target_logit`` and ``logprob`` know it better than its own rounded value: ``L = z_a - log p_a``, where
-    log p_a has no large terms. But for an improbable target log p_a is itself large, and its rounding no
-    better than that of L.
+    If a backend returns logsumexp in float64, the error is computed from that; this works for offsets up to 1e8. Else
+    ``L = z_a - log p_a`` gives a more exact value, because log p_a has no large terms. But if the target is improbable,
+    log p_a is itself large, and its rounding error is as large as that of L.
     """
     rounded = logsumexp.to(logprob.dtype)
     limit = 1e8 if logsumexp.dtype == torch.float64 else 0.0
@@ -115,21 +114,21 @@ def split_logsumexp(logprob: Tensor, logsumexp: Tensor, target_logit: Tensor) ->
 
 
 def are_saturated(logsumexp: Tensor, entropy: Tensor | None) -> Tensor:
-    """Rows whose gradient is lost if the backward pass rounds their logits in another way than the forward pass did.
+    """Rows whose gradient is wrong if the backward pass rounds their logits differently from the forward pass.
 
-    Of a probability of nearly 1 the gradient is what that lacks, and the last bit of a logit of 3200 is 2e-4 of it.
-    torch's products of fewer rows, as in the backward pass, may be summed in another order than those of more.
+    If a probability p is nearly 1, the gradient is 1 - p, which is tiny, but the last bit of a logit of 3200 changes
+    the computed p by 2e-4. The backward pass has fewer rows, and torch may then sum a product in another order.
     """
     large = logsumexp.abs() > 64
     return large if entropy is None else large & (entropy < 1)
 
 
 def fold_upstream(upstream: Upstream, stats: SavedStats, label_smoothing: float, vocab_size: int) -> RowGradients:
-    """What the four upstream gradients come to in each row.
+    """Combine the four upstream gradients of each row into the coefficients that a backend needs.
 
     A backend computes ``p_v = exp(z_v - L)`` and ``z_v - b`` from L and b as rounded to the statistics'
-    dtype. With logits around 1e4 that rounding is 5e-4, and so would be the gradient's relative error. But
-    what the rounded L and b lack is the same for a whole row, so it is put into the row's coefficients:
+    dtype. With logits around 1e4 the rounding error is 5e-4, and the relative error of the gradient would be the
+    same. But the rounding errors of L and b are the same in a whole row, so the row's coefficients correct them:
 
         p_v (g_L - g_p - g_H (z_v - b)) = p'_v ((g_L - g_p + g_H b_low) r - g_H r (z_v - b')),
         p'_v = exp(z_v - L'),  r = exp(-L_low),  L = L' + L_low,  b = b' + b_low
@@ -152,13 +151,13 @@ def fold_upstream(upstream: Upstream, stats: SavedStats, label_smoothing: float,
 
 
 def skip_below(gradients: RowGradients, dtype: torch.dtype) -> Tensor:
-    """``[N]``: below this, a gradient of a logit counts as negligible in its row."""
+    """``[N]``: a gradient of a logit smaller than this is negligible in its row."""
     sizes = [x.abs() for x in (gradients.mass, gradients.onehot, gradients.slope) if x is not None]
     return torch.finfo(dtype).eps / 32 * torch.stack(sizes).amax(dim=0)
 
 
 class RowStats(NamedTuple):
-    """What an operator returns of each row, ``[N]``; what was left out has no elements."""
+    """The outputs of an operator, each ``[N]``; an output that was not computed has no elements."""
 
     logprob: Tensor
     logsumexp: Tensor
@@ -171,7 +170,7 @@ class RowStats(NamedTuple):
 
 
 def empty_stats(rows: Tensor, with_entropy: bool, with_argmax: bool) -> RowStats:
-    """Of rows that do not count: 0, and no column as the argmax."""
+    """The outputs for rows that do not count: 0, and -1 as the argmax."""
     dtype = statistics_dtype(rows.dtype)
 
     def zeros(wanted: bool = True) -> Tensor:
@@ -204,7 +203,7 @@ def refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-
 def transformed(
     operator: Callable[..., Any], context: Callable[..., None], gradient: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """``operator`` with its gradient as ``torch.func`` wants them, which takes no operator's own autograd."""
+    """``operator`` and its gradient in the form that ``torch.func`` needs; it ignores an operator's own autograd."""
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -239,11 +238,11 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    """Double backward is refused, so nothing is kept for it."""
+    """Keep nothing for the double backward pass, which raises an error."""
 
 
 def put_stats(result: ForwardResult, label_smoothing: float, rows: Tensor | None, num_rows: int) -> RowStats:
-    """A backend's statistics of ``rows``, smoothed, and put back to ``[N]``."""
+    """Apply label smoothing to a backend's statistics of ``rows``, and put them back into tensors ``[N]``."""
     logprob, target_logit = result.logprob, result.target_logit
     if label_smoothing:
         assert result.mean_logprob is not None
@@ -281,7 +280,7 @@ def gradients_or_empty(
 def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward operator returns, in shape and dtype."""
+    """Empty tensors with the shapes and dtypes that a backward operator returns."""
     return gradients_or_empty(
         hidden,
         weight,
