@@ -244,7 +244,14 @@ def build(config: Config) -> Run:
     held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
     rows = load_experts(config.data, tokenizer, config.policy.model) if "experts" in system.data else None
 
-    learners = build_learners(config, world, timer.work)
+    # A function of the user's that cannot be loaded shows here, before the models are.
+    verifier = Verifier(config.verifier) if prompts is not None or held_out is not None else None
+    try:
+        learners = build_learners(config, world, timer.work)
+    except BaseException:
+        if verifier is not None:
+            verifier.close()
+        raise
     reference = None
     if (frozen := learners.pop("reference", None)) is not None:
         relative = system.has_prm and config.prm.reward == "implicit"
@@ -254,9 +261,8 @@ def build(config: Config) -> Run:
         per_turn = config.experts_per_step
         asked = reference.for_prm if reference is not None and reference.prm_temperature is not None else None
         experts = Experts(rows, seed=config.seed + 1, per_turn=per_turn, reference=asked)
-    if prompts is not None or held_out is not None:
+    if verifier is not None:
         engine = make_engine(config, learners["policy"], tokenizer)
-        verifier = Verifier(config.verifier)
         sampler = Sampler(config, learners["policy"], tokenizer, engine, verifier, prompts, timer)
     return Run(
         config,
