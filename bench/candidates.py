@@ -3,10 +3,10 @@
     python -m bench.candidates --list
     python -m bench.candidates NAME --rows 16384 --features 4096 --columns 131072 --device cuda --json FILE
 
-One candidate a process: a warp-specialised kernel that is wrong does not fail, it hangs, so whoever calls this sets a
-time limit. ``FILE`` is written after the check and again after the timing; what is wrong is not timed. With
-``--device cpu`` (under ``TRITON_INTERPRET=1``, in float32) tiny tiles show that a candidate's sums are right; nothing
-is timed then. The Gluon candidate needs a GPU.
+Run each candidate in a separate process with a time limit: a warp-specialised kernel that is wrong may hang. ``FILE``
+is written after the check, and again after the timing; a candidate with wrong results is not timed. ``--device cpu``
+(under ``TRITON_INTERPRET=1``, in float32) checks the sums on tiny tiles, and times nothing. The Gluon candidate needs
+a GPU.
 
 The kernels here carry a row's maximum in base 2: with ``x = s log2(e) / T`` they sum ``2^(x - m)`` and
 ``2^(x - m) (x - m)``, one fused multiply-add and one ``exp2`` an element. Logits have to be finite (no banned tokens).
@@ -574,8 +574,8 @@ class Problem:
 
     def partials(self, num_splits: int) -> dict[str, Tensor]:
         """The sums that the candidates' forward kernels leave."""
-        found = tiles.empty_partials(num_splits, self.rows, self.device, False)
-        return {name: found[name] for name in ("maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr")}
+        partials = tiles.empty_partials(num_splits, self.rows, self.device, False)
+        return {name: partials[name] for name in ("maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr")}
 
     def merged(self, partials: dict[str, Tensor], num_splits: int) -> ForwardResult:
         argmax = torch.empty((1, 1), dtype=torch.int32, device=self.device)
@@ -610,8 +610,8 @@ def make_problem(rows: int, features: int, columns: int, device: str) -> Problem
 def add_upstream(problem: Problem) -> None:
     """Random gradients of the four statistics; the statistics themselves come from the production forward."""
     g_logprob, g_logsumexp, g_target_logit, g_entropy = torch.randn(4, problem.rows, device=problem.device)
-    found = production_forward(problem)
-    logsumexp, entropy = found.logsumexp.float(), found.entropy
+    forward_result = production_forward(problem)
+    logsumexp, entropy = forward_result.logsumexp.float(), forward_result.entropy
     upstream, stats = (
         (g_logprob, g_logsumexp, g_target_logit, g_entropy),
         (logsumexp, entropy, torch.zeros_like(logsumexp)),
@@ -997,8 +997,8 @@ def check(kind: str, prepared: Prepared, problem: Problem) -> dict[str, float]:
     rows = slice(0, min(CHECKED_ROWS, problem.rows))
     everything = slice(0, problem.columns)
     if kind == "forward":
-        found = prepared.run()
-        logsumexp, target_logit, entropy = found.logsumexp, found.target_logit, found.entropy
+        result = prepared.run()
+        logsumexp, target_logit, entropy = result.logsumexp, result.target_logit, result.entropy
         z = exact_logits(problem, rows, everything)
         expected = torch.logsumexp(z, dim=1)
         exact = {
@@ -1107,11 +1107,11 @@ def timings(prepared: Prepared, problem: Problem) -> dict[str, Any]:
 
 def compiled_resources(kernel: Any) -> dict[str, Any]:
     """Registers and spills of the variants of ``kernel`` that this process has launched."""
-    found = []
+    variants: list[dict[str, Any]] = []
     for caches in getattr(kernel, "device_caches", {}).values():
         for compiled in caches[0].values():
             compiled = compiled.result() if hasattr(compiled, "result") else compiled
-            found.append(
+            variants.append(
                 {
                     "registers": getattr(compiled, "n_regs", None),
                     "spills": getattr(compiled, "n_spills", None),
@@ -1119,7 +1119,7 @@ def compiled_resources(kernel: Any) -> dict[str, Any]:
                     "num_warps": getattr(compiled.metadata, "num_warps", None),
                 }
             )
-    return found[-1] if found else {}
+    return variants[-1] if variants else {}
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, on a machine that has nothing but one and PyTorch, within the minutes that there are.
+"""Runs everything that needs a GPU, within a few minutes, on a machine that has only a GPU and PyTorch.
 
     python bench/gpu.py wheels --to WHEELS                       beforehand, with network: see bench/gpu_wheels.py
     python bench/gpu.py --out DIR [--wheels WHEELS] [--call 1]   at most 480 s: tests, benchmark, candidates, a profile
     python bench/gpu.py --out DIR [--wheels WHEELS] --call 2     at most 180 s: the headline cases once more
 
-No network is needed to run. What is most telling comes first: the tests and the headline cases are reached even if
-every step takes as long as it may, what follows only if they do not. Every step is a process of its own with a time
-limit, so one that dies, hangs or is cut short costs the others nothing; what it has recorded by then counts. ``DIR``
-gets three files, each written again every two seconds: ``gpu.json`` (all steps), ``ops.json`` (the benchmark, as
-``bench.run`` writes it) and ``logs.tar.gz``. No process outlives this one, however it ends. ``--device cpu`` runs what
-can run without a GPU, on tiny shapes, to try the script itself.
+It needs no network to run. The most important steps come first: there is time for the tests and the headline cases
+even if each step uses its whole time limit; the later steps run only if time is left. Each step is a separate process
+with a time limit, so a step that crashes or hangs does not affect the others, and its results up to then are kept.
+Three files are written to ``DIR`` every two seconds: ``gpu.json`` (all steps), ``ops.json`` (the benchmark, as
+``bench.run`` writes it) and ``logs.tar.gz``. When this process ends, for any reason, all others end, too. To try the
+script itself, ``--device cpu`` runs on tiny shapes what does not need a GPU.
 """
 
 import argparse
@@ -86,7 +86,7 @@ sys.exit(process.returncode if process.returncode >= 0 else 128 - process.return
 
 
 class Step(NamedTuple):
-    """A command of Python, and the seconds it may take."""
+    """A Python command with a time limit in seconds."""
 
     name: str
     arguments: tuple[str, ...]
@@ -96,7 +96,7 @@ class Step(NamedTuple):
     takes_turns: bool = False
     """Whether it calls ``wait_for_turn`` (``bench/turns.py``): of these, one at a time has the GPU."""
     after: str = ""
-    """A step without whose success this one is left out."""
+    """The name of another step. If that one fails, this one is not run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,7 +258,7 @@ class Runner:
         return self.deadline - time.monotonic() - 2
 
     def _give_turn(self) -> None:
-        """To the first step that is ready, if no other has it. Waiting for it counts towards no limit of the step."""
+        """Give the turn to the first step that is ready, if no step has it. Waiting does not count as run time."""
         takers = [running for running in self._running.values() if running.step.takes_turns]
         ready = [running for running in takers if ready_file(self._prefix(running.step)).exists()]
         for running in ready:
@@ -285,7 +285,7 @@ class Runner:
         print(f"written to {self.options.out / 'gpu.json'}")
 
     def write(self) -> None:
-        """``gpu.json``, ``ops.json`` and ``logs.tar.gz`` as things stand."""
+        """Write ``gpu.json``, ``ops.json`` and ``logs.tar.gz`` with the results so far."""
         self._written = time.monotonic()
         results = {**self.results, "steps": dict(self.results["steps"])}
         for name, running in self._running.items():
@@ -403,9 +403,9 @@ def summary(name: str, outcome: dict[str, Any]) -> str:
             figures = row.get("reason") or f"{1e3 * row['median']:8.2f} ms {row['products']:6.2f}"
             memory = f" {row['extra_bytes'] / 2**20:7.0f} MiB" if "extra_bytes" in row else ""
             words.append(f"\n    {row['contender']:28} {figures}{memory}")
-    for op, found in result.get("ops", {}).items():
-        words.append(f"\n    {op}: {found['total_milliseconds']:.1f} ms")
-        for row in found["kernels"][:7]:
+    for op, profile in result.get("ops", {}).items():
+        words.append(f"\n    {op}: {profile['total_milliseconds']:.1f} ms")
+        for row in profile["kernels"][:7]:
             words.append(f"\n    {row['milliseconds']:9.3f} ms {row['share']:6.1%}  {row['name'][:80]}")
     if outcome["status"] not in ("ok", "skipped", "not reached"):
         words.append("\n    " + outcome["end_of_log"][-500:].replace("\n", "\n    "))

@@ -100,10 +100,10 @@ def pinned_version(folder: Path, name: str, by: str) -> str:
     with zipfile.ZipFile(wheel) as files:
         metadata = next(member for member in files.namelist() if member.endswith(".dist-info/METADATA"))
         text = files.read(metadata).decode()
-    found = re.search(rf"^Requires-Dist: {re.escape(name)} ?\(?==([\w.]+)", text, re.MULTILINE)
-    if found is None:
+    requirement = re.search(rf"^Requires-Dist: {re.escape(name)} ?\(?==([\w.]+)", text, re.MULTILINE)
+    if requirement is None:
         raise ValueError(f"{wheel.name} asks for no single version of {name}")
-    return found[1]
+    return requirement[1]
 
 
 def pack(wheels: Sequence[Path], archive: Path) -> None:

@@ -147,8 +147,8 @@ def _environment(device: str) -> dict[str, Any]:
         environment |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
         environment["cuda"] = torch.version.cuda
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found = shutil.which("nvidia-smi")
-        environment["driver"] = subprocess.check_output(query, text=True).split()[0] if found else "unknown"
+        nvidia_smi = shutil.which("nvidia-smi")
+        environment["driver"] = subprocess.check_output(query, text=True).split()[0] if nvidia_smi else "unknown"
     return environment
 
 

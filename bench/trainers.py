@@ -211,9 +211,9 @@ def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dic
         sampling = Sampling(options.response, 1.0, (model.config.eos_token_id,))
         for _ in range(2):
             clock.start()
-            found = engine.generate(prompts, seeds, sampling)
+            responses = engine.generate(prompts, seeds, sampling)
             clock.stop("rollout")
-        clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(len(r.token_ids) for r in found)]
+        clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(len(r.token_ids) for r in responses)]
         del engine
     if options.prm:
         del policy, model
@@ -252,9 +252,9 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             clock.start()
-            found = super()._generate_and_score_completions(inputs)
+            scored = super()._generate_and_score_completions(inputs)
             clock.stop("old_logprob")
-            return found
+            return scored
 
     class Steps(TrainerCallback):
         """Seconds of a whole step."""
@@ -307,9 +307,9 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
             prompts = [r["prompt"] for r in rollouts for _ in r["responses"]]
             for _ in range(2):
                 clock.start()
-                found = trainer._generate_single_turn(prompts, None, {})
+                responses = trainer._generate_single_turn(prompts, None, {})
                 clock.stop("rollout")
-            clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(map(len, found))]
+            clock.seconds["rollout"] = [clock.seconds["rollout"][-1] / sum(map(len, responses))]
     return {"seconds": clock.seconds, "memory": memory, "update": update}
 
 
@@ -318,11 +318,11 @@ def child(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     rollouts = json.loads(Path(options.recorded).read_text())
-    found = (run_ours if options.child == "ours" else run_trl)(options, rollouts)
-    torch.save(found.pop("update"), f"{options.out}.pt")
+    result = (run_ours if options.child == "ours" else run_trl)(options, rollouts)
+    torch.save(result.pop("update"), f"{options.out}.pt")
     # The first step warms up: memory is fetched, kernels are chosen.
-    found["seconds"] = {phase: statistics.median(values[1:] or values) for phase, values in found["seconds"].items()}
-    Path(options.out).write_text(json.dumps(found))
+    result["seconds"] = {phase: statistics.median(values[1:] or values) for phase, values in result["seconds"].items()}
+    Path(options.out).write_text(json.dumps(result))
 
 
 def run_child(name: str, case: str, folder: Path, options: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[s
     rollouts = json.loads((folder / f"rollouts_{'equal' if equal else 'spread'}.json").read_text())
     lengths = [len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"]]
     longest = max(len(r["prompt"]) for r in rollouts) + max(len(x) for r in rollouts for x in r["responses"])
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "case": case,
         "tokens": sum(lengths),
         "padding": 1 - sum(lengths) / (longest * len(lengths)),
@@ -374,19 +374,19 @@ def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[s
     for name, results in rounds.items():
         phases = sorted({phase for r in results for phase in r["seconds"]})
         seconds = {p: [r["seconds"][p] for r in results if p in r["seconds"]] for p in phases}
-        found[name] = {"seconds": seconds, "memory": [r["memory"] for r in results]}
-    return found
+        row[name] = {"seconds": seconds, "memory": [r["memory"] for r in results]}
+    return row
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: seconds by phase (median and range of the rounds), tokens a second, memory, and the ratio."""
     lines = []
-    for found in results:
+    for result in results:
         lines += [
-            f"### {found['case']}",
+            f"### {result['case']}",
             "",
-            f"{found['tokens']} tokens in {NUM_PROMPTS * NUM_SAMPLES} sequences; padded to one length, "
-            f"{found['padding']:.0%} would be padding. The updates differ by {found['update_difference']:.1e} of "
+            f"{result['tokens']} tokens in {NUM_PROMPTS * NUM_SAMPLES} sequences; padded to one length, "
+            f"{result['padding']:.0%} would be padding. The updates differ by {result['update_difference']:.1e} of "
             "their size.",
             "",
             "| phase | ours | TRL | ours / TRL |",
@@ -395,7 +395,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for phase in ("rollout", "old_logprob", "policy", "prm"):
             cells, medians = [], []
             for name in CONTENDERS:
-                values = found[name]["seconds"].get(phase)
+                values = result[name]["seconds"].get(phase)
                 if values is None:
                     cells.append("-")
                     continue
@@ -404,11 +404,11 @@ def table(results: list[dict[str, Any]]) -> str:
                     cells.append(f"{1 / medians[-1]:.0f} tokens/s")
                 else:
                     spread = f"{min(values):.2f} to {max(values):.2f}"
-                    cells.append(f"{medians[-1]:.2f} s ({spread}), {found['tokens'] / medians[-1]:.0f} tokens/s")
+                    cells.append(f"{medians[-1]:.2f} s ({spread}), {result['tokens'] / medians[-1]:.0f} tokens/s")
             if cells != ["-", "-"]:
                 ratio = f"{medians[0] / medians[1]:.2f}" if len(medians) == 2 else "-"
                 lines.append(f"| {phase} | {cells[0]} | {cells[1]} | {ratio} |")
-        memory = [statistics.median(found[name]["memory"]) / 2**20 for name in CONTENDERS]
+        memory = [statistics.median(result[name]["memory"]) / 2**20 for name in CONTENDERS]
         lines += [f"| memory | {memory[0]:.0f} MiB | {memory[1]:.0f} MiB | {memory[0] / memory[1]:.2f} |", ""]
     return "\n".join(lines)
 

@@ -198,11 +198,12 @@ def linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dhidden [N, D], dweight [V, D], dbias [V])`` in the operands' dtypes, ``None`` where not needed.
 
-    With ``logits`` that :func:`linear_forward` wrote out, these are not computed again. The weight's gradient is added
-    to ``dweight_sum``, a float32 ``[V, D]``, if that is given, and then ``None`` here. Of a row whose gradients of a
-    slab's logits are all below its ``skip_below``, the slab is left out of both products (which waits for the GPU).
+    With the ``logits`` that :func:`linear_forward` wrote, they are not computed again. With ``dweight_sum``, float32
+    ``[V, D]``, the weight's gradient is added to it, and ``None`` is returned instead. If all gradients of a row's
+    logits in a slab are below its ``skip_below``, both products leave the row out in this slab (the host then waits for
+    the GPU).
 
-    ``slab_bytes`` bounds the one buffer that grows with N·V (at least one tile of columns is held).
+    ``slab_bytes`` is the largest size of the only buffer that grows with N·V (but at least one tile of columns).
     """
     num_rows, hidden_size = hidden.shape
     vocab_size = options.vocab_size
@@ -290,7 +291,7 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda:
         torch.mm(a, b, out=out)
     else:
-        # The interpreter's device: a half-precision product on a CPU may accumulate in half precision.
+        # The interpreter runs on a CPU, where a half-precision product may be summed in half precision.
         out.copy_(a.float() @ b.float())
 
 

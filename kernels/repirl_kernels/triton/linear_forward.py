@@ -1,4 +1,4 @@
-"""``linear_token_stats`` forward: statistics of ``hidden @ weight.T``, whose logits never leave registers.
+"""``linear_token_stats`` forward: statistics of ``hidden @ weight.T``; the logits stay in registers.
 
 One program owns a block of rows and one vocabulary split. It forms the split's logits tile by tile with
 float32 accumulation, folds each tile into the rows' running sums, and writes three numbers a row;
@@ -252,8 +252,8 @@ def linear_forward(
     contiguous features; ``targets [N]`` are int64 in ``[0, vocab_size)``; weights and bias from
     ``vocab_size`` on are not read.
 
-    With ``logits``, float32 ``[N, vocab_size]``, these are written out, bias included, for a backward pass that shall
-    not compute them again; then the vendor's product makes them.
+    If ``logits``, float32 ``[N, vocab_size]``, is given, the logits with bias are written to it, so that the backward
+    pass need not compute them again. In this case the vendor's library computes the product.
     """
     tiles.check_dtype("hidden", hidden)
     softcap, vocab_size = options.softcap, options.vocab_size
@@ -325,14 +325,14 @@ class Flags(NamedTuple):
 
 
 def choose_flags(options: Options, bias: Tensor | None, dtype: torch.dtype, align: int, extras: bool) -> Flags:
-    """The variant to launch. There are not all that could be: rare ones are done by one that does more."""
+    """The variant to launch. To keep the number small, rare cases run in a variant that can do more than they need."""
     has_bias, has_softcap = bias is not None, options.softcap is not None
     plain = not has_bias and not has_softcap and not extras and align > 1 and dtype != torch.float32
     return Flags(has_bias or extras, has_softcap, options.with_entropy or not plain, extras)
 
 
 def with_extras_bias(bias: Tensor | None, vocab_size: int, flags: Flags, device: torch.device) -> Tensor | None:
-    """The bias; 0 where the variant wants one and there is none."""
+    """The bias; zeros if the variant needs a bias and there is none."""
     if bias is None and flags.has_bias:
         return torch.zeros(vocab_size, dtype=torch.float32, device=device)
     return bias
@@ -359,7 +359,7 @@ def linear_constants(tile: tiles.LinearTile, align: int, flags: Flags, interpret
 
 
 def variants(arch: str) -> Iterator[tiles.Variant]:
-    """Every specialisation of this module's kernel that can be launched on ``arch``."""
+    """All specialisations of this module's kernel that can be launched on ``arch``."""
     yield from linear_variants(linear_forward_kernel, tiles.forward_tile, arch)
 
 
@@ -367,11 +367,11 @@ def linear_variants(kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch:
     """Variants of a linear kernel: operand types by alignment by flags, for float16 both or none."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for align in (16 // dtype.itemsize, 1):
-            found = [Flags(b, s, True, False) for b, s in itertools.product((False, True), repeat=2)]
-            found += [Flags(True, has_softcap, True, True) for has_softcap in (False, True)]
+            all_flags = [Flags(b, s, True, False) for b, s in itertools.product((False, True), repeat=2)]
+            all_flags += [Flags(True, has_softcap, True, True) for has_softcap in (False, True)]
             if align > 1 and dtype != torch.float32:
-                found.append(Flags(False, False, False, False))
-            for flags in found:
+                all_flags.append(Flags(False, False, False, False))
+            for flags in all_flags:
                 if dtype == torch.float16 and (flags.has_bias != flags.has_softcap or flags.extras):
                     continue  # the instructions of bfloat16 but for the operands' type
                 tile = tile_of(arch, dtype, align, flags.has_bias, flags.has_softcap, flags.extras)

@@ -1,4 +1,4 @@
-"""``token_stats`` on logits that exist: one read forward, one read and one write backward.
+"""``token_stats`` of given logits: the forward pass reads them once, the backward pass reads and writes them once.
 
 One program reads one row, or one split of a long row, and keeps the row's running sums;
 ``merge_splits_kernel`` merges the splits. Axes: N rows, V vocabulary.
@@ -198,7 +198,7 @@ def logits_backward(
 ) -> Tensor:
     """Gradient of ``logits [N, V]``, in ``dtype`` or theirs; 0 in columns from ``vocab_size`` on.
 
-    A target outside ``[0, V)`` belongs to columns that are not here.
+    A target outside ``[0, V)`` is in columns that are not part of ``logits``.
     """
     dtype = dtype or logits.dtype
     num_rows, num_columns = logits.shape
@@ -234,8 +234,8 @@ def merge_splits(
 ) -> ForwardResult:
     """Statistics ``[N]`` from the partial sums ``[num_splits, N]`` that a forward kernel left.
 
-    A split has ``split_columns``, the last one maybe fewer. What is not wanted, and was not computed, is ``None``.
-    float32 but for ``logsumexp``: in float64 it is the exact sum of its float32 parts, for the backward pass.
+    A split has ``split_columns`` columns, the last one possibly fewer. Statistics that were not computed are ``None``.
+    All are float32, except ``logsumexp``: the backward pass needs the exact sum of its float32 parts, in float64.
     """
     outputs = {
         f"{name}_ptr": torch.empty(num_rows, dtype=dtype, device=partials["total_ptr"].device)

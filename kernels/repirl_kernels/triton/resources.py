@@ -1,4 +1,4 @@
-"""What the kernels cost a GPU, by compiling them without one: registers, spills and shared memory.
+"""Registers, spills and shared memory of the kernels. They are compiled for this; no GPU is needed.
 
     python -m repirl_kernels.triton.resources [sm_90 ...]
     python -m repirl_kernels.triton.resources --write
@@ -46,7 +46,7 @@ _PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.s
 
 
 class Resources(NamedTuple):
-    """Of one compiled variant: registers, stack and local bytes of a thread; shared bytes of a block."""
+    """The resources of one compiled variant: registers, stack and local bytes per thread; shared bytes per block."""
 
     arch: str
     kernel: str
@@ -63,7 +63,7 @@ class Resources(NamedTuple):
 
     @property
     def spills(self) -> bool:
-        """Whether registers went to memory."""
+        """Whether some registers were spilled to memory."""
         return self.stack_bytes > 0 or self.local_bytes > 0
 
     @property
@@ -93,7 +93,7 @@ def compile_variant(variant: tiles.Variant, arch: str) -> Resources:
     compiled = triton.compile(source, target=target, options=variant.options)
     usage = _resource_usage(compiled.asm["cubin"])
     loaded = _loaded_bytes(variant)
-    found = [name for name, instruction in _PRODUCTS.items() if instruction in compiled.asm["ptx"]]
+    products = [name for name, instruction in _PRODUCTS.items() if instruction in compiled.asm["ptx"]]
     return Resources(
         arch,
         variant.name,
@@ -103,7 +103,7 @@ def compile_variant(variant: tiles.Variant, arch: str) -> Resources:
         usage["STACK"],
         usage["LOCAL"],
         compiled.metadata.shared,
-        found[0] if loaded else "",
+        products[0] if loaded else "",
         loaded,
     )
 

@@ -1,4 +1,4 @@
-"""What all Triton kernels here share: a row's running statistics, their merge, and the gradient's formula.
+"""Functions that all Triton kernels here use: a row's running statistics, their merge, and the gradient's formula.
 
 Statistics run in base 2 on shifted logits. With ``z = s / T`` (``s`` the logit before the temperature), ``m``
 the running maximum of ``z`` and ``d = (z - m) log2(e)``, a row carries

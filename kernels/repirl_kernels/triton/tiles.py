@@ -1,4 +1,4 @@
-"""Tile shapes of the kernels, and what a launch needs beside its arguments.
+"""Tile shapes of the kernels, and helpers to launch them.
 
 The shapes are a table, not the outcome of a search at run time: the same inputs take the same path on every
 run, and every configuration that can be launched is compiled ahead of time in the tests, where registers,
