@@ -89,9 +89,9 @@ def _refuse_packed_experts(model: PreTrainedModel) -> None:
     if packed:
         linear = sorted({n.rpartition(".")[2] for n, _ in _linear_layers(model)})
         raise ConfigError(
-            f"adapters.target_modules is 'all-linear', but {packed[0]!r} ({type(model).__name__}) "
-            f"is no linear layer, as of a mixture of experts, and gets no adapter: name the layers that shall have one, of {linear}, or train "
-            "without adapters"
+            f"adapters.target_modules is 'all-linear', but {packed[0]!r} ({type(model).__name__}) is no linear layer, "
+            "as of a mixture of experts, and gets no adapter: name the layers that shall have one, of "
+            f"{linear}, or train without adapters"
         )
 
 

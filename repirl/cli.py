@@ -114,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--checkpoint", metavar="DIR", required=True, help="a run's folder or a step_N folder")
     command.add_argument("--output", metavar="DIR", required=True, help="gets policy/ and prm/")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as they were trained"
+    )
     command.set_defaults(run=_export)
 
     # Its options, --help too, are those of bench/run.py.
@@ -190,9 +193,12 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     _no_overrides(overrides)
+    import torch
+
     from repirl.export import export_checkpoint
 
-    for folder in export_checkpoint(options.checkpoint, options.output):
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    for folder in export_checkpoint(options.checkpoint, options.output, dtype=dtype):
         print(folder)
     return 0
 

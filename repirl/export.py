@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
-from repirl.config import Config
+from repirl.config import Config, ConfigError
 from repirl.configfile import build_config
 from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.model_checks import add_value_head
-from repirl.models import build_model, load_tokenizer, quiet_transformers
+from repirl.modelcard import model_card
+from repirl.models import build_model, load_tokenizer, quiet_transformers, save_tokenizer
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import build_learners
 from repirl.work import Work
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike, output: str | os.PathLike, *, step_separator: str = "\n"
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    step_separator: str = "\n",
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm.
 
@@ -42,12 +50,13 @@ def export_checkpoint(
         checkpoint: a run's folder or a step_N folder.
         output: gets a folder for each model.
         step_separator: what ends a step of a response, for whoever makes step rewards of the PRM's token rewards.
+        dtype: of the weights written; by default as they were trained.
 
     Returns:
         The folders written.
 
     Raises:
-        ConfigError: where the checkpoint is missing, damaged, or not one.
+        ConfigError: where the checkpoint is missing, damaged, or not one, or has weights that `dtype` cannot hold.
     """
     quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
@@ -56,18 +65,49 @@ def export_checkpoint(
     written = []
     for name, model in models.items():
         tokenizer, target = load_tokenizer(str(folder / name)), Path(output) / name
+        if dtype is not None:
+            _round(model, name, dtype)
         # transformers keeps keys that it does not know; one of a model that this one was trained from is replaced.
-        if name == "prm":
-            model.config.repirl = describe_prm(config, step_separator).model_dump(mode="json")
-        else:
-            model.config.repirl = describe_policy(config)
-            # Training ended responses with the tokenizer's end token, whatever the model's files said.
-            special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            model.generation_config = GenerationConfig(**special)
+        described = describe_prm(config, step_separator) if name == "prm" else None
+        model.config.repirl = describe_policy(config) if described is None else described.model_dump(mode="json")
+        settings = _generation_settings(folder / name, tokenizer)
+        if described is None:
+            # Others may be what transformers does not like to save, and are written below.
+            special = ("bos_token_id", "eos_token_id", "pad_token_id")
+            model.generation_config = GenerationConfig(**{key: settings.get(key) for key in special})
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        if described is None and len(settings) > len(special):
+            (target / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_tokenizer(tokenizer, target)
+        (target / "README.md").write_text(model_card(name, config, type(model).__name__, described))
         written.append(target)
     return written
+
+
+def _generation_settings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How the policy generates: as the model that it was trained from, of which a checkpoint keeps the file; but
+    training ended responses with the tokenizer's end token, whatever a single one in the model's files said."""
+    file = folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    ends, end = settings.get("eos_token_id"), tokenizer.eos_token_id
+    settings["eos_token_id"] = end
+    if isinstance(ends, list) and len(ends) > 1:
+        settings["eos_token_id"] = [*ends, *[end] * (end not in ends)]
+    own = {"bos_token_id": tokenizer.bos_token_id}
+    # A missing one is the end token while training, and missing again here.
+    own["pad_token_id"] = None if tokenizer.__dict__.get("pad_is_borrowed") else tokenizer.pad_token_id
+    return settings | {key: settings.get(key) if value is None else value for key, value in own.items()}
+
+
+def _round(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for key, parameter in model.named_parameters():
+        if float(parameter.detach().abs().max()) > largest:
+            raise ConfigError(
+                f"{dtype} cannot hold the weights of the {name}: {key!r} has values beyond {largest:g}; export it as "
+                "bfloat16 or float32"
+            )
+    nn.Module.to(model, dtype)
 
 
 def describe_prm(config: Config, step_separator: str) -> PRMDescription:

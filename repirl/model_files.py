@@ -128,7 +128,7 @@ def read_model_config(name: str, gguf_file: str | None = None) -> PretrainedConf
         _check_folder(Path(name))
     # As it stands in the file first: some classes make lists as long as numbers in it say.
     if gguf_file is None and (file := find_file(name, "config.json")) is not None:
-        _check_values(name, SimpleNamespace(**_read_json(file)))
+        _check_values(name, SimpleNamespace(**read_json(file)))
     with explained("model", name, gguf_file):
         config = AutoConfig.from_pretrained(name, gguf_file=gguf_file)
     if gguf_file is None:
@@ -149,7 +149,7 @@ _PLAIN = (
 def _check_folder(folder: Path) -> None:
     file = folder / "config.json"
     if (adapter := folder / "adapter_config.json").is_file():
-        content = _read_json(adapter)
+        content = read_json(adapter)
         base = content.get("base_model_name_or_path")
         raise ConfigError(
             f"{str(folder)!r} holds a PEFT adapter (adapter_config.json) of the base {base!r}, which would be left "
@@ -164,10 +164,11 @@ def _check_folder(folder: Path) -> None:
             f"{str(folder)!r} has no config.json, expected a folder that save_pretrained wrote; it holds "
             f"{files or 'nothing'}{way_out}"
         )
-    _read_json(file)
+    read_json(file)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError where it holds none."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -253,7 +254,7 @@ def _refuse_other_formats(folder: Path) -> None:
 
 
 def _read_index(name: str, index: Path) -> dict[str, StoredTensor]:
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()) or not places:
         raise ConfigError(f"{str(index)!r} has no `weight_map` from names of tensors to files; download it again")
     if Path(name).is_dir():

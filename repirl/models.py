@@ -7,6 +7,7 @@ one more way to be called: on packed sequences, returning what the trainer needs
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from repirl.attention import PACKED, PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError
 from repirl.model_checks import add_value_head, check_loaded, check_shapes
-from repirl.model_files import explained, read_model_config, weight_tensors
+from repirl.model_files import explained, find_file, read_json, read_model_config, weight_tensors
 
 
 class FusedHead(nn.Linear):
@@ -166,7 +167,26 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
         raise ConfigError(f"the tokenizer of {name!r} has no end-of-sequence token; responses could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.__dict__["pad_is_borrowed"] = True
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer as it was loaded: a padding token that was missing is missing again."""
+    borrowed = tokenizer.__dict__.get("pad_is_borrowed", False)
+    if borrowed:
+        tokenizer.pad_token = None
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        if borrowed:
+            tokenizer.pad_token = tokenizer.eos_token
+
+
+def keep_generation_settings(model: PreTrainedModel, name: str) -> None:
+    """Remember generation_config.json as it stands in a model's files, for checkpoints and exports."""
+    file = find_file(name, "generation_config.json")
+    model.__dict__["generation_settings"] = None if file is None else read_json(file)
 
 
 def load_model(
@@ -200,6 +220,7 @@ def load_model(
     with explained("model", name, gguf_file):
         model, info = factory.from_pretrained(name, **options)
     check_loaded(model, name, info, kind=kind, needs_head=needs_head)
+    keep_generation_settings(model, name)
     for key in info["missing_keys"]:
         # Only a value head can be missing by now; one that has weights and no bias keeps them.
         nn.init.zeros_(model.get_parameter(key))
@@ -254,7 +275,9 @@ def save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    if (settings := model.__dict__.get("generation_settings")) is not None:
+        (folder / "generation_config.json").write_text(json.dumps(settings))
 
 
 def build_model(folder: Path) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import Config
+from repirl.config import Config, ConfigError
 from repirl.model_checks import (
     add_value_head,
     check_positions,
@@ -38,9 +38,11 @@ def check_sources(config: Config) -> PreTrainedTokenizerBase:
     check_source(policy.model, policy.gguf_file, "causal")
     tokenizer = load_tokenizer(policy.model, policy.gguf_file)
     _check_use(config, policy.model, policy.gguf_file, tokenizer)
+    _check_role(policy.model, policy.gguf_file, None)
     if prm.model is not None and config.system.has_prm:
         check_source(prm.model, prm.gguf_file, "value" if prm.reward == "value" else "causal")
         _check_use(config, prm.model, prm.gguf_file, tokenizer)
+        _check_role(prm.model, prm.gguf_file, prm.reward)
         check_tokenizers(tokenizer, policy.model, prm.model, prm.gguf_file)
     return tokenizer
 
@@ -49,6 +51,24 @@ def _check_use(config: Config, name: str, gguf_file: str | None, tokenizer: PreT
     described = read_model_config(name, gguf_file)
     check_positions(described, name, config.longest_sequence)
     check_vocabulary(described, name, tokenizer, config.policy.model)
+
+
+def _check_role(name: str, gguf_file: str | None, reward: str | None) -> None:
+    """ConfigError where an exported PRM is to be a policy (reward None), or a PRM of another kind."""
+    described = getattr(read_model_config(name, gguf_file), "repirl", None)
+    if not isinstance(described, dict) or described.get("role") != "prm":
+        return
+    if reward is None:
+        raise ConfigError(
+            f"policy.model {name!r} is an exported PRM (config.json, key `repirl`); the policy is the folder `policy` "
+            "beside it"
+        )
+    if described.get("reward") != reward:
+        raise ConfigError(
+            f"prm.model {name!r} is an exported PRM whose rewards are of kind {described.get('reward')!r}, and "
+            f"prm.reward is {reward!r}, which would read other numbers off it: set prm.reward to its kind, or start "
+            "from a model that is no PRM"
+        )
 
 
 def check_source(name: str, gguf_file: str | None, kind: str) -> None:

@@ -19,7 +19,7 @@ from repirl.distributed.shard import local_slices, reshard, shard
 from repirl.distributed.world import World
 from repirl.model_checks import add_value_head, check_names, check_shapes, refuse_shape
 from repirl.model_files import StoredTensor, explained, read_model_config, weight_tensors
-from repirl.models import check_packed, fuse, load_model
+from repirl.models import check_packed, fuse, keep_generation_settings, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def _empty_model(name: str, kind: str, dtype: torch.dtype, files: dict[str, Stor
         model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
     # On its way to `meta` each module got parameters of its own.
     model.tie_weights()
+    keep_generation_settings(model, name)
     return fuse(model)
 
 
