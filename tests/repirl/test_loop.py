@@ -25,7 +25,7 @@ from repirl.distributed.world import World
 from repirl.export import export_checkpoint
 from repirl.learner import Learner
 from repirl.loop import train
-from repirl.models import load_model
+from repirl.models import load_model, load_tokenizer
 from repirl.objectives import irl
 from repirl.objectives.rloo import RLOO
 from repirl.report.log import read_metrics
@@ -138,7 +138,7 @@ def test_a_sampler_without_a_cache_ends_the_run(tmp_path, capsys, monkeypatch, d
 )
 def test_how_far_a_sampler_may_be_from_the_trainer(tmp_path, changes, mismatch, ends):
     config, policy = tiny_config(tmp_path, **changes), SimpleNamespace(model=None, world=World(torch.device("cpu")))
-    sampler = Sampler(config, policy, None, None, None, None, PhaseTimer())
+    sampler = Sampler(config, policy, load_tokenizer(config.policy.model), None, None, None, PhaseTimer())
     with pytest.raises(MismatchError) if ends else nullcontext():
         sampler.check(torch.tensor(mismatch))
 
