@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from repirl import __version__
 
 # What the extra `train` brings, by the names under which it is imported.
 NEEDED = (
-    "accelerate gguf jinja2 math_verify peft pydantic rich safetensors tensorboard tokenizers torchao transformers yaml"
+    "accelerate datasets gguf jinja2 math_verify peft pydantic rich safetensors tensorboard tokenizers torchao "
+    "transformers yaml"
 )
 
 
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        _check_spelling(options, overrides)
         return options.run(options, overrides)
     except ConfigError as error:
         print(f"repirl: {error}", file=sys.stderr)
@@ -69,6 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("repirl: interrupted; go on with --resume", file=sys.stderr)
         return 130
+
+
+def _check_spelling(options: argparse.Namespace, overrides: list[str]) -> None:
+    """ConfigError where an override looks like a misspelt option of the command."""
+    own = [f"--{name.replace('_', '-')}" for name in vars(options) if name not in ("command", "run")]
+    for argument in overrides:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and "." not in name and name[2:] not in {*Config.model_fields, "preset"}:
+            close = difflib.get_close_matches(name, own, n=1)
+            if close:
+                raise ConfigError(f"unknown option {name} (did you mean {close[0]}?)")
 
 
 def _parser() -> argparse.ArgumentParser:

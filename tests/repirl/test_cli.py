@@ -99,7 +99,7 @@ def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
         (["--data.solution_column", "proof"], ["no column 'proof'", "data.solution_column"]),
         (["--data.max_prompt_tokens", "3"], ["line 1", "max_prompt_tokens is 3", "data.overlong: drop"]),
         (["--data.max_prompt_tokens", "1", "--data.overlong", "drop"], ["no row is left", "24 were over"]),
-        (["--policy.model", "nowhere"], ["cannot load the tokenizer 'nowhere'"]),
+        (["--policy.model", "nowhere"], ["cannot load the model 'nowhere'"]),
         (["--device", "cuda"], ["PyTorch sees no GPU"]),
         (["--preset", "demmo"], ["no preset 'demmo'", "did you mean 'demo'"]),
         (["--steps"], ["--steps has no value"]),
@@ -158,7 +158,7 @@ def test_other_commands_report_mistakes_too(file, tmp_path, capsys):
     )
     assert "no checkpoint at" in fails(capsys, "eval", "--config", file(), "--checkpoint", str(tmp_path / "x"))
     assert "data.eval is not set" in fails(capsys, "eval", "--config", file(), "--data.eval", "null")
-    assert "unexpected argument '--sed'" in fails(capsys, "demo", "--sed", "1")
+    assert "unknown option --sed (did you mean --seed?)" in fails(capsys, "demo", "--sed", "1")
     assert "--threads is 0" in fails(capsys, "demo", "--threads", "0")
 
 
@@ -236,7 +236,7 @@ def test_without_any_package_there_is_one_line():
     # -S: no installed packages at all.
     result = run_python("-S", "-m", "repirl.cli", "--help")
     assert result.returncode == 2
-    assert result.stderr.startswith("repirl: not installed: accelerate, gguf, ")
+    assert result.stderr.startswith("repirl: not installed: accelerate, datasets, gguf, ")
     assert result.stderr.count("\n") == 1
 
 
