@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from repirl.section import Positive, Section
 
@@ -13,15 +13,36 @@ from repirl.section import Positive, Section
 Token = str | Annotated[int, Field(strict=True, ge=0)]
 
 
-class ExpertFileConfig(Section):
-    path: str = Field(description="JSON lines with expert trajectories")
+class SourceConfig(Section):
+    path: str = Field(description="file (JSON lines, CSV or Parquet; .gz), folder or hub id (owner/name)")
+    name: str | None = Field(None, description="of a hub data set's configuration")
+    split: str | None = Field(None, description="of a folder or hub data set; null: train, for data.eval test")
+    revision: str | None = Field(None, description="of a hub data set: branch, tag or commit")
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+def _as_source(found: Any) -> Any:
+    if found is None or isinstance(found, dict | SourceConfig):
+        return found
+    if not isinstance(found, str):
+        raise ValueError("expected a path or hub id, or path, name, split and revision")
+    return {"path": found}
+
+
+# A path alone, or with what a data set of the hub needs besides.
+Source = Annotated[SourceConfig | None, BeforeValidator(_as_source)]
+
+
+class ExpertFileConfig(SourceConfig):
     prompt_column: str = Field("prompt", description="column with the prompt")
     solution_column: str = Field("solution", description="column with one solution or a list of them")
 
 
 class DataConfig(Section):
-    train: str | None = Field(None, description="JSON lines with prompts to sample on")
-    eval: str | None = Field(None, description="JSON lines with held-out prompts and answers")
+    train: Source = Field(None, description="prompts to sample on: a path or hub id, or the options of SourceConfig")
+    eval: Source = Field(None, description="held-out prompts and answers, likewise")
     prompt_column: str = Field("prompt", description="column with the prompt")
     answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
     solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")

@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_prompt, read_rows
+from repirl.data.prompts import Cursor, LengthLimit, read_prompt
+from repirl.data.sources import read_rows
 from repirl.data.text import EndTokens, encode_solution, find_end_tokens
 from repirl.data.values import Place
+from repirl.dataconfig import SourceConfig
 
 # A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints: with the same
 # values but for rounding, as other experts share a batch then.
@@ -38,15 +40,16 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: st
     DataError for files, rows and lengths that do not fit (see load_prompts).
     """
     if data.experts is not None:
-        path, prompt_column = data.experts.path, data.experts.prompt_column
-        solution_column, option = data.experts.solution_column, "data.experts"
+        source: SourceConfig = data.experts
+        prompt_column, solution_column = data.experts.prompt_column, data.experts.solution_column
+        option = "data.experts"
     else:
         if data.train is None or data.solution_column is None:
             raise DataError("expert trajectories need data.experts, or data.train and data.solution_column")
-        path, prompt_column, solution_column, option = data.train, data.prompt_column, data.solution_column, "data"
+        source, prompt_column, solution_column, option = data.train, data.prompt_column, data.solution_column, "data"
     limit, ends = LengthLimit(data), find_end_tokens(data, tokenizer, model)
     experts = []
-    for _, place, row in read_rows(path):
+    for _, place, row in read_rows(source, "train"):
         prompt_ids = read_prompt(row, place, prompt_column, f"{option}.prompt_column", data, tokenizer)
         found = place.value(row, solution_column, f"{option}.solution_column")
         for solution in place.solutions(found, solution_column):
@@ -56,7 +59,7 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: st
             ) and limit.allows(len(response_ids), place, "solution", "data.max_expert_tokens", data.max_expert_tokens)
             if fits:
                 experts.append(Expert(prompt_ids, response_ids))
-    limit.report(path, len(experts))
+    limit.report(source.path, len(experts))
     return experts
 
 

@@ -1,12 +1,9 @@
-"""Prompts from JSON lines, tokenised once; and the order in which a run goes through them."""
+"""Prompts, tokenised once; and the order in which a run goes through them."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repirl.config import ConfigError, DataConfig
 from repirl.data.errors import DataError
+from repirl.data.sources import read_rows
 from repirl.data.text import encode_prompt
 from repirl.data.values import Place
 
@@ -81,30 +79,6 @@ class Cursor:
         self._order = self._shuffled()
 
 
-def read_rows(path: str) -> Iterator[tuple[int, Place, dict[str, Any]]]:
-    """(row number from 0, its place, row) of a JSON-lines file.
-
-    DataError for a missing or empty file, a line that is no JSON object.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"data file {path!r} does not exist")
-    number = -1
-    with open(path, encoding="utf-8") as lines:
-        for line_number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            number += 1
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {line_number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {line_number} is a {type(row).__name__}, expected a JSON object")
-            yield number, Place(path, f"line {line_number}"), row
-    if number < 0:
-        raise DataError(f"data file {path!r} is empty: expected one JSON object a line")
-
-
 def read_prompt(
     row: dict[str, Any], place: Place, column: str, option: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
@@ -147,16 +121,16 @@ class LengthLimit:
 
 def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> PromptSet:
     """Prompts of `data.train` or `data.eval` (split "train" or "eval")."""
-    path = data.train if split == "train" else data.eval
-    assert path is not None
+    source = data.train if split == "train" else data.eval
+    assert source is not None
     limit = LengthLimit(data)
     prompts = []
-    for number, place, row in read_rows(path):
+    for number, place, row in read_rows(source, "train" if split == "train" else "test"):
         token_ids = read_prompt(row, place, data.prompt_column, "data.prompt_column", data, tokenizer)
         answer = None
         if (column := data.answer_column) is not None:
             answer = place.answer(place.value(row, column, "data.answer_column"), column)
         if limit.allows(len(token_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
             prompts.append(Prompt(number, token_ids, answer))
-    limit.report(path, len(prompts))
+    limit.report(source.path, len(prompts))
     return PromptSet(prompts, limit.num_dropped)

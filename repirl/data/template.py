@@ -91,7 +91,7 @@ def _check(template: str, given: frozenset[str], known: frozenset[str], options:
                 f"data.chat_template_kwargs has {name!r}, which the chat template does not read; it reads "
                 f"{others if others else 'no variables of that kind'}"
             )
-    tested = [test.node for test in tree.find_all(nodes.Test)]
+    tested: list[nodes.Node] = [test.node for test in tree.find_all(nodes.Test)]
     tested += [choice.test for choice in tree.find_all(nodes.If)]
     tested += [choice.test for choice in tree.find_all(nodes.CondExpr)]
     guarded = {
