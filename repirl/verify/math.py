@@ -4,42 +4,28 @@ from __future__ import annotations
 
 import logging
 import re
-from decimal import Decimal
 
-from math_verify import parse, verify
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-# GSM8K writes its answers behind four number signs.
-_MARKED = re.compile(r"####[ \t]*([^\n]+)")
-# A plain number as people dress it: $1,234.50, 7., -3. Lists and percentages are for math-verify. Blanks can be matched
-# in one way only: with two, a long run of them would take the square of its length.
-_PLAIN = re.compile(r"([-+]?)\s*(?:\$\s*)?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)\s*")
+from repirl.verify.answers import plain_number
+from repirl.verify.compare import is_same
+from repirl.verify.extract import clean, extract_answer, without_headings
+
+__all__ = ["MAX_PARSED", "extract_answer", "is_overlong", "math_reward", "plain_reward"]
 
 # Characters that are parsed at most. math-verify's time grows with the square of the length or worse: 10,000 characters
 # can take any time, and a policy that has gone wrong writes hundreds of such answers a turn. The longest answers of
 # GSM8K, Minerva, OlympiadBench and Gaokao have 9 to 210 characters, which leaves room for twice as clumsy a form.
 MAX_PARSED = 500
 
+# What makes of the last expression in a sentence one of several, or none.
+_HEDGE = re.compile(
+    r"(?:\b(?:or|not|either|neither|nor)(?:\s+[a-z]+){0,3}|\b(?:and|to|than|versus|except)|[,;/<>≠≈&|]|"
+    r"(?:^|\s)[\d.,]+\s*=|\\\w+)\s*(?:\$|\\\()?\s*$",
+    re.IGNORECASE,
+)
 # math-verify reports every answer that it cannot read as an error; here that is an ordinary wrong answer.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-
-
-def extract_answer(text: str) -> str | None:
-    r"""The text of the last `\boxed{...}`, or else what stands behind the last `####`; None without either."""
-    start = text.rfind(r"\boxed{")
-    if start >= 0:
-        depth, begin = 1, start + len(r"\boxed{")
-        for position in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin:position].strip()
-    marked = _MARKED.findall(text)
-    return marked[-1].strip() if marked else None
-
-
-def _number(text: str) -> Decimal | None:
-    """The value of a plain number, None for anything else."""
-    found = _PLAIN.fullmatch(text.strip())
-    return Decimal(found[1] + found[2].replace(",", "").removesuffix(".")) if found else None
 
 
 def _gold(answer: str) -> str:
@@ -72,7 +58,7 @@ def plain_reward(response: str, answer: str) -> float | None:
         return None
     if found == gold:
         return 1.0
-    left, right = _number(found), _number(gold)
+    left, right = plain_number(found), plain_number(gold)
     return None if left is None or right is None else float(left == right)
 
 
@@ -90,13 +76,13 @@ def is_overlong(response: str, answer: str) -> bool:
 
 
 def math_reward(response: str, answer: str) -> float:
-    r"""Whether a response gives the right answer. Plain numbers are compared exactly, everything else by math-verify.
+    r"""Whether a response gives the right answer. Plain numbers are compared exactly, everything else with math-verify.
 
     Even for short answers that can take any time and memory (towers of powers). `process.Verifier` bounds both.
 
     Args:
-        response: a model's text. Its final answer is the last `\boxed{...}`, or what follows the last `####`; where it
-            marks none, the last expression that math-verify finds in its last MAX_PARSED characters.
+        response: a model's text. Its final answer is what extract_answer finds; where it marks none, the last
+            expression that math-verify finds in its last MAX_PARSED characters.
         answer: the right answer, alone or at the end of a worked solution.
 
     Returns:
@@ -110,16 +96,28 @@ def math_reward(response: str, answer: str) -> float:
         return decided
     if is_overlong(response, answer):
         return 0.0
-    gold, found = _gold(answer), extract_answer(response)
-    response = _tail(response) if found is None else rf"$\boxed{{{found}}}$"
     try:
-        # Without math-verify's own time-outs: they work in the main thread only, not within one long operation, and
-        # would make a wrong answer of what was never judged, uncounted.
-        parsed = [parse(text, parsing_timeout=None) for text in (rf"$\boxed{{{gold}}}$", response)]
-        return float(verify(*parsed, timeout_seconds=None))
+        found = extract_answer(response)
+        if found is None:
+            found = _last_expression(_tail(without_headings(response)))
+        return float(is_same(_gold(answer), found)) if found else 0.0
     except MemoryError:
         raise
     except Exception:
         # Whatever else a parser does on arbitrary text (recursion, overflow) makes the answer a wrong one.
-        logging.getLogger(__name__).debug("math-verify failed on %r", response[-200:], exc_info=True)
+        logging.getLogger(__name__).debug("no verdict on %r", response[-200:], exc_info=True)
         return 0.0
+
+
+def _last_expression(text: str) -> str | None:
+    """The last expression in a text that marks no answer; None where the words before it make it no answer."""
+    # Without math-verify's own time-outs: they work in the main thread only, not within one long operation, and would
+    # make a wrong answer of what was never judged, uncounted.
+    parsed = parse(text, [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None)
+    written = parsed[-1] if parsed and isinstance(parsed[-1], str) else None
+    if not written:
+        return None
+    before, found, _ = text.rpartition(written)
+    if found and _HEDGE.search(before[-30:].rpartition("\n")[2]):
+        return None
+    return clean(written)

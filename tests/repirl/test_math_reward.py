@@ -112,10 +112,43 @@ def test_an_answer_that_is_too_long_is_wrong(mark):
     assert math_reward(mark.format("x+" * MAX_PARSED + "1"), "1+" + "x+" * MAX_PARSED) == 0.0
 
 
-@pytest.mark.parametrize("text", ["-" + " " * 200_000 + "x", "9" * 200_000 + "x", "1,234" * 40_000, "{" * 200_000])
-def test_plain_comparison_is_quick(text):
-    begin = time.monotonic()
-    assert plain_reward(f"#### {text}", "72") is None
-    assert is_overlong(f"#### {text}", "72")
-    assert plain_reward(rf"\boxed{{{text}", "72") is None
-    assert time.monotonic() - begin < 5
+UNITS = [
+    " ",
+    "9",
+    "9 ",
+    ",",
+    "{",
+    "}",
+    "#",
+    "#### ",
+    "#### -",
+    "\n",
+    "\\",
+    r"\boxed ",
+    r"\boxed{",
+    r"\boxed{1}",
+    "answer: ",
+    "**",
+]
+
+
+def seconds(text):
+    begin = time.process_time()
+    for pair in ((text, "72"), (text + "x", "72"), ("#### 72", text)):
+        plain_reward(*pair)
+        is_overlong(*pair)
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("start", ["", "#### -", r"\boxed{", "<answer>", "Answer: "])
+def test_the_time_of_plain_comparison_grows_with_the_length(unit, start):
+    size = 16_000 // len(unit)
+    short, long = (min(seconds(start + unit * times * size) for _ in range(2)) for times in (1, 10))
+    # A quadratic one would take a hundred times as long. What is this quick at any length need not be compared.
+    assert long < 40 * short or long < 0.1
+
+
+def test_plain_comparison_takes_a_million_characters():
+    for unit in UNITS:
+        assert plain_reward("#### -" + unit * (1_000_000 // len(unit)) + "x", "72") in (None, 0.0)
