@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,7 +21,7 @@ from transformers import (
 from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import Config, ConfigError
-from repirl.configfile import build_config
+from repirl.configfile import load_config
 from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.model_checks import add_value_head
@@ -60,7 +59,7 @@ def export_checkpoint(
     """
     quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
-    config = build_config(yaml.safe_load((folder / "config.yaml").read_text()))
+    config = load_config(folder / "config.yaml")
     models = _merged(folder, config) if config.adapters is not None else _whole(folder)
     written = []
     for name, model in models.items():
