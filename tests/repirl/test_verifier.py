@@ -332,8 +332,9 @@ def test_an_interrupt_ends_trainer_and_workers(trainer):
 def test_the_mathematical_verifier_counts_what_takes_too_long(maths):
     assert maths.judge([(HALF, r"\frac{1}{2}"), (r"\boxed{9^{9^{9^{9^{9}}}}}", "x + 1")]) == [1.0, 0.0]
     assert maths.num_timeouts == 0
-    maths.config = maths.config.model_copy(update={"timeout_seconds": 1e-4})
-    assert maths.judge([(HALF, r"\frac{1}{2}")]) == [0.0]
+    maths.config = maths.config.model_copy(update={"timeout_seconds": 2.0})
+    # Sums to the 60th power take minutes to be compared.
+    assert maths.judge([(r"\boxed{(x + y + z + 1)^{60}}", "x + 1")]) == [0.0]
     assert maths.num_timeouts == 1
     maths.config = maths.config.model_copy(update={"timeout_seconds": 60.0})
     pairs = [(HALF, r"\frac{1}{2}"), (r"\boxed{x + 1}", "1 + x"), (r"\boxed{x + 2}", "1 + x"), ("so it is $x$", "x")]
