@@ -26,6 +26,12 @@ class RunError(RuntimeError):
     that is no longer finite. The message is all that needs to be shown."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's decay rates of both moments")

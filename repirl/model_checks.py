@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from repirl.config import ConfigError
-from repirl.model_files import FILE_ERRORS, StoredTensor, first_line, refuse_quantised, shown
+from repirl.config import ConfigError, first_line
+from repirl.model_files import FILE_ERRORS, StoredTensor, refuse_quantised, shown
 
 logger = logging.getLogger(__name__)
 

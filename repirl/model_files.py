@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from repirl.config import ConfigError
+from repirl.config import ConfigError, first_line
 
 # What transformers raises for files that it cannot read, and for values in config.json that no model can have.
 FILE_ERRORS = (
@@ -68,12 +68,6 @@ class StoredTensor:
 
     path: str
     shape: tuple[int, ...]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def load_message(what: str, name: str, gguf_file: str | None, error: BaseException) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from repirl.config import first_line
 from repirl.data.errors import DataError
 from repirl.data.values import Place
 from repirl.dataconfig import SourceConfig
@@ -51,7 +52,7 @@ def _rows(source: SourceConfig, split: str) -> Iterator[tuple[Place, dict[str, A
     try:
         is_file, is_folder, is_there = path.is_file(), path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
-        raise DataError(f"data file {source.path!r} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"data file {source.path!r} cannot be read: {first_line(error)}") from error
     if is_file:
         for option in ("name", "split", "revision"):
             if (value := getattr(source, option)) is not None:
@@ -96,7 +97,7 @@ def _lines(label: str, path: Path) -> Iterator[tuple[int, str]]:
                         "convert the file, such as by iconv -f latin1 -t utf-8"
                     ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{label} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"{label} cannot be read: {first_line(error)}") from error
 
 
 def _json_lines(label: str, path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -113,7 +114,7 @@ def _json_lines(label: str, path: Path) -> Iterator[tuple[Place, dict[str, Any]]
                 "lists or objects are nested too deeply to be read; expected columns with text"
             ) from error
         except ValueError as error:
-            raise place.error(f"a number is too long to be read ({_first_line(error).split(';')[0]})") from error
+            raise place.error(f"a number is too long to be read ({first_line(error).split(';')[0]})") from error
         if not isinstance(row, dict):
             what = "; one JSON list over the whole file has to become one object a line" if number == 1 else ""
             raise DataError(f"{label}, line {number} is a {type(row).__name__}, expected a JSON object{what}")
@@ -152,7 +153,7 @@ def _parquet(label: str, path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
                     number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{label} cannot be read as Parquet after row {number} (from 0): {_first_line(error)}"
+            f"{label} cannot be read as Parquet after row {number} (from 0): {first_line(error)}"
         ) from error
 
 
@@ -166,18 +167,20 @@ def _files(source: SourceConfig, split: str) -> list[tuple[str, Path]]:
         found: dict[str, list[str]] = {
             str(key): list(files) for key, files in (builder.config.data_files or {}).items()
         }
-        if split not in found:
-            raise DataError(
-                f"{source.path!r} has no split {split!r}, it has {sorted(found)}: set the split beside path"
-            )
+        _check_split(source, split, found)
         local = datasets.DownloadManager().download(found[split])
     except DataError:
         raise
     except Exception as error:
         # Of the hub, the network, a file system, or a data set's own description.
         where = "the folder" if Path(source.path).is_dir() else "no file or folder here, and from the hub the data set"
-        raise DataError(f"{where} {source.path!r} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{where} {source.path!r} cannot be loaded: {first_line(error)}") from error
     return [(name, Path(file)) for name, file in zip(found[split], local, strict=True)]
+
+
+def _check_split(source: SourceConfig, split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise DataError(f"{source.path!r} has no split {split!r}, it has {sorted(splits)}: set the split beside path")
 
 
 def _saved(source: SourceConfig, split: str) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -187,17 +190,10 @@ def _saved(source: SourceConfig, split: str) -> Iterator[tuple[Place, dict[str, 
     try:
         found: Any = datasets.load_from_disk(source.path)
     except Exception as error:
-        raise DataError(f"the folder {source.path!r} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"the folder {source.path!r} cannot be loaded: {first_line(error)}") from error
     if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(
-                f"{source.path!r} has no split {split!r}, it has {sorted(found)}: set the split beside path"
-            )
+        _check_split(source, split, found)
         found = found[split]
     rows: Iterable[dict[str, Any]] = found
     for number, row in enumerate(rows):
         yield Place(source.path, f"row {number}"), row
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

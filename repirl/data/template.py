@@ -15,7 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import DataConfig
+from repirl.config import DataConfig, first_line
 from repirl.data.errors import DataError
 from repirl.data.values import Messages
 
@@ -44,7 +44,7 @@ def render(
         ) from error
     except Exception as error:
         way_out = "; leave out data.system if it is that" if data.system is not None else ""
-        raise DataError(f"the chat template fails ({_first_line(error)}){way_out}") from error
+        raise DataError(f"the chat template fails ({first_line(error)}){way_out}") from error
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -82,7 +82,7 @@ def _check(template: str, given: frozenset[str], known: frozenset[str], options:
     except TemplateError as error:
         line = getattr(error, "lineno", None)
         raise DataError(
-            f"the chat template is not valid Jinja: {_first_line(error)}" + (f" (line {line})" if line else "")
+            f"the chat template is not valid Jinja: {first_line(error)}" + (f" (line {line})" if line else "")
         ) from error
     for name in sorted(given):
         if name in options or name not in read:
@@ -132,7 +132,3 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from repirl.config import ConfigError, DataConfig
+from repirl.config import ConfigError, DataConfig, first_line
 from repirl.data.errors import DataError
 from repirl.data.template import render
 from repirl.data.values import Messages
@@ -91,7 +91,7 @@ def _of_generation_config(model: str, vocab_size: int) -> list[int]:
         if not path.is_file():
             # A hub's model without the file.
             return []
-        raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
     ids = [] if found is None else found if isinstance(found, list) else [found]
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
@@ -100,10 +100,6 @@ def _of_generation_config(model: str, vocab_size: int) -> list[int]:
                 "tokenizer's size): correct it, or set data.end_tokens"
             )
     return ids
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def encode_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

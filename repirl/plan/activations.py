@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from repirl.config import ConfigError
+from repirl.config import ConfigError, first_line
 from repirl.model_files import read_model_config
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -94,8 +94,7 @@ def read_shape(config: PreTrainedConfig) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model type {name!r} is not understood: {first_line}") from error
+        raise ConfigError(f"model type {name!r} is not understood: {first_line(error)}") from error
     weights = {key: tuple(p.shape) for key, p in model.named_parameters()}
     prefix, count = f"{model.base_model_prefix}.layers.", getattr(config, "num_hidden_layers", 0)
     layers = [_below(weights, f"{prefix}{i}.") for i in range(count)]
