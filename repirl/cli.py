@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from repirl import __version__
+from repirl.systems import LABELS
 
 # What the extra `train` brings, by the names under which it is imported.
 NEEDED = (
@@ -40,8 +41,6 @@ except ModuleNotFoundError:
     if not missing_packages():
         raise
 
-# How people call the learners.
-LEARNERS = {"policy": "policy", "prm": "PRM"}
 OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 
 
@@ -287,7 +286,7 @@ def batch_arithmetic(config: Config) -> str:
         lines.append(f"held out: {used} of {len(held_out)} prompts, every {config.eval.every} steps")
     lines += preview(config, tokenizer, rows, experts)
     sections = sorted(config.trained_sections.items(), key=lambda item: item[0] != "policy")
-    updates = [f"{config.steps * section.updates_per_step} of the {LEARNERS[name]}" for name, section in sections]
+    updates = [f"{config.steps * side.updates_per_step} of the {LABELS.get(name, name)}" for name, side in sections]
     return "\n".join([*lines, f"optimiser updates: {', '.join(updates)}"])
 
 

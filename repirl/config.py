@@ -251,6 +251,23 @@ class Config(Section):
         return {name: getattr(self, name) for name in self.system.trains}
 
     @property
+    def policy_temperature(self) -> float:
+        """At which the policy's distribution is read: the one that it is sampled at, and offline none."""
+        return self.rollout.temperature if self.system.online else 1.0
+
+    @property
+    def prm_reads_reference(self) -> bool:
+        """Whether there is a PRM whose rewards are relative to the frozen reference."""
+        return self.system.has_prm and self.prm.reward == "implicit"
+
+    def start_of(self, name: str) -> tuple[str, str | None]:
+        """The model that a learner starts from, and a GGUF file in it. The PRM starts from the policy's unless it has
+        one of its own; so does the reference."""
+        if name == "prm" and self.prm.model is not None:
+            return self.prm.model, self.prm.gguf_file
+        return self.policy.model, self.policy.gguf_file
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens that a sequence of a batch may have: a prompt, and what is trained on behind it."""
         responses = [self.rollout.max_response_tokens] * self.system.online

@@ -28,7 +28,7 @@ from repirl.model_checks import add_value_head
 from repirl.modelcard import model_card
 from repirl.models import build_model, load_tokenizer, quiet_transformers, save_tokenizer
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
-from repirl.run import build_learners
+from repirl.run import PRM_TEMPERATURE, build_learners
 from repirl.work import Work
 
 
@@ -112,14 +112,13 @@ def _round(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
 def describe_prm(config: Config, step_separator: str) -> PRMDescription:
     """What the PRM of a run says of itself."""
     reference = None
-    if config.prm.reward == "implicit":
+    if config.prm_reads_reference:
         reference = ReferenceModel(model=config.policy.model, gguf_file=config.policy.gguf_file)
     return PRMDescription(
         reward=config.prm.reward,
         beta=config.prm.beta,
         gamma=config.prm.gamma,
-        # Whatever the rollouts' temperature is: run.build_learners.
-        temperature=1.0,
+        temperature=PRM_TEMPERATURE,
         reference=reference,
         steps=StepRule(rule="separator", separator=step_separator),
         prompt=_prompt_format(config),
@@ -131,7 +130,7 @@ def describe_policy(config: Config) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "role": "policy",
-        "temperature": config.rollout.temperature if config.system.online else 1.0,
+        "temperature": config.policy_temperature,
         "prompt": _prompt_format(config).model_dump(),
     }
 

@@ -26,7 +26,7 @@ def model_card(name: str, config: Config, architecture: str, description: PRMDes
     """
     auto = "AutoModelForTokenClassification" if "TokenClassification" in architecture else "AutoModelForCausalLM"
     other = "AutoModelForCausalLM" if auto != "AutoModelForCausalLM" else "AutoModelForTokenClassification"
-    start = config.prm.model if name == "prm" and config.prm.model is not None else config.policy.model
+    start, _ = config.start_of(name)
     lines = ["---", "library_name: transformers", "tags: [repirl]", "---", ""]
     lines += [f"# {'Process reward model' if description is not None else 'Policy'} trained by repirl", ""]
     lines += [f"Started from `{start}`, trained with `objective: {config.objective}` for up to {config.steps} steps."]
@@ -40,8 +40,7 @@ def model_card(name: str, config: Config, architecture: str, description: PRMDes
     if description is not None:
         lines += _rewards(description)
     else:
-        temperature = config.rollout.temperature if config.system.online else 1.0
-        lines += ["", f"It was trained at temperature {temperature:g}."]
+        lines += ["", f"It was trained at temperature {config.policy_temperature:g}."]
     lines += ["", "All of this stands in `config.json`, too, under `repirl`.", ""]
     return "\n".join(lines)
 

@@ -30,9 +30,11 @@ from repirl.objectives import Objective, load_objectives
 from repirl.rollout.choose import make_engine
 from repirl.rollout.sampler import Sampler
 from repirl.sources import check_sources
-from repirl.systems import System
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer, Work
+
+# At which the PRM's distribution is read, whatever the rollouts' temperature is.
+PRM_TEMPERATURE = 1.0
 
 
 @dataclass
@@ -114,9 +116,15 @@ class Run:
 
 def needs_reference(config: Config) -> bool:
     """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
-    system = config.system
-    reads_it = system.has_prm and config.prm.reward == "implicit"
-    return reads_it or any(kind.needs_reference(config) for kind in load_objectives(system.objectives).values())
+    objectives = load_objectives(config.system.objectives)
+    return config.prm_reads_reference or any(kind.needs_reference(config) for kind in objectives.values())
+
+
+def learner_names(config: Config) -> tuple[str, ...]:
+    """The learners that the system trains or reads, in the order in which they are loaded, the policy first; and
+    "reference" where it is needed."""
+    names = dict.fromkeys((*config.system.trains, *config.system.reads))
+    return (*sorted(names, key=lambda name: name != "policy"), *["reference"] * needs_reference(config))
 
 
 def build_learners(
@@ -128,27 +136,20 @@ def build_learners(
         config: the run's.
         world: its processes.
         work: counts what they compute.
-        names: which; by default all that the system trains and reads, and "reference" where it is needed.
+        names: which; by default `learner_names`.
 
     Raises:
         ConfigError: where a model cannot be loaded, or not as the configuration says.
     """
-    system = config.system
-    if names is None:
-        # Policy first: the order in which they are loaded.
-        names = tuple(sorted((*system.trains, *system.reads), key=lambda name: name != "policy"))
-        names += ("reference",) * needs_reference(config)
-    return _Builder(config, system, world, work).build(names)
+    return _Builder(config, world, work).build(learner_names(config) if names is None else names)
 
 
 class _Builder:
     """Loads the learners of one configuration; a class because all parts of it want the same few values."""
 
-    def __init__(self, config: Config, system: System, world: World, work: Work) -> None:
-        self.config, self.system, self.world, self.work = config, system, world, work
+    def __init__(self, config: Config, world: World, work: Work) -> None:
+        self.config, self.system, self.world, self.work = config, config.system, world, work
         self.dtype, self.compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
-        # Offline the untempered distribution is taught; a policy that is sampled from is read as it is sampled.
-        self.temperature = config.rollout.temperature if system.online else 1.0
         self.residency: Residency | None = None
         if config.offload_idle:
             self.residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
@@ -175,14 +176,13 @@ class _Builder:
 
     def _section(self, name: str) -> PolicyConfig | PRMConfig | None:
         """The options that a learner is trained with; None for a frozen one."""
-        return getattr(self.config, name) if name in self.system.trains else None
+        return self.config.trained_sections.get(name)
 
     def _load(
         self, name: str, dtype: torch.dtype, prepare: Callable[[PreTrainedModel], None] | None = None
     ) -> PreTrainedModel:
         config, world = self.config, self.world
-        source = config.prm if name == "prm" and config.prm.model is not None else config.policy
-        model_name, gguf_file = str(source.model), source.gguf_file
+        model_name, gguf_file = config.start_of(name)
         kind = "causal"
         if name == "prm" and config.prm.reward == "value":
             # One that is only read would say 0 for ever with a new head.
@@ -213,7 +213,7 @@ class _Builder:
             section.optimizer if section is not None else None,
             num_updates=self.config.steps * section.updates_per_step if section is not None else 1,
             tokens_per_microbatch=self.config.batch.tokens_per_microbatch,
-            temperature=1.0 if name == "prm" else self.temperature,
+            temperature=PRM_TEMPERATURE if name == "prm" else self.config.policy_temperature,
             adapter=name if self.config.adapters is not None and section is not None else None,
             world=self.world,
             work=self.work,
@@ -254,8 +254,7 @@ def build(config: Config) -> Run:
         raise
     reference = None
     if (frozen := learners.pop("reference", None)) is not None:
-        relative = system.has_prm and config.prm.reward == "implicit"
-        reference = Reference(frozen, learners["prm"].temperature if relative else None)
+        reference = Reference(frozen, PRM_TEMPERATURE if config.prm_reads_reference else None)
     experts = sampler = None
     if rows is not None:
         per_turn = config.experts_per_step

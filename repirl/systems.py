@@ -41,6 +41,9 @@ class System:
         return "prm" in (*self.trains, *self.reads)
 
 
+# What people call a learner, where that is not its name.
+LABELS = {"prm": "PRM"}
+
 SYSTEMS: dict[str, System] = {
     "repirl": System(
         "PRM by inverse reinforcement learning, policy on outcome and process rewards (Wu et al. 2026)",

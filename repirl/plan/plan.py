@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from repirl.config import Config
 from repirl.plan.activations import load_shape
 from repirl.plan.phases import Phase, Planner, Rows
-from repirl.plan.sides import base_weights, build_sides, place, side_names
+from repirl.plan.sides import base_weights, build_sides, place
+from repirl.run import learner_names
 
 GIB = 2**30
 
@@ -57,10 +58,7 @@ def plan(config: Config, ranks: int = 1, device: str | None = None) -> Plan:
 def make_planner(config: Config, ranks: int, device: str) -> Planner:
     """The learners of a run and what is planned of them. Arguments and errors: as of `plan`, device is not optional."""
     placement = place(config, ranks, device)
-    shapes = {}
-    for name in side_names(config):
-        source = config.prm if name == "prm" and config.prm.model is not None else config.policy
-        shapes[name] = _load_shape(str(source.model), source.gguf_file)
+    shapes = {name: _load_shape(*config.start_of(name)) for name in learner_names(config)}
     return Planner(config, placement, build_sides(config, placement, shapes), base_weights(config, placement, shapes))
 
 

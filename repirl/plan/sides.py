@@ -10,12 +10,10 @@ import torch
 
 from repirl.config import AdapterConfig, Config, ConfigError, PolicyConfig, PRMConfig
 from repirl.plan.activations import LINEAR, Precision, Shape, Sizes
-from repirl.run import needs_reference
+from repirl.systems import LABELS
 
 # torchao quantises moments in blocks, each with a float32 scale, and leaves small tensors as they are.
 _STATE_BLOCK, _STATE_SMALLEST = 256, 4096
-# How people call the learners.
-_LABELS = {"prm": "PRM"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Side:
     @property
     def label(self) -> str:
         """Its name for people."""
-        return _LABELS.get(self.name, self.name)
+        return LABELS.get(self.name, self.name)
 
     @property
     def tied(self) -> bool:
@@ -120,19 +118,13 @@ class Side:
         return self.section.optimizer.state_bits if self.section is not None else 32
 
 
-def side_names(config: Config) -> list[str]:
-    """The learners that the system trains or reads, the policy first, and "reference" where that is needed."""
-    names = dict.fromkeys([*config.system.trains, *config.system.reads])
-    return [*sorted(names, key=lambda name: name != "policy"), *["reference"] * needs_reference(config)]
-
-
 def build_sides(config: Config, placement: Placement, shapes: Mapping[str, Shape]) -> dict[str, Side]:
     """A side for each learner.
 
     Args:
         config: the run's.
         placement: where its values lie.
-        shapes: of each learner's model, by the names of `side_names`.
+        shapes: of each learner's model, by the names of `run.learner_names`.
 
     Raises:
         ConfigError: where `adapters.target_modules` name no linear layer.
@@ -146,10 +138,6 @@ def base_weights(config: Config, placement: Placement, shapes: Mapping[str, Shap
     if config.adapters is None:
         return 0
     return placement.computed * placement.local_weights(next(iter(shapes.values())).weights())
-
-
-def _section(config: Config, name: str) -> PolicyConfig | PRMConfig | None:
-    return config.trained_sections.get(name)
 
 
 def _reads_values(config: Config, name: str) -> bool:
@@ -167,7 +155,7 @@ def _precision(
 
 def _full_side(config: Config, placement: Placement, name: str, shape: Shape) -> Side:
     """A model of its own, all of whose weights are trained, or none."""
-    section, reads_values = _section(config, name), _reads_values(config, name)
+    section, reads_values = config.trained_sections.get(name), _reads_values(config, name)
     kept, computed, sharded = placement.kept, placement.computed, placement.sharded
     weights = shape.weights(reads_values)
     local = kept * placement.local_weights(weights)
@@ -192,7 +180,7 @@ def _full_side(config: Config, placement: Placement, name: str, shape: Shape) ->
 def _adapted_side(config: Config, placement: Placement, name: str, shape: Shape) -> Side:
     """Adapters on the base that all learners share, or as a frozen learner that base itself."""
     assert config.adapters is not None
-    section, reads_values = _section(config, name), _reads_values(config, name)
+    section, reads_values = config.trained_sections.get(name), _reads_values(config, name)
     kept, computed, sharded = placement.kept, placement.computed, placement.sharded
     targets = _targets(shape, config.adapters.target_modules)
     lora = _lora(shape, targets, config.adapters)
