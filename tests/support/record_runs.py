@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from shared import MEASURED
 from tiny import make_data, make_model
 
+from repirl.configfile import merge
+
 NUM_TURNS = 6
 
 # What each run says beside the base; `processes` and `resumed_at` are for this script.
@@ -71,14 +73,6 @@ def base_values(folder: Path, data: dict[str, str]) -> dict[str, Any]:
         "checkpoint": {"every": 3},
         "log": {"tensorboard": False, "peak_tflops": 1.0},
     }
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 def call(*arguments: str, processes: int = 1) -> None:
