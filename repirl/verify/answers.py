@@ -55,8 +55,9 @@ _CHARACTERS = {
     **{"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⅛": " 1/8", "⅜": " 3/8", "⅝": " 5/8"},
     **{"⅞": " 7/8", "⅕": " 1/5", "⅖": " 2/5", "⅗": " 3/5", "⅘": " 4/5", "⅙": " 1/6", "⅚": " 5/6"},
 }
-_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True))
-_LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
+# Raised and lowered characters: the sign that LaTeX writes before them, and what they are on the line.
+_SCRIPTS = {raised: ("^", plain) for raised, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n", strict=True)}
+_SCRIPTS |= {lowered: ("_", plain) for lowered, plain in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)}
 
 # Commands that change how an argument looks, and no more.
 _FONTS = (
@@ -141,20 +142,14 @@ def _as_latex(text: str) -> str:
     written: list[str] = []
     previous = ""
     for character in text:
-        if character in _RAISED:
-            # A run of raised digits is one exponent.
-            if previous == "^":
-                written[-1] = written[-1][:-1] + _RAISED[character] + "}"
+        if character in _SCRIPTS:
+            sign, plain = _SCRIPTS[character]
+            # A run of raised digits is one exponent, and one of lowered digits one index.
+            if previous == sign:
+                written[-1] = written[-1][:-1] + plain + "}"
             else:
-                written.append(f"^{{{_RAISED[character]}}}")
-            previous = "^"
-            continue
-        if character in _LOWERED:
-            if previous == "_":
-                written[-1] = written[-1][:-1] + _LOWERED[character] + "}"
-            else:
-                written.append(f"_{{{_LOWERED[character]}}}")
-            previous = "_"
+                written.append(f"{sign}{{{plain}}}")
+            previous = sign
             continue
         previous = ""
         if character in _CHARACTERS:
