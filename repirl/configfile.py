@@ -112,10 +112,10 @@ def _read_value(name: str, text: str) -> Any:
     *parents, last = name.split(".")
     section = _section_at(tuple(parents))
     field = section.model_fields.get(last) if section else None
-    kinds = {field.annotation, *get_args(field.annotation)} - {type(None)} if field else set()
-    if str in kinds and kinds <= {str, field.annotation if field else str}:
-        allows_none = field is not None and type(None) in get_args(field.annotation)
-        return None if allows_none and text in ("null", "~") else text
+    annotation = field.annotation if field else None
+    kinds = set(get_args(annotation)) or {annotation}
+    if kinds - {type(None)} == {str}:
+        return None if type(None) in kinds and text in ("null", "~") else text
     try:
         return load_yaml(text)
     except YAMLProblem as problem:
