@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.batch import pack
 from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, PRMConfig, Section
-from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
+from repirl.data.text import EndTokens, encode_prompt, encode_solution, find_end_tokens
 from repirl.dataconfig import Token
 from repirl.learner import Learner
 from repirl.model_checks import check_vocabulary
@@ -124,14 +125,14 @@ class PRM:
         """
         if isinstance(pairs, str | dict):
             raise TypeError(f"pairs is a {type(pairs).__name__}, expected a list of (prompt, response)")
-        encoded, ends = [], find_end_tokens(self._prompts, self.tokenizer)
+        encoded = []
         for number, pair in enumerate(pairs):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(f"pair {number} is {pair!r:.60}, expected (prompt, response)")
             prompt = self._ids(pair[0], number, "prompt")
             response = self._ids(pair[1], number, "response")
             if isinstance(pair[1], str) and finished:
-                response = list(encode_solution(pair[1], ends, self.tokenizer))
+                response = list(encode_solution(pair[1], self._ends, self.tokenizer))
             self._check_length(number, len(prompt), len(response))
             encoded.append((prompt, response))
         return encoded
@@ -154,9 +155,14 @@ class PRM:
             )
         return ids
 
-    @property
+    @cached_property
     def _prompts(self) -> DataConfig:
         return DataConfig(**self.description.prompt.model_dump())
+
+    @cached_property
+    def _ends(self) -> EndTokens:
+        # Cached: they are found by rendering the chat template.
+        return find_end_tokens(self._prompts, self.tokenizer)
 
     def _encode_text(self, text: str, what: str) -> list[int]:
         if what == "response":

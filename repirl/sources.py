@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.config import Config, ConfigError
 from repirl.model_checks import (
@@ -35,27 +35,26 @@ def check_sources(config: Config) -> PreTrainedTokenizerBase:
         ConfigError: where the files of one are damaged, of another kind, or do not fit the options or each other.
     """
     policy, prm = config.policy, config.prm
-    check_source(policy.model, policy.gguf_file, "causal")
+    described = check_source(policy.model, policy.gguf_file, "causal")
     tokenizer = load_tokenizer(policy.model, policy.gguf_file)
-    _check_use(config, policy.model, policy.gguf_file, tokenizer)
-    _check_role(policy.model, policy.gguf_file, None)
+    _check_use(config, policy.model, described, tokenizer)
+    _check_role(policy.model, described, None)
     if prm.model is not None and config.system.has_prm:
-        check_source(prm.model, prm.gguf_file, "value" if prm.reward == "value" else "causal")
-        _check_use(config, prm.model, prm.gguf_file, tokenizer)
-        _check_role(prm.model, prm.gguf_file, prm.reward)
+        described = check_source(prm.model, prm.gguf_file, "value" if prm.reward == "value" else "causal")
+        _check_use(config, prm.model, described, tokenizer)
+        _check_role(prm.model, described, prm.reward)
         check_tokenizers(tokenizer, policy.model, prm.model, prm.gguf_file)
     return tokenizer
 
 
-def _check_use(config: Config, name: str, gguf_file: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    described = read_model_config(name, gguf_file)
+def _check_use(config: Config, name: str, described: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     check_positions(described, name, config.longest_sequence)
     check_vocabulary(described, name, tokenizer, config.policy.model)
 
 
-def _check_role(name: str, gguf_file: str | None, reward: str | None) -> None:
+def _check_role(name: str, config: PretrainedConfig, reward: str | None) -> None:
     """ConfigError where an exported PRM is to be a policy (reward None), or a PRM of another kind."""
-    described = getattr(read_model_config(name, gguf_file), "repirl", None)
+    described = getattr(config, "repirl", None)
     if not isinstance(described, dict) or described.get("role") != "prm":
         return
     if reward is None:
@@ -71,14 +70,15 @@ def _check_role(name: str, gguf_file: str | None, reward: str | None) -> None:
         )
 
 
-def check_source(name: str, gguf_file: str | None, kind: str) -> None:
-    """ConfigError where a model's files cannot be what they should be; no weights are read."""
+def check_source(name: str, gguf_file: str | None, kind: str) -> PretrainedConfig:
+    """The model's configuration; ConfigError where its files cannot be what they should be. No weights are read."""
     config = read_model_config(name, gguf_file)
     tensors = weight_tensors(name) if gguf_file is None else None
     if tensors is not None:
         if kind == "value":
             add_value_head(config)
         check_shapes(name, config, kind, tensors)
+    return config
 
 
 def check_tokenizers(tokenizer: PreTrainedTokenizerBase, whose: str, other: str, gguf_file: str | None = None) -> None:
