@@ -63,17 +63,17 @@ def _check_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
     if targets == "all-linear":
         _refuse_packed_experts(model)
         return
-    found: dict[str, list[tuple[str, nn.Module]]] = {
+    matches: dict[str, list[tuple[str, nn.Module]]] = {
         target: [(n, m) for n, m in model.named_modules() if n == target or n.endswith(f".{target}")]
         for target in targets
     }
-    wrong = [target for target, modules in found.items() if not modules]
+    wrong = [target for target, modules in matches.items() if not modules]
     if wrong or not targets:
         linear = sorted({n.rpartition(".")[2] for n, m in _linear_layers(model)})
         what = f"the model has no layer {wrong[0]!r}" if wrong else "it is empty"
         raise ConfigError(f"adapters.target_modules {targets!r}: {what}; its linear layers are {linear}")
     trainable = {name for name, _ in _linear_layers(model)}
-    for target, modules in found.items():
+    for target, modules in matches.items():
         for name, module in modules:
             if name not in trainable:
                 raise ConfigError(

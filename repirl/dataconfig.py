@@ -23,12 +23,12 @@ class SourceConfig(Section):
         return self.path
 
 
-def _as_source(found: Any) -> Any:
-    if found is None or isinstance(found, dict | SourceConfig):
-        return found
-    if not isinstance(found, str):
+def _as_source(value: Any) -> Any:
+    if value is None or isinstance(value, dict | SourceConfig):
+        return value
+    if not isinstance(value, str):
         raise ValueError("expected a path or hub id, or path, name, split and revision")
-    return {"path": found}
+    return {"path": value}
 
 
 # A path alone, or with what a data set of the hub needs besides.

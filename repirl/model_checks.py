@@ -51,17 +51,17 @@ def check_shapes(name: str, config: PretrainedConfig, kind: str, tensors: dict[s
             refuse_shape(name, key, tensors[key].shape, shape)
 
 
-def refuse_shape(name: str, key: str, found: Iterable[int], expected: Iterable[int]) -> None:
+def refuse_shape(name: str, key: str, shape: Iterable[int], expected: Iterable[int]) -> None:
     """ConfigError for a tensor whose shape is not what config.json says."""
-    found, expected = tuple(found), tuple(expected)
-    if key == "score.weight" and found[1:] == expected[1:]:
+    shape, expected = tuple(shape), tuple(expected)
+    if key == "score.weight" and shape[1:] == expected[1:]:
         raise ConfigError(
-            f"the head {key!r} of model {name!r} has {found[0]} outputs, and a reward is read off one: a classifier of "
+            f"the head {key!r} of model {name!r} has {shape[0]} outputs, and a reward is read off one: a classifier of "
             "steps into classes is another kind of PRM; start from a causal language model, or from a head with one "
             "output"
         )
     raise ConfigError(
-        f"the files of model {name!r} hold {key!r} with shape {list(found)}, its config.json says {list(expected)}: "
+        f"the files of model {name!r} hold {key!r} with shape {list(shape)}, its config.json says {list(expected)}: "
         "they do not belong together"
     )
 
@@ -79,8 +79,8 @@ def check_loaded(model: PreTrainedModel, name: str, info: dict[str, Any], *, kin
     Raises:
         ConfigError: where weights are missing or left over so that the model is not the one of the files.
     """
-    for key, found, expected in info["mismatched_keys"]:
-        refuse_shape(name, key, found, expected)
+    for key, shape, expected in info["mismatched_keys"]:
+        refuse_shape(name, key, shape, expected)
     missing, unexpected = set(info["missing_keys"]), sorted(info["unexpected_keys"])
     check_names(model, name, missing, unexpected, kind=kind, needs_head=needs_head)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -160,8 +160,8 @@ def longest_position(config: PretrainedConfig) -> tuple[int, str] | None:
         return None
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [scaling] if "rope_type" in scaling or "factor" in scaling else scaling.values()
-    found = [_scaled(limit, kind) for kind in kinds if isinstance(kind, dict)]
-    return min(found, default=(limit, "max_position_embeddings"))
+    limits = [_scaled(limit, kind) for kind in kinds if isinstance(kind, dict)]
+    return min(limits, default=(limit, "max_position_embeddings"))
 
 
 def _scaled(limit: int, scaling: dict[str, Any]) -> tuple[int, str]:
@@ -180,10 +180,10 @@ def _scaled(limit: int, scaling: dict[str, Any]) -> tuple[int, str]:
 
 def check_positions(config: PretrainedConfig, name: str, longest: int) -> None:
     """ConfigError where the longest sequence may be longer than the model's positions."""
-    found = longest_position(config)
-    if found is not None and found[0] < longest:
+    limit = longest_position(config)
+    if limit is not None and limit[0] < longest:
         raise ConfigError(
-            f"model {name!r} has positions for {found[0]} tokens ({found[1]} in its config.json), and a sequence may "
+            f"model {name!r} has positions for {limit[0]} tokens ({limit[1]} in its config.json), and a sequence may "
             f"have {longest} (a prompt and the longest response or solution): lower data.max_prompt_tokens, "
             "rollout.max_response_tokens or data.max_expert_tokens, or set the RoPE scaling in config.json that the "
             "model is made for"

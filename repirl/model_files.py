@@ -100,13 +100,13 @@ def find_file(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         return Path(name, file) if Path(name, file).is_file() else None
     try:
-        found = cached_file(
+        path = cached_file(
             name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
         )
     except OSError:
         # No folder and no hub id: what is loaded next says so.
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def read_model_config(name: str, gguf_file: str | None = None) -> PretrainedConfig:
@@ -257,16 +257,16 @@ def _read_index(name: str, index: Path) -> dict[str, StoredTensor]:
         with explained("model", name):
             files, _ = get_checkpoint_shard_files(name, str(index))
         paths = {Path(f).name: Path(f) for f in files}
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, path in paths.items():
         if not path.is_file():
             raise ConfigError(f"{str(index)!r} names {file!r}, which is not there: download all parts of the model")
-        found |= _read_header(path)
-    if lost := sorted(key for key in places if key not in found):
+        tensors |= _read_header(path)
+    if lost := sorted(key for key in places if key not in tensors):
         raise ConfigError(
             f"{str(index)!r} says that {places[lost[0]]!r} holds {shown(lost)}, and it does not: download them again"
         )
-    return found
+    return tensors
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

@@ -291,10 +291,10 @@ def check_output_dir(config: Config, resume: bool) -> bool:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {config.output_dir!r} cannot be made: {error.strerror}") from error
-    found = list_checkpoints(Path(config.output_dir) / "checkpoints")
-    if found and not resume:
+    checkpoints = list_checkpoints(Path(config.output_dir) / "checkpoints")
+    if checkpoints and not resume:
         raise ConfigError(
-            f"output_dir {config.output_dir!r} already holds a run (newest checkpoint {found[-1].name}); "
+            f"output_dir {config.output_dir!r} already holds a run (newest checkpoint {checkpoints[-1].name}); "
             "go on with it by --resume, or choose another output_dir"
         )
-    return bool(found)
+    return bool(checkpoints)

@@ -93,14 +93,14 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
             export_checkpoint(config.output_dir, export, step_separator=STEP_SEPARATOR)
             prms[name] = load_prm(export / "prm", device="cpu")
     scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
-    found = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
+    judgments = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
 
-    columns, rows = comparison(results, found)
+    columns, rows = comparison(results, judgments)
     total = time.perf_counter() - start_time
     print_table(f"Held-out accuracy and planted errors (seed {seed}, {total:.0f} s in all)", columns, rows, console)
     (folder / "results.json").write_text(
         json.dumps(
-            {"seed": seed, "seconds": total, "columns": columns, "rows": rows, "summary": summary(results, found)}
+            {"seed": seed, "seconds": total, "columns": columns, "rows": rows, "summary": summary(results, judgments)}
         )
     )
     page = folder / "report.html"
@@ -193,18 +193,18 @@ def score_solutions(prm: PRM, solutions: list[Solution]) -> list[tuple[list[floa
     ]
 
 
-def summary(results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]) -> dict[str, float]:
+def summary(results: dict[str, list[dict[str, Any]]], judgments: dict[str, dict[str, float]]) -> dict[str, float]:
     """The figures that runs of several seeds are compared by."""
     figures = {"accuracy/start": results["RLOO"][0]["eval/accuracy"]}
     for name, lines in results.items():
         figures[f"accuracy/{name}"] = lines[-1]["eval/accuracy"]
-    for name, judged in found.items():
+    for name, judged in judgments.items():
         figures |= {f"{key}/{name}": value for key, value in judged.items()}
     return figures
 
 
 def comparison(
-    results: dict[str, list[dict[str, Any]]], found: dict[str, dict[str, float]]
+    results: dict[str, list[dict[str, Any]]], judgments: dict[str, dict[str, float]]
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the final table. Errors are found by each run's PRM; the start's column uses its own
     log-probabilities, which is what a PRM has to beat."""
@@ -230,7 +230,7 @@ def comparison(
         }
 
     def localisation(name: str) -> dict[str, str]:
-        judged = found.get(name)
+        judged = judgments.get(name)
         return {
             "planted error, AUROC": f"{judged['auroc']:.3f}" if judged else "-",
             "planted error, first-error F1": f"{judged['first_error_f1']:.3f}" if judged else "-",

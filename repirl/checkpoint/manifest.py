@@ -26,8 +26,8 @@ Manifest = dict[str, tuple[int, int]]
 
 def list_checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Complete checkpoints in a run's `checkpoints` folder, oldest first."""
-    found = [(int(m.group(1)), p) for p in Path(folder).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(m.group(1)), p) for p in Path(folder).glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:
@@ -49,10 +49,10 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
 def check_format(path: Path) -> dict[str, Any]:
     """What trainer.json holds; ConfigError where the checkpoint is not of the format that is read here."""
     content = json.loads((path / "trainer.json").read_text())
-    if (found := content.get("format", 1)) != FORMAT:
+    if (version := content.get("format", 1)) != FORMAT:
         written = f"repirl {content['repirl']}" if "repirl" in content else "a repirl before 0.2"
         raise ConfigError(
-            f"checkpoint {str(path)!r} has format {found}, written by {written}; this repirl reads format {FORMAT}: "
+            f"checkpoint {str(path)!r} has format {version}, written by {written}; this repirl reads format {FORMAT}: "
             "finish or export the run with the version that wrote it"
         )
     return content
@@ -65,9 +65,9 @@ def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
     ConfigError where there is none: starting anew by itself would hide that a run was lost.
     """
     world = world or World(torch.device("cpu"))
-    [found] = world.gather([list_checkpoints(folder)] if world.is_main else [])
+    [checkpoints] = world.gather([list_checkpoints(folder)] if world.is_main else [])
     damaged: dict[str, str] = {}
-    for path in reversed(found):
+    for path in reversed(checkpoints):
         problems = [p for p in world.gather([find_damage(path, world.rank, world.size)]) if p is not None]
         if not problems:
             if world.is_main:

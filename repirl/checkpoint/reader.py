@@ -53,18 +53,18 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         file = self.folder / ".metadata"
         try:
-            found = _Unpickler(io.BytesIO(file.read_bytes())).load()
+            index = _Unpickler(io.BytesIO(file.read_bytes())).load()
         except OSError as error:
             raise ConfigError(f"{str(file)!r} cannot be read: {error.strerror}") from error
         except Exception as error:
             # Damaged pickles raise whatever their bytes happen to call for.
             raise ConfigError(f"{str(file)!r} is no index of a checkpoint: {error}; nothing of it was run") from error
-        if not isinstance(found, metadata.Metadata):
-            raise ConfigError(f"{str(file)!r} is no index of a checkpoint, but a {type(found).__name__}")
-        if found.storage_meta is None:
-            found.storage_meta = metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+        if not isinstance(index, metadata.Metadata):
+            raise ConfigError(f"{str(file)!r} is no index of a checkpoint, but a {type(index).__name__}")
+        if index.storage_meta is None:
+            index.storage_meta = metadata.StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
 
 
 class Planner(DefaultLoadPlanner):

@@ -61,8 +61,8 @@ class Checkpointer:
         the way of a run that goes on. ConfigError as newest_sound."""
         chosen = newest_sound(self.folder, self.world)
         if self.world.is_main:
-            found = list_checkpoints(self.folder)
-            for path in found[found.index(chosen) + 1 :]:
+            checkpoints = list_checkpoints(self.folder)
+            for path in checkpoints[checkpoints.index(chosen) + 1 :]:
                 shutil.rmtree(target := path.with_name(f"{path.name}.damaged"), ignore_errors=True)
                 path.rename(target)
         return chosen
@@ -173,13 +173,13 @@ class Checkpointer:
                 logger.warning("older checkpoints in %s could not be removed: %s", self.folder, error)
 
     def _prune(self) -> None:
-        found = list_checkpoints(self.folder)
-        kept = set(found[-self.config.keep_last :])
-        scores = {path: score for path in found if (score := _score(path)) is not None}
+        checkpoints = list_checkpoints(self.folder)
+        kept = set(checkpoints[-self.config.keep_last :])
+        scores = {path: score for path in checkpoints if (score := _score(path)) is not None}
         # Among equals the older one is kept: it took fewer steps.
         ranked = sorted(scores, key=lambda path: -scores[path])
         kept |= set(ranked[: self.config.keep_best])
-        for path in found:
+        for path in checkpoints:
             if path not in kept:
                 # Renamed first: a kill while it is being removed must not leave half of it under its name.
                 path.rename(path.with_name(f"{path.name}.pruned.tmp"))
@@ -204,8 +204,10 @@ class Checkpointer:
                 shutil.rmtree(self.folder / f"step_{step}.tmp", ignore_errors=True)
             # The first process that ends takes the others with it, the one that is removing files too.
             self.world.barrier()
-            found = list_checkpoints(self.folder)
-            newest = f"{found[-1].name}, go on from there with --resume" if found else "none before this one"
+            checkpoints = list_checkpoints(self.folder)
+            newest = (
+                f"{checkpoints[-1].name}, go on from there with --resume" if checkpoints else "none before this one"
+            )
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}. "
                 f"The newest complete one is {newest}"

@@ -51,8 +51,8 @@ def load_experts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: st
     experts = []
     for _, place, row in read_rows(source, "train"):
         prompt_ids = read_prompt(row, place, prompt_column, f"{option}.prompt_column", data, tokenizer)
-        found = place.value(row, solution_column, f"{option}.solution_column")
-        for solution in place.solutions(found, solution_column):
+        value = place.value(row, solution_column, f"{option}.solution_column")
+        for solution in place.solutions(value, solution_column):
             response_ids = _encode(solution, place, solution_column, data, ends, tokenizer)
             fits = limit.allows(
                 len(prompt_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens

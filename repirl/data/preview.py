@@ -68,8 +68,8 @@ def _readable(config: VerifierConfig, answers: list[tuple[Prompt, str]]) -> str:
 
 def can_read(_: str, answer: str) -> float:
     """Whether the verifier of mathematical answers finds something to compare with in an answer: 1.0 or 0.0."""
-    found = extract_answer(answer)
-    gold = answer.strip() if found is None else found
+    marked = extract_answer(answer)
+    gold = answer.strip() if marked is None else marked
     if re.fullmatch(r"[-+]?[\d,]*\.?\d+", gold):
         return 1.0
     if is_overlong("", answer):

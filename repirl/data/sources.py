@@ -164,18 +164,18 @@ def _files(source: SourceConfig, split: str) -> list[tuple[str, Path]]:
     datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(source.path, name=source.name, revision=source.revision)
-        found: dict[str, list[str]] = {
+        files_of: dict[str, list[str]] = {
             str(key): list(files) for key, files in (builder.config.data_files or {}).items()
         }
-        _check_split(source, split, found)
-        local = datasets.DownloadManager().download(found[split])
+        _check_split(source, split, files_of)
+        local = datasets.DownloadManager().download(files_of[split])
     except DataError:
         raise
     except Exception as error:
         # Of the hub, the network, a file system, or a data set's own description.
         where = "the folder" if Path(source.path).is_dir() else "no file or folder here, and from the hub the data set"
         raise DataError(f"{where} {source.path!r} cannot be loaded: {first_line(error)}") from error
-    return [(name, Path(file)) for name, file in zip(found[split], local, strict=True)]
+    return [(name, Path(file)) for name, file in zip(files_of[split], local, strict=True)]
 
 
 def _check_split(source: SourceConfig, split: str, splits: Iterable[str]) -> None:
@@ -188,12 +188,12 @@ def _saved(source: SourceConfig, split: str) -> Iterator[tuple[Place, dict[str, 
     import datasets
 
     try:
-        found: Any = datasets.load_from_disk(source.path)
+        loaded: Any = datasets.load_from_disk(source.path)
     except Exception as error:
         raise DataError(f"the folder {source.path!r} cannot be loaded: {first_line(error)}") from error
-    if isinstance(found, datasets.DatasetDict):
-        _check_split(source, split, found)
-        found = found[split]
-    rows: Iterable[dict[str, Any]] = found
+    if isinstance(loaded, datasets.DatasetDict):
+        _check_split(source, split, loaded)
+        loaded = loaded[split]
+    rows: Iterable[dict[str, Any]] = loaded
     for number, row in enumerate(rows):
         yield Place(source.path, f"row {number}"), row

@@ -48,17 +48,17 @@ def render(
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    found: Any = tokenizer.chat_template
-    if isinstance(found, dict):
-        if "default" not in found:
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
             raise DataError(
-                f"the tokenizer has the chat templates {sorted(found)} and none of them is 'default': save the "
+                f"the tokenizer has the chat templates {sorted(template)} and none of them is 'default': save the "
                 "tokenizer with one of them as its chat_template"
             )
-        found = found["default"]
-    if not found:
+        template = template["default"]
+    if not template:
         raise DataError("data.chat_template is true but the tokenizer has no chat template; use data.prompt_template")
-    return str(found)
+    return str(template)
 
 
 class _Generation(Extension):

@@ -41,10 +41,10 @@ def find_end_tokens(data: DataConfig, tokenizer: PreTrainedTokenizerBase, model:
         ids = [_token_id(token, tokenizer) for token in data.end_tokens]
         return EndTokens(tuple(dict.fromkeys(ids)), ids[0])
     end, turn = _eos_id(tokenizer), _end_of_turn(data, tokenizer)
-    found = [end] if turn is None else [turn, end] if data.chat_template else [end, turn]
+    ids = [end] if turn is None else [turn, end] if data.chat_template else [end, turn]
     if model is not None:
-        found += _of_generation_config(model, len(tokenizer))
-    return EndTokens(tuple(dict.fromkeys(found)), found[0])
+        ids += _of_generation_config(model, len(tokenizer))
+    return EndTokens(tuple(dict.fromkeys(ids)), ids[0])
 
 
 def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -86,13 +86,13 @@ def _of_generation_config(model: str, vocab_size: int) -> list[int]:
     if Path(model).is_dir() and not path.is_file():
         return []
     try:
-        found: Any = GenerationConfig.from_pretrained(model).eos_token_id
+        eos_token_id: Any = GenerationConfig.from_pretrained(model).eos_token_id
     except Exception as error:
         if not path.is_file():
             # A hub's model without the file.
             return []
         raise ConfigError(f"{path} cannot be read: {first_line(error)}") from error
-    ids = [] if found is None else found if isinstance(found, list) else [found]
+    ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     for i in ids:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocab_size:
             raise ConfigError(
@@ -142,8 +142,8 @@ def encode_solution(text: str, ends: EndTokens, tokenizer: PreTrainedTokenizerBa
     """Token ids of a finished response: one end of turn at its end, whatever end tokens the text has there."""
     added = tokenizer.added_tokens_decoder
     texts = [added[i].content for i in ends.ids if i in added]
-    while (found := next((end for end in texts if text.rstrip().endswith(end)), None)) is not None:
-        text = text.rstrip().removesuffix(found)
+    while (last := next((end for end in texts if text.rstrip().endswith(end)), None)) is not None:
+        text = text.rstrip().removesuffix(last)
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     while ids and ids[-1] in ends.ids:
         ids.pop()

@@ -31,39 +31,39 @@ class Place:
         in a list. DataError where the row has no such column."""
         if column in row:
             return row[column]
-        found: Any = row
+        value: Any = row
         for part in column.split("."):
-            found = _part(found, part)
-            if found is _MISSING:
+            value = _part(value, part)
+            if value is _MISSING:
                 raise DataError(
                     f"{self.source}, {self.row} has no column {column!r} ({option}); it has {_columns(row)}"
                 )
-        return found
+        return value
 
-    def text(self, found: Any, column: str) -> str:
+    def text(self, value: Any, column: str) -> str:
         """Text that is neither blank nor impossible to encode."""
-        if not isinstance(found, str):
-            raise self.error(f"{column!r} holds {shown(found)}, expected text{_hint(column, found)}")
-        if not found.strip():
-            raise self.error(f"{column!r} holds an empty text ({found[:20]!r})")
+        if not isinstance(value, str):
+            raise self.error(f"{column!r} holds {shown(value)}, expected text{_hint(column, value)}")
+        if not value.strip():
+            raise self.error(f"{column!r} holds an empty text ({value[:20]!r})")
         try:
-            found.encode("utf-8")
+            value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise self.error(
-                f"{column!r} holds half a character ({found[error.start]!r} at {error.start}): a surrogate without "
+                f"{column!r} holds half a character ({value[error.start]!r} at {error.start}): a surrogate without "
                 "its other half, which no text may have; correct the file"
             ) from error
-        return found
+        return value
 
-    def prompt(self, found: Any, column: str) -> str | Messages:
+    def prompt(self, value: Any, column: str) -> str | Messages:
         """Text, or the messages of a chat that the user had the last word in."""
-        if not isinstance(found, list):
-            if isinstance(found, str):
-                return self.text(found, column)
+        if not isinstance(value, list):
+            if isinstance(value, str):
+                return self.text(value, column)
             raise self.error(
-                f"{column!r} holds {shown(found)}, expected text or a list of messages{_hint(column, found)}"
+                f"{column!r} holds {shown(value)}, expected text or a list of messages{_hint(column, value)}"
             )
-        messages = self.messages(found, column)
+        messages = self.messages(value, column)
         if messages[-1]["role"] == "assistant":
             raise self.error(
                 f"{column!r} holds messages that end with the assistant's: expected those that it is to answer. Its "
@@ -71,12 +71,12 @@ class Place:
             )
         return messages
 
-    def messages(self, found: list[Any], column: str) -> Messages:
+    def messages(self, entries: list[Any], column: str) -> Messages:
         """Messages of a chat, each with a role and a text."""
-        if not found:
+        if not entries:
             raise self.error(f"{column!r} holds an empty list, expected text or messages")
         messages = []
-        for number, message in enumerate(found):
+        for number, message in enumerate(entries):
             name = f"{column}.{number}"
             if not isinstance(message, dict):
                 raise self.error(f"{name!r} holds {shown(message)}, expected a message with role and content")
@@ -88,41 +88,41 @@ class Place:
             messages.append({"role": role, "content": content})
         return messages
 
-    def solutions(self, found: Any, column: str) -> list[str]:
+    def solutions(self, value: Any, column: str) -> list[str]:
         """One solution or a list of them, each a text or a list with the assistant's message."""
-        if found == []:
+        if value == []:
             raise self.error(f"{column!r} is an empty list, expected solutions")
-        if not isinstance(found, list) or any(isinstance(part, dict) for part in found):
-            return [self._solution(found, column)]
-        return [self._solution(part, f"{column}.{number}") for number, part in enumerate(found)]
+        if not isinstance(value, list) or any(isinstance(part, dict) for part in value):
+            return [self._solution(value, column)]
+        return [self._solution(part, f"{column}.{number}") for number, part in enumerate(value)]
 
-    def _solution(self, found: Any, column: str) -> str:
-        if not isinstance(found, list):
-            return self.text(found, column)
-        messages = self.messages(found, column)
+    def _solution(self, value: Any, column: str) -> str:
+        if not isinstance(value, list):
+            return self.text(value, column)
+        messages = self.messages(value, column)
         roles = [message["role"] for message in messages]
         if roles != ["assistant"]:
             raise self.error(f"{column!r} holds messages of {roles}, expected one, the assistant's")
         return messages[0]["content"]
 
-    def answer(self, found: Any, column: str) -> str:
+    def answer(self, value: Any, column: str) -> str:
         """The text of a right answer; numbers are written out."""
-        if isinstance(found, bool) or not isinstance(found, int | float | Decimal | str):
-            what = "null" if found is None else shown(found)
-            raise self.error(f"{column!r} is {what}, expected an answer: text or a number{_hint(column, found)}")
-        if isinstance(found, str):
-            return self.text(found, column)
-        if not math.isfinite(found):
-            raise self.error(f"{column!r} is {found}, expected an answer: text or a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+            what = "null" if value is None else shown(value)
+            raise self.error(f"{column!r} is {what}, expected an answer: text or a number{_hint(column, value)}")
+        if isinstance(value, str):
+            return self.text(value, column)
+        if not math.isfinite(value):
+            raise self.error(f"{column!r} is {value}, expected an answer: text or a finite number")
         # Without an exponent: 1e-07 is for programs.
-        return str(found) if isinstance(found, int) else format(Decimal(str(found)), "f")
+        return str(value) if isinstance(value, int) else format(Decimal(str(value)), "f")
 
 
-def _part(found: Any, part: str) -> Any:
-    if isinstance(found, dict):
-        return found.get(part, _MISSING)
-    if isinstance(found, list) and part.isdecimal() and len(part) < 10 and int(part) < len(found):
-        return found[int(part)]
+def _part(value: Any, part: str) -> Any:
+    if isinstance(value, dict):
+        return value.get(part, _MISSING)
+    if isinstance(value, list) and part.isdecimal() and len(part) < 10 and int(part) < len(value):
+        return value[int(part)]
     return _MISSING
 
 
@@ -135,18 +135,18 @@ def _columns(row: dict[str, Any]) -> list[str]:
     return sorted(names)
 
 
-def _hint(column: str, found: Any) -> str:
+def _hint(column: str, value: Any) -> str:
     """The way into a value that has parts."""
-    if not isinstance(found, dict) or not found:
+    if not isinstance(value, dict) or not value:
         return ""
-    return f"; name one of its parts: {', '.join(sorted(f'{column}.{key}' for key in found))}"
+    return f"; name one of its parts: {', '.join(sorted(f'{column}.{key}' for key in value))}"
 
 
-def shown(found: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, shortened."""
-    if found is None:
+    if value is None:
         return "null"
-    if isinstance(found, int) and found.bit_length() > 200:
+    if isinstance(value, int) and value.bit_length() > 200:
         return "a very long number"
-    text = repr(found)
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

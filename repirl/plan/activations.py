@@ -102,9 +102,9 @@ def read_shape(config: PreTrainedConfig) -> Shape:
     known = {*_NORMS, *_HEAD_NORMS, *(f"{x}.{part}" for x in LINEAR for part in ("weight", "bias"))}
     needed = {*_NORMS, *(f"{x}.weight" for x in LINEAR)}
     embeddings, norm = (f"{model.base_model_prefix}.{x}.weight" for x in ("embed_tokens", "norm"))
-    found = set().union(*layers)
-    missing = sorted((needed - found) | ({embeddings, norm} - set(others)))
-    unknown = sorted((found - known) | (set(others) - {embeddings, norm, "lm_head.weight"}))
+    present = set().union(*layers)
+    missing = sorted((needed - present) | ({embeddings, norm} - set(others)))
+    unknown = sorted((present - known) | (set(others) - {embeddings, norm, "lm_head.weight"}))
     if missing or unknown:
         parts = [f"it has no {missing}"] * bool(missing) + [f"it has {unknown}, which is not known here"] * bool(
             unknown

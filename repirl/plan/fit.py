@@ -71,9 +71,9 @@ def find_fit(config: Config, memory: int, ranks: int = 1, device: str | None = N
     levels, smallest = _climb(attempt, ladder, first, available)
     if smallest.peak.total > available:
         return Fit(memory, None, smallest)
-    levels, found = _take_back(attempt, levels, smallest, available)
+    levels, fitting = _take_back(attempt, levels, smallest, available)
     names = [settings[level - 1].name for level, settings in zip(levels, ladder, strict=True) if level]
-    return Fit(memory, names, found)
+    return Fit(memory, names, fitting)
 
 
 def _attempt(config: Config, ranks: int, device: str, ladder: Ladder, levels: Levels) -> Plan | None:
@@ -112,7 +112,7 @@ def _climb(attempt: Attempt, ladder: Ladder, first: Plan, available: float) -> t
     return levels, smallest
 
 
-def _take_back(attempt: Attempt, levels: Levels, found: Plan, available: float) -> tuple[Levels, Plan]:
+def _take_back(attempt: Attempt, levels: Levels, fitting: Plan, available: float) -> tuple[Levels, Plan]:
     """Turn back what is not needed, the dearest switch first."""
     for place in reversed(range(len(levels))):
         while levels[place]:
@@ -120,8 +120,8 @@ def _take_back(attempt: Attempt, levels: Levels, found: Plan, available: float) 
             made = attempt(trial)
             if made is None or made.peak.total > available:
                 break
-            levels, found = trial, made
-    return levels, found
+            levels, fitting = trial, made
+    return levels, fitting
 
 
 def _with(levels: Levels, place: int, level: int) -> Levels:
@@ -165,13 +165,13 @@ def _ladder(config: Config, ranks: int, device: str) -> Ladder:
 
 def _halved(value: int, least: int) -> list[int]:
     """value / 2, value / 4, ... and `least` last."""
-    found = []
+    values = []
     while value // 2 >= least:
         value //= 2
-        found.append(value)
+        values.append(value)
     if value > least:
-        found.append(least)
-    return found
+        values.append(least)
+    return values
 
 
 # What is shown.
@@ -182,11 +182,14 @@ def gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-def table(found: Plan) -> tuple[list[str], list[list[str]]]:
+def table(memory_plan: Plan) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of a plan in GiB, with a column for each phase. An empty cell is zero."""
-    names = list(dict.fromkeys(name for phase in found.phases for name in phase.rows))
-    rows = [[name, *(gib(p.rows[name]) if name in p.rows else "" for p in found.phases)] for name in names]
-    return ["GiB", *(p.name for p in found.phases)], [*rows, ["together", *(gib(p.total) for p in found.phases)]]
+    names = list(dict.fromkeys(name for phase in memory_plan.phases for name in phase.rows))
+    rows = [[name, *(gib(p.rows[name]) if name in p.rows else "" for p in memory_plan.phases)] for name in names]
+    return ["GiB", *(p.name for p in memory_plan.phases)], [
+        *rows,
+        ["together", *(gib(p.total) for p in memory_plan.phases)],
+    ]
 
 
 def describe_fit(fit: Fit) -> str:
@@ -206,13 +209,15 @@ def print_plan(
     """Print the plan of a run, and for each memory (in GiB a process) what makes the run fit into it."""
     console = console or Console()
     show: Callable[[str], None] = functools.partial(console.print, soft_wrap=True, highlight=False)
-    found = plan(config, ranks, device)
-    one, several = ("GPU", "GPUs") if found.device == "cuda" else ("CPU process", "CPU processes")
+    memory_plan = plan(config, ranks, device)
+    one, several = ("GPU", "GPUs") if memory_plan.device == "cuda" else ("CPU process", "CPU processes")
     title = f"{config.policy.model}, {config.objective}, {ranks} {several if ranks > 1 else one}: GiB of each"
-    print_table(title, *table(found), console=console)
-    show(f"peak: {gib(found.peak.total)} GiB in {found.peak.name}; every prompt and response at its longest")
-    if found.host:
-        parts = ", ".join(f"{name} {gib(count)}" for name, count in found.host.items())
-        show(f"in host memory for each GPU: {gib(sum(found.host.values()))} GiB ({parts})")
+    print_table(title, *table(memory_plan), console=console)
+    show(
+        f"peak: {gib(memory_plan.peak.total)} GiB in {memory_plan.peak.name}; every prompt and response at its longest"
+    )
+    if memory_plan.host:
+        parts = ", ".join(f"{name} {gib(count)}" for name, count in memory_plan.host.items())
+        show(f"in host memory for each GPU: {gib(sum(memory_plan.host.values()))} GiB ({parts})")
     for memory in memories:
         show(describe_fit(find_fit(config, int(memory * GIB), ranks, device)))

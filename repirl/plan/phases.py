@@ -63,28 +63,28 @@ class Planner:
         """All phases, in the order of a turn; those that come only in some turns last."""
         config = self.config
         scored = (rollouts(config),) if config.system.online else (experts(config),)
-        found = [self._load()]
+        phases = [self._load()]
         if config.system.online:
-            found += [self._rollout(), self._score("old_logprob", self.by_name["policy"], scored)]
+            phases += [self._rollout(), self._score("old_logprob", self.by_name["policy"], scored)]
         if "reference" in self.by_name:
-            found.append(self._score("reference", self.by_name["reference"], scored))
+            phases.append(self._score("reference", self.by_name["reference"], scored))
         for name, kind in load_objectives(config.system.objectives).items():
             sequences = trained_on(config, name)
             if name != "prm" and "prm" in self.by_name and kind(config).reads_rewards:
-                found.append(self._score("reward", self.by_name["prm"], sequences))
-            found.append(self._update(self.by_name[name], sequences))
+                phases.append(self._score("reward", self.by_name["prm"], sequences))
+            phases.append(self._update(self.by_name[name], sequences))
         if self.has_engine:
-            found.append(self._push_weights())
+            phases.append(self._push_weights())
         if config.data.eval is not None and config.eval.every:
             shown = config.eval.num_prompts or config.rollout.max_sequences * self.placement.ranks
             rows = min(config.rollout.max_sequences, -(-shown // self.placement.ranks))
-            found.append(self.decode("eval", rows, rows))
+            phases.append(self.decode("eval", rows, rows))
         if config.checkpoint.every:
             # One learner after the other, straight from its tensors; frozen ones are not saved.
             trained = [side for side in self.sides if side.section is not None]
             largest = max(trained, key=lambda side: side.weights + side.moments)
-            found.append(self._phase("checkpoint", largest, []))
-        return found
+            phases.append(self._phase("checkpoint", largest, []))
+        return phases
 
     def host(self) -> Rows:
         """What lies in host memory beside each process, where the device is a GPU."""

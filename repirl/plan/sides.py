@@ -222,7 +222,7 @@ def _targets(shape: Shape, modules: str | list[str]) -> tuple[str, ...]:
     """Which linear layers get adapters, as peft understands the names."""
     if modules == "all-linear":
         return LINEAR
-    found = tuple(x for x in LINEAR if any(x == name or x.endswith(f".{name}") for name in modules))
-    if not found:
+    layers = tuple(x for x in LINEAR if any(x == name or x.endswith(f".{name}") for name in modules))
+    if not layers:
         raise ConfigError(f"adapters.target_modules {modules} name no linear layer; there are {[*LINEAR]}")
-    return found
+    return layers

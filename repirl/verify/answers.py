@@ -121,8 +121,8 @@ RATIO = re.compile(":")
 
 def plain_number(text: str) -> Decimal | None:
     """The value of a plain number, None for anything else. Its time grows linearly with the text."""
-    found = _PLAIN.fullmatch(text.strip())
-    return Decimal(found[1] + found[2].replace(",", "").removesuffix(".")) if found else None
+    match = _PLAIN.fullmatch(text.strip())
+    return Decimal(match[1] + match[2].replace(",", "").removesuffix(".")) if match else None
 
 
 def normal_form(text: str) -> str:
@@ -132,7 +132,7 @@ def normal_form(text: str) -> str:
     for pattern, by in _STEPS:
         text = pattern.sub(by, text)
         if "<<" in text:
-            text = _GROUPED.sub(lambda found: re.sub(r"\D", "", found[1]), text)
+            text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[1]), text)
     text = _REPEATING.sub(_repeating, text).replace(_LINE_END, r" \\ ")
     return tidy(" ".join(text.split()))
 
@@ -159,12 +159,12 @@ def _as_latex(text: str) -> str:
         else:
             written.append(unicodedata.normalize("NFKC", character) if character > "\u2fff" else character)
     joined = "".join(written)
-    return re.sub(r"√\s*(\d+|[a-z]|\([^()]*\)|\{[^{}]*\})", lambda found: rf"\sqrt{{{found[1].strip('(){}')}}}", joined)
+    return re.sub(r"√\s*(\d+|[a-z]|\([^()]*\)|\{[^{}]*\})", lambda match: rf"\sqrt{{{match[1].strip('(){}')}}}", joined)
 
 
-def _repeating(found: re.Match[str]) -> str:
+def _repeating(match: re.Match[str]) -> str:
     """A fraction, for a decimal with a repeating end."""
-    whole, fixed, period = found[1] or "0", found[2], found[3]
+    whole, fixed, period = match[1] or "0", match[2], match[3]
     value = int(whole + fixed + period) - int(whole + fixed)
     divisor = 10 ** len(fixed) * (10 ** len(period) - 1)
     return f"({value}/{divisor})"
@@ -199,14 +199,14 @@ def enclosed(text: str, opening: str, closing: str) -> str | None:
 
 def brackets(text: str) -> list[tuple[str, int, int]]:
     """Each bracket with its end, and by how much it changes the depth."""
-    found = []
+    places = []
     for token in _OPENING.finditer(text):
         what = token[0]
         if what in ("(", "[", "{", r"\{", r"\langle") or what.startswith(r"\begin{"):
-            found.append((what, token.end(), 1))
+            places.append((what, token.end(), 1))
         elif what in (")", "]", "}", r"\}", r"\rangle") or what.startswith(r"\end{"):
-            found.append((what, token.end(), -1))
-    return found
+            places.append((what, token.end(), -1))
+    return places
 
 
 def split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
@@ -221,14 +221,14 @@ def split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]:
         depth += change
         depths.append((end, depth))
     parts, between, begin, index, depth = [], [], 0, 0, 0
-    for found in separator.finditer(text):
-        while index < len(depths) and depths[index][0] <= found.start():
+    for match in separator.finditer(text):
+        while index < len(depths) and depths[index][0] <= match.start():
             depth = depths[index][1]
             index += 1
         if depth == 0:
-            parts.append(text[begin : found.start()])
-            between.append(found[0])
-            begin = found.end()
+            parts.append(text[begin : match.start()])
+            between.append(match[0])
+            begin = match.end()
     return [*parts, text[begin:]], between
 
 
@@ -251,9 +251,9 @@ def _without_commas(text: str) -> str:
     """Numbers outside brackets without the commas between thousands."""
     depth_ends = brackets(text)
 
-    def bare(found: re.Match[str]) -> str:
-        depth = sum(change for _, end, change in depth_ends if end <= found.start())
-        return found[0].replace(",", "") if depth == 0 else found[0]
+    def bare(match: re.Match[str]) -> str:
+        depth = sum(change for _, end, change in depth_ends if end <= match.start())
+        return match[0].replace(",", "") if depth == 0 else match[0]
 
     return _COMMAS.sub(bare, text)
 
@@ -274,17 +274,17 @@ def exact_number(text: str) -> Fraction | None:
     plain = plain_number(text)
     if plain is not None:
         return Fraction(plain)
-    found = _SCIENTIFIC.fullmatch(text)
-    if found:
-        exponent = int((found[2] or found[3] or found[4]).replace(" ", ""))
+    match = _SCIENTIFIC.fullmatch(text)
+    if match:
+        exponent = int((match[2] or match[3] or match[4]).replace(" ", ""))
         if abs(exponent) > 5000:
             return None
-        return Fraction(found[1].replace(" ", "")) * Fraction(10) ** exponent
-    found = _MIXED.fullmatch(text)
-    if not found:
+        return Fraction(match[1].replace(" ", "")) * Fraction(10) ** exponent
+    match = _MIXED.fullmatch(text)
+    if not match:
         return None
-    above, below = int(found[3] or found[4] or found[7]), int(found[5] or found[6] or found[8])
-    if below == 0 or (found[2] and above < 0):
+    above, below = int(match[3] or match[4] or match[7]), int(match[5] or match[6] or match[8])
+    if below == 0 or (match[2] and above < 0):
         return None
-    value = int(found[2] or 0) + Fraction(above, below)
-    return -value if found[1] == "-" else value
+    value = int(match[2] or 0) + Fraction(above, below)
+    return -value if match[1] == "-" else value

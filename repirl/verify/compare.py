@@ -35,34 +35,34 @@ _DOLLARS = re.compile(r"\\[$€£]|^\s*[$€£]\s*[\d.]|\bdollars?\b|\beuros?\b|
 _MAX_ITEMS = 40
 
 
-def is_same(gold: str, found: str) -> bool:
+def is_same(gold: str, answer: str) -> bool:
     """Whether two final answers say the same.
 
     Args:
         gold: the right answer.
-        found: a model's.
+        answer: a model's.
     """
     # The currency is no part of a number, but its hundredth is.
-    for one, other in ((gold, found), (found, gold)):
+    for one, other in ((gold, answer), (answer, gold)):
         if _CENTS.search(one) and _DOLLARS.search(other) and not _CENTS.search(other):
             return False
-    return _same(without_lead(normal_form(gold)), without_lead(normal_form(found)))
+    return _same(without_lead(normal_form(gold)), without_lead(normal_form(answer)))
 
 
-def _same(gold: str, found: str) -> bool:
-    gold, found = _bare(gold), _bare(found)
-    if not gold or not found:
+def _same(gold: str, answer: str) -> bool:
+    gold, answer = _bare(gold), _bare(answer)
+    if not gold or not answer:
         return False
-    if _squeezed(gold) == _squeezed(found):
+    if _squeezed(gold) == _squeezed(answer):
         return True
-    letters = _same_choice(gold, found)
+    letters = _same_choice(gold, answer)
     if letters is not None:
         return letters
     for kind in (_same_matrix, _same_list, _same_relation, _same_bracket, _same_ratio):
-        verdict = kind(gold, found)
+        verdict = kind(gold, answer)
         if verdict is not None:
             return verdict
-    return _same_leaf(gold, found)
+    return _same_leaf(gold, answer)
 
 
 def _bare(text: str) -> str:
@@ -79,29 +79,29 @@ def _squeezed(text: str) -> str:
     return re.sub(r"\s+(?![a-zA-Z0-9])|(?<![a-zA-Z0-9])\s+", "", text)
 
 
-def _same_choice(gold: str, found: str) -> bool | None:
+def _same_choice(gold: str, answer: str) -> bool | None:
     """For the options of a multiple choice: (C), or C with its value."""
-    of_gold, of_found = choice(gold), choice(found)
-    if of_gold is None and of_found is None:
+    of_gold, of_answer = choice(gold), choice(answer)
+    if of_gold is None and of_answer is None:
         return None
-    if of_gold is not None and of_found is not None:
-        if of_gold[0] != of_found[0]:
+    if of_gold is not None and of_answer is not None:
+        if of_gold[0] != of_answer[0]:
             return False
-        return not (of_gold[1] and of_found[1]) or _same(of_gold[1], of_found[1])
+        return not (of_gold[1] and of_answer[1]) or _same(of_gold[1], of_answer[1])
     if of_gold is not None:
-        return _same(of_gold[1], found) if of_gold[1] else None
-    assert of_found is not None
-    return _same(gold, of_found[1]) if of_found[1] else None
+        return _same(of_gold[1], answer) if of_gold[1] else None
+    assert of_answer is not None
+    return _same(gold, of_answer[1]) if of_answer[1] else None
 
 
-def _same_matrix(gold: str, found: str) -> bool | None:
-    of_gold, of_found = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(found)
-    if of_gold is None and of_found is None:
+def _same_matrix(gold: str, answer: str) -> bool | None:
+    of_gold, of_answer = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(answer)
+    if of_gold is None and of_answer is None:
         return None
-    if of_gold is None or of_found is None:
+    if of_gold is None or of_answer is None:
         # `M = \begin{pmatrix} ...` is a relation, which comes later.
-        return None if r"=" in gold + found else False
-    rows = [[row.split("&") for row in _rows(matrix[2])] for matrix in (of_gold, of_found)]
+        return None if r"=" in gold + answer else False
+    rows = [[row.split("&") for row in _rows(matrix[2])] for matrix in (of_gold, of_answer)]
     if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
         return False
     return _in_order(*([tidy(entry) for row in matrix for entry in row] for matrix in rows))
@@ -118,35 +118,35 @@ def _members(text: str) -> list[str] | None:
     return members if len(members) != 1 or inner is not None else None
 
 
-def _same_list(gold: str, found: str) -> bool | None:
-    of_gold, of_found = _members(gold), _members(found)
-    if of_gold is None and of_found is None:
+def _same_list(gold: str, answer: str) -> bool | None:
+    of_gold, of_answer = _members(gold), _members(answer)
+    if of_gold is None and of_answer is None:
         return None
-    if enclosed(gold, "(", ")") is not None and of_gold is None and of_found is not None:
+    if enclosed(gold, "(", ")") is not None and of_gold is None and of_answer is not None:
         # Coordinates without their parentheses, in order.
         inside = items(gold[1:-1])
-        if found.startswith(r"\{") or r"\cup" in found:
+        if answer.startswith(r"\{") or r"\cup" in answer:
             return False
-        return len(inside) == len(of_found) and _in_order(inside, _values(of_found))
-    of_gold, of_found = of_gold or [gold], of_found or [found]
-    if len(of_gold) != len(of_found) or len(of_gold) > _MAX_ITEMS:
+        return len(inside) == len(of_answer) and _in_order(inside, _values(of_answer))
+    of_gold, of_answer = of_gold or [gold], of_answer or [answer]
+    if len(of_gold) != len(of_answer) or len(of_gold) > _MAX_ITEMS:
         return False
-    if any(r"\ldots" in part for part in (gold, found)):
-        return _in_order(of_gold, of_found)
-    return _in_any_order(of_gold, of_found) or (
-        all(_is_assignment(part) for part in of_found)
+    if any(r"\ldots" in part for part in (gold, answer)):
+        return _in_order(of_gold, of_answer)
+    return _in_any_order(of_gold, of_answer) or (
+        all(_is_assignment(part) for part in of_answer)
         and not any(split(part, RELATION)[1] for part in of_gold)
-        and len({_name(part) for part in of_found}) == 1
-        and _in_any_order(of_gold, _values(of_found))
+        and len({_name(part) for part in of_answer}) == 1
+        and _in_any_order(of_gold, _values(of_answer))
     )
 
 
-def _in_order(gold: Sequence[str], found: Sequence[str]) -> bool:
-    return len(gold) == len(found) and all(_same(g, f) for g, f in zip(gold, found, strict=True))
+def _in_order(gold: Sequence[str], answer: Sequence[str]) -> bool:
+    return len(gold) == len(answer) and all(_same(g, f) for g, f in zip(gold, answer, strict=True))
 
 
-def _in_any_order(gold: Sequence[str], found: Sequence[str]) -> bool:
-    left = list(found)
+def _in_any_order(gold: Sequence[str], answer: Sequence[str]) -> bool:
+    left = list(answer)
     for one in gold:
         match = next((index for index, other in enumerate(left) if _same(one, other)), None)
         if match is None:
@@ -181,15 +181,15 @@ def _chain(text: str) -> tuple[list[str], list[str]]:
     return [tidy(part) for part in parts], [_SIGNS.get(sign, sign) for sign in signs]
 
 
-def _same_relation(gold: str, found: str) -> bool | None:
-    of_gold, of_found = _chain(gold), _chain(found)
-    if not of_gold[1] and not of_found[1]:
+def _same_relation(gold: str, answer: str) -> bool | None:
+    of_gold, of_answer = _chain(gold), _chain(answer)
+    if not of_gold[1] and not of_answer[1]:
         return None
-    if of_gold[1] and of_found[1]:
-        return _same_relations(of_gold, of_found)
+    if of_gold[1] and of_answer[1]:
+        return _same_relations(of_gold, of_answer)
     if of_gold[1]:
-        return _is_stated(found, *of_gold, _same)
-    return _is_stated(gold, *of_found, _same)
+        return _is_stated(answer, *of_gold, _same)
+    return _is_stated(gold, *of_answer, _same)
 
 
 def _is_stated(value: str, parts: list[str], signs: list[str], same: Callable[[str, str], bool]) -> bool:
@@ -234,8 +234,8 @@ def _interval(parts: list[str], signs: list[str]) -> str | None:
     return f"{'(' if signs[0] == '<' else '['}{parts[0]},{parts[2]}{')' if signs[1] == '<' else ']'}"
 
 
-def _same_relations(gold: tuple[list[str], list[str]], found: tuple[list[str], list[str]]) -> bool:
-    (left, signs), (right, others) = gold, found
+def _same_relations(gold: tuple[list[str], list[str]], answer: tuple[list[str], list[str]]) -> bool:
+    (left, signs), (right, others) = gold, answer
     if not all(left) or not all(right):
         return False
     flipped = [_FLIPPED.get(sign, "") for sign in others[::-1]]
@@ -245,7 +245,7 @@ def _same_relations(gold: tuple[list[str], list[str]], found: tuple[list[str], l
         return True
     if signs == [r"\in"] or others == [r"\in"]:
         # x in (1, 2), and 1 < x < 2.
-        interval = _interval(*(found if signs == [r"\in"] else gold))
+        interval = _interval(*(answer if signs == [r"\in"] else gold))
         return interval is not None and _same(left[1], interval) if signs == [r"\in"] else False
     if len(left) != 2 or len(right) != 2:
         # y = 2x + 1 = 1 + 2x.
@@ -259,14 +259,14 @@ def _same_relations(gold: tuple[list[str], list[str]], found: tuple[list[str], l
     )
 
 
-def _same_bracket(gold: str, found: str) -> bool | None:
+def _same_bracket(gold: str, answer: str) -> bool | None:
     """Points and intervals."""
-    of_gold, of_found = _bracket(gold), _bracket(found)
-    if of_gold is None and of_found is None:
+    of_gold, of_answer = _bracket(gold), _bracket(answer)
+    if of_gold is None and of_answer is None:
         return None
-    if of_gold is None or of_found is None:
+    if of_gold is None or of_answer is None:
         return False
-    return of_gold[0] == of_found[0] and _in_order(of_gold[1], of_found[1])
+    return of_gold[0] == of_answer[0] and _in_order(of_gold[1], of_answer[1])
 
 
 def _bracket(text: str) -> tuple[str, list[str]] | None:
@@ -277,44 +277,44 @@ def _bracket(text: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def _same_ratio(gold: str, found: str) -> bool | None:
-    of_gold, of_found = split(gold, RATIO)[0], split(found, RATIO)[0]
-    if len(of_gold) == 1 and len(of_found) == 1:
+def _same_ratio(gold: str, answer: str) -> bool | None:
+    of_gold, of_answer = split(gold, RATIO)[0], split(answer, RATIO)[0]
+    if len(of_gold) == 1 and len(of_answer) == 1:
         return None
-    if len(of_gold) != len(of_found):
+    if len(of_gold) != len(of_answer):
         return False
-    if _in_order(of_gold, of_found):
+    if _in_order(of_gold, of_answer):
         return True
     # Times of day are no ratios.
     if any(re.fullmatch(r"\d\d(?: *[ap]\.?m\.?)?", part.strip()) for part in of_gold[1:]):
         return False
-    numbers = [[exact_number(part) for part in parts] for parts in (of_gold, of_found)]
+    numbers = [[exact_number(part) for part in parts] for parts in (of_gold, of_answer)]
     if any(not number for parts in numbers for number in parts):
         return False
     return len({g / f for g, f in zip(*numbers, strict=True) if g and f}) == 1
 
 
-def _same_leaf(gold: str, found: str) -> bool:
+def _same_leaf(gold: str, answer: str) -> bool:
     """For two single expressions, numbers with a unit, or texts."""
-    of_gold, of_found = number_word(gold), number_word(found)
-    as_gold, as_found = words(of_gold), words(of_found)
-    if as_gold is not None and as_found is not None:
+    of_gold, of_answer = number_word(gold), number_word(answer)
+    as_gold, as_answer = words(of_gold), words(of_answer)
+    if as_gold is not None and as_answer is not None:
         # Letters in another order are a product; words are not.
-        return as_gold == as_found or (
-            max(len(as_gold), len(as_found)) <= 2 and as_gold.isalpha() and is_same_expression(gold, found)
+        return as_gold == as_answer or (
+            max(len(as_gold), len(as_answer)) <= 2 and as_gold.isalpha() and is_same_expression(gold, answer)
         )
-    units = unit(of_gold), unit(of_found)
+    units = unit(of_gold), unit(of_answer)
     if units[0] and units[1] and units[0] != units[1]:
         return False
-    return _same_amount(drop_unit(of_gold), drop_unit(of_found))
+    return _same_amount(drop_unit(of_gold), drop_unit(of_answer))
 
 
-def _same_amount(gold: str, found: str) -> bool:
+def _same_amount(gold: str, answer: str) -> bool:
     """For two expressions that may be percentages."""
-    is_percent = [text.endswith("%") for text in (gold, found)]
+    is_percent = [text.endswith("%") for text in (gold, answer)]
     if not any(is_percent):
-        return is_same_expression(gold, found)
-    left, right = gold.rstrip("% "), found.rstrip("% ")
+        return is_same_expression(gold, answer)
+    left, right = gold.rstrip("% "), answer.rstrip("% ")
     # 80 is 80%, but 0.5 is 50% rather than 0.5%.
     number = exact_number(left if is_percent[1] else right)
     is_below_one = not all(is_percent) and number is not None and 0 < abs(number) < 1

@@ -28,21 +28,21 @@ _SUSPECT = re.compile(r"\d\s+[\d.]|[?#@&`\"~;]|\.\.|\}\s*\{\s*\}|\d\.\d+\.|['\u2
 _MAX_POWER = 5000
 
 
-def is_same_expression(gold: str, found: str) -> bool:
+def is_same_expression(gold: str, answer: str) -> bool:
     """Whether two expressions without relations and lists are equal."""
-    gold, found = gold.strip(), found.strip()
-    if not gold or not found:
+    gold, answer = gold.strip(), answer.strip()
+    if not gold or not answer:
         return False
-    if gold.replace(" ", "") == found.replace(" ", ""):
-        return not re.search(r"\d\s+\d", gold + "|" + found)
-    based = _same_in_bases(gold, found)
+    if gold.replace(" ", "") == answer.replace(" ", ""):
+        return not re.search(r"\d\s+\d", gold + "|" + answer)
+    based = _same_in_bases(gold, answer)
     if based is not None:
         return based
-    left, right = exact_number(gold), exact_number(found)
+    left, right = exact_number(gold), exact_number(answer)
     if left is not None and right is not None:
-        return left == right or _is_rounded(gold, found, left, right)
-    parsed = _parsed(gold), _parsed(found)
-    return parsed[0] is not None and parsed[1] is not None and _equal(parsed[0], parsed[1], gold, found)
+        return left == right or _is_rounded(gold, answer, left, right)
+    parsed = _parsed(gold), _parsed(answer)
+    return parsed[0] is not None and parsed[1] is not None and _equal(parsed[0], parsed[1], gold, answer)
 
 
 def is_same_number(one: str, other: str, rounded: int) -> bool:
@@ -58,9 +58,9 @@ def is_same_number(one: str, other: str, rounded: int) -> bool:
     return bool(values[0] == values[1]) or _is_rounded(one, other, values[0], values[1], rounded)
 
 
-def is_multiple(gold: list[str], found: list[str], may_be_negative: bool) -> bool:
+def is_multiple(gold: list[str], answer: list[str], may_be_negative: bool) -> bool:
     """Whether both relations compare the same: the difference of one's sides is a constant times the other's."""
-    sides = [_parsed(text) for text in gold + found]
+    sides = [_parsed(text) for text in gold + answer]
     if any(side is None for side in sides):
         return False
     # Unknown functions and infinite sums: nothing to compare but their text.
@@ -73,13 +73,13 @@ def is_multiple(gold: list[str], found: list[str], may_be_negative: bool) -> boo
     return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero and (may_be_negative or ratio.is_positive))
 
 
-def _same_in_bases(gold: str, found: str) -> bool | None:
+def _same_in_bases(gold: str, answer: str) -> bool | None:
     """For numerals with a base: the same value. None where neither has one."""
-    numerals = [_BASED.fullmatch(text) for text in (gold, found)]
+    numerals = [_BASED.fullmatch(text) for text in (gold, answer)]
     if not any(numerals):
         return None
     values = []
-    for text, numeral in zip((gold, found), numerals, strict=True):
+    for text, numeral in zip((gold, answer), numerals, strict=True):
         if numeral is None:
             # 5_6 for 5 may be two answers.
             if any(other is not None and len(other[1]) == 1 for other in numerals):
@@ -94,12 +94,12 @@ def _same_in_bases(gold: str, found: str) -> bool | None:
     return values[0] is not None and values[0] == values[1]
 
 
-def _is_rounded(gold: str, found: str, left: Any, right: Any, digits: int = _MIN_DIGITS) -> bool:
+def _is_rounded(gold: str, answer: str, left: Any, right: Any, digits: int = _MIN_DIGITS) -> bool:
     """Whether one of both is a decimal that the other is rounded or cut to. Both of them decimals are no such pair."""
-    decimals = [_DECIMAL.fullmatch(text.strip()) for text in (gold, found)]
+    decimals = [_DECIMAL.fullmatch(text.strip()) for text in (gold, answer)]
     if (decimals[0] is None) == (decimals[1] is None):
         # 71.6 for 72 is written as a rounding where it says so.
-        whole = [re.fullmatch(r"[-+]?\d+", text.strip()) for text in (gold, found)]
+        whole = [re.fullmatch(r"[-+]?\d+", text.strip()) for text in (gold, answer)]
         if digits >= _MIN_DIGITS or not decimals[0] or not decimals[1] or whole[0]:
             return False
     places = []
@@ -166,21 +166,21 @@ def _is_small(text: str) -> bool:
     return not towers and all(size <= _MAX_POWER for size in sizes)
 
 
-def _equal(gold: Any, found: Any, of_gold: str, of_found: str) -> bool:
+def _equal(gold: Any, answer: Any, of_gold: str, of_answer: str) -> bool:
     """Numbers are compared relative to their size, others by math-verify and again at a few points."""
-    if not gold.free_symbols and not found.free_symbols:
-        if gold.is_Rational and found.is_Rational:
-            left, right = Fraction(gold.p, gold.q), Fraction(found.p, found.q)
-            return left == right or _is_rounded(of_gold, of_found, left, right)
-        return _is_near(gold, found) or (
-            _is_real(gold) and _is_real(found) and _is_rounded(of_gold, of_found, gold.evalf(40), found.evalf(40))
+    if not gold.free_symbols and not answer.free_symbols:
+        if gold.is_Rational and answer.is_Rational:
+            left, right = Fraction(gold.p, gold.q), Fraction(answer.p, answer.q)
+            return left == right or _is_rounded(of_gold, of_answer, left, right)
+        return _is_near(gold, answer) or (
+            _is_real(gold) and _is_real(answer) and _is_rounded(of_gold, of_answer, gold.evalf(40), answer.evalf(40))
         )
-    if gold.free_symbols != found.free_symbols:
-        gold, found = sympy.simplify(gold), sympy.simplify(found)
-        if gold.free_symbols != found.free_symbols:
+    if gold.free_symbols != answer.free_symbols:
+        gold, answer = sympy.simplify(gold), sympy.simplify(answer)
+        if gold.free_symbols != answer.free_symbols:
             return False
-    return _agree_at_points(gold, found) and (
-        bool(verify(gold, found, timeout_seconds=None)) or sympy.simplify(gold - found) == 0
+    return _agree_at_points(gold, answer) and (
+        bool(verify(gold, answer, timeout_seconds=None)) or sympy.simplify(gold - answer) == 0
     )
 
 

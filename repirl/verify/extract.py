@@ -32,11 +32,11 @@ def extract_answer(text: str) -> str | None:
     _, tag, rest = text.rpartition("<answer>")
     if tag:
         inner = rest.partition("</answer>")[0]
-        found = _marked(inner)
-        return clean(inner) if found is None else found
+        answer = _marked(inner)
+        return clean(inner) if answer is None else answer
     _, tag, rest = text.rpartition("</think>")
-    found = _marked(rest) if tag else None
-    return _marked(text) if found is None else found
+    answer = _marked(rest) if tag else None
+    return _marked(text) if answer is None else answer
 
 
 def without_headings(text: str) -> str:
@@ -52,10 +52,10 @@ def clean(text: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    found = _boxed(text)
-    if found is None:
-        found = _hashed(text)
-    return _phrased(text) if found is None else found
+    answer = _boxed(text)
+    if answer is None:
+        answer = _hashed(text)
+    return _phrased(text) if answer is None else answer
 
 
 def _boxed(text: str) -> str | None:
@@ -132,7 +132,7 @@ def _hashed(text: str) -> str | None:
 
 def _phrased(text: str) -> str | None:
     """What stands behind the last "answer is" or "answer:", to the end of its line or sentence."""
-    phrases = [found.end() for found in _PHRASE.finditer(text)]
+    phrases = [match.end() for match in _PHRASE.finditer(text)]
     if not phrases:
         return None
     # Where nothing follows on the line, the next one has it.

@@ -30,8 +30,8 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 def _gold(answer: str) -> str:
     """The final answer of a column that holds it alone, or a worked solution."""
-    found = extract_answer(answer)
-    return answer.strip() if found is None else found
+    marked = extract_answer(answer)
+    return answer.strip() if marked is None else marked
 
 
 def _tail(response: str) -> str:
@@ -53,12 +53,12 @@ def plain_reward(response: str, answer: str) -> float | None:
     Returns:
         1.0 or 0.0; None where it takes more to tell.
     """
-    gold, found = _gold(answer), extract_answer(response)
-    if not found:
+    gold, final = _gold(answer), extract_answer(response)
+    if not final:
         return None
-    if found == gold:
+    if final == gold:
         return 1.0
-    left, right = plain_number(found), plain_number(gold)
+    left, right = plain_number(final), plain_number(gold)
     return None if left is None or right is None else float(left == right)
 
 
@@ -97,10 +97,10 @@ def math_reward(response: str, answer: str) -> float:
     if is_overlong(response, answer):
         return 0.0
     try:
-        found = extract_answer(response)
-        if found is None:
-            found = _last_expression(_tail(without_headings(response)))
-        return float(is_same(_gold(answer), found)) if found else 0.0
+        final = extract_answer(response)
+        if final is None:
+            final = _last_expression(_tail(without_headings(response)))
+        return float(is_same(_gold(answer), final)) if final else 0.0
     except MemoryError:
         raise
     except Exception:
@@ -117,7 +117,7 @@ def _last_expression(text: str) -> str | None:
     written = parsed[-1] if parsed and isinstance(parsed[-1], str) else None
     if not written:
         return None
-    before, found, _ = text.rpartition(written)
-    if found and _HEDGE.search(before[-30:].rpartition("\n")[2]):
+    before, matched, _ = text.rpartition(written)
+    if matched and _HEDGE.search(before[-30:].rpartition("\n")[2]):
         return None
     return clean(written)

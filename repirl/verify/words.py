@@ -37,12 +37,12 @@ _LEAD = re.compile(
 
 def choice(text: str) -> tuple[str, str] | None:
     """The letter of an option, and what stands behind it; None for anything else."""
-    found = _CHOICE.fullmatch(text)
-    if found:
+    match = _CHOICE.fullmatch(text)
+    if match:
         # (A) or (B), (A)(B): more than one.
-        if _MORE.match(found[3]):
+        if _MORE.match(match[3]):
             return None
-        return (found[1] or found[2]).upper(), found[3].strip()
+        return (match[1] or match[2]).upper(), match[3].strip()
     named = _OPTION.fullmatch(text)
     if named:
         return named[1].upper(), ""
@@ -71,38 +71,38 @@ def number_word(text: str) -> str:
 
 
 def _amount(text: str) -> tuple[str, str] | None:
-    found = _AMOUNT.fullmatch(text)
-    if not found or not re.search(r"\d", found["number"]) or _CHANGES.search(found["unit"]):
+    match = _AMOUNT.fullmatch(text)
+    if not match or not re.search(r"\d", match["number"]) or _CHANGES.search(match["unit"]):
         return None
-    first = re.match(r"[A-Za-z]+", found["unit"])
+    first = re.match(r"[A-Za-z]+", match["unit"])
     assert first is not None
     is_short = len(first[0]) <= 2
-    short = re.split(r"[\s^]", found["unit"])[0].rstrip(".")
-    if is_short and not (found["gap"] and _SHORT.fullmatch(short)):
+    short = re.split(r"[\s^]", match["unit"])[0].rstrip(".")
+    if is_short and not (match["gap"] and _SHORT.fullmatch(short)):
         return None
     # A command, an exponent or an opening bracket may end the number only where it is complete.
-    number = found["number"].strip()
+    number = match["number"].strip()
     end = re.sub(r"\\(?:pi|infty)$", "", number)
     if number.count("{") != number.count("}") or re.search(r"\\[a-zA-Z]*$|[A-Za-z]\s*\d*$", end):
         return None
-    return number, found["unit"]
+    return number, match["unit"]
 
 
 def drop_unit(text: str) -> str:
     """An amount without its unit, anything else as it is."""
-    found = _amount(text)
-    if found is None:
+    amount = _amount(text)
+    if amount is None:
         return text
-    is_percent = re.match(r"(?:percent|per cent|pct)", found[1], re.IGNORECASE)
-    return found[0] + "%" * bool(is_percent and not found[0].endswith("%"))
+    is_percent = re.match(r"(?:percent|per cent|pct)", amount[1], re.IGNORECASE)
+    return amount[0] + "%" * bool(is_percent and not amount[0].endswith("%"))
 
 
 def unit(text: str) -> str:
     """The unit of an amount, so that two of one kind are equal texts; empty without one."""
-    found = _amount(text)
-    if found is None:
+    amount = _amount(text)
+    if amount is None:
         return ""
-    name = re.sub(r"[\s{}.'-]", "", found[1]).lower()
+    name = re.sub(r"[\s{}.'-]", "", amount[1]).lower()
     if re.match(r"dollar|euro|pound|usd|eur|rupee|percent|degree|deg$|unit|sq", name):
         return ""
     return _ABBREVIATED.get(name.rstrip("s") if len(name) > 2 else name, name.rstrip("s") if len(name) > 2 else name)
