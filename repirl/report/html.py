@@ -401,7 +401,7 @@ def _lowest(variant: Variant) -> str:
     if span is None:
         return f'<span class="lowest">{text}</span>'
     if span[0] <= index < span[1]:
-        return f'<span class="lowest found">{text}, \u2713 the planted error</span>'
+        return f'<span class="lowest in-error">{text}, \u2713 the planted error</span>'
     return f'<span class="lowest">{text}, not the planted error</span>'
 
 
@@ -614,7 +614,7 @@ h3+.prompt{flex-basis:100%;font-weight:400;font-size:15px}
 .variant{margin-top:14px}
 .variant-head{margin:0 0 5px;font-size:14px;display:flex;flex-wrap:wrap;gap:0 14px;align-items:baseline}
 .lowest{color:var(--soft);font-variant-numeric:tabular-nums}
-.lowest.found{color:var(--good)}
+.lowest.in-error{color:var(--good)}
 .lowest code{font-family:var(--mono);background:var(--q0);color:var(--q0-ink);
 padding:1px 5px;border-radius:4px}
 .read{margin-left:auto;font-weight:600;font-variant-numeric:tabular-nums}
