@@ -8,7 +8,7 @@ import pytest
 from repirl.verify.math import math_reward
 
 # The first are of public reports on verifiers; the others are variants of each kind of fault in them.
-PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_verdicts.jsonl").read_text().splitlines()]
+PAIRS = [json.loads(line) for line in (Path(__file__).parent / "math_verdicts.jsonl").read_text().splitlines()]
 SIZE = 100
 
 
