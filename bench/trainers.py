@@ -37,12 +37,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from bench.demo_seeds import machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
-from repirl.config import Config, OptimizerConfig
+from repirl.config import Config
 from repirl.configfile import build_config
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.distributed.shard import whole
 from repirl.distributed.world import join_world, leave_world
 from repirl.objectives.rloo import RLOO
+from repirl.options import OptimizerConfig
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine
 from repirl.run import build_learners

@@ -1,4 +1,4 @@
-// Forward and backward of the linear op: what is computed when, and by which thread.
+// Forward and backward pass of the linear op: the order of the computation, and its division among threads.
 
 #include "linear.h"
 
@@ -18,25 +18,27 @@
 namespace repirl {
 namespace {
 
-// Panels that are in use together, and the rows that pass them, should stay in the second-level cache.
+// A group is the columns whose panels are used together. They and the rows that are multiplied with them should stay in
+// the second-level cache.
 constexpr int64_t kGroupBytes = 384 << 10;
 constexpr int64_t kMaxGroupColumns = 10 * kPanelColumns;
-// The forward pass sums over about these columns, then merges the sums in order. As that depends on neither the number
-// of rows nor that of threads, neither do a row's statistics, to the bit.
+// The forward pass sums over splits of about this many columns, then merges the sums in order. Splits depend on neither
+// the number of rows nor the number of threads, so a row's statistics do not either, to the bit.
 constexpr int64_t kSplitColumns = 21 * kPanelColumns;
 constexpr int64_t kMinSlabColumns = 8 * kPanelColumns, kMaxSlabColumns = 42 * kPanelColumns;
 static_assert(kMaxGroupColumns <= kMaxKeptColumns && kMaxGroupColumns <= kSplitColumns);
-// Sizes of tasks: packing a panel costs as much as the product of a few rows, and there should be tasks for all cores.
+// Sizes of tasks. Larger tasks amortise packing a panel, which costs as much as the product of a few rows; smaller
+// tasks occupy more cores.
 constexpr int64_t kTaskRows = 1024, kTaskColumns = 10 * kPanelColumns;
 constexpr int64_t kUnpackedTaskRows = 128;
-constexpr int64_t kLineBytes = 64;     // of a cache
-constexpr int64_t kDepthWords = 1024;  // summed at a time into the weight's gradient
+constexpr int64_t kLineBytes = 64;     // of a cache line
+constexpr int64_t kDepthWords = 1024;  // of rows that are summed at a time into the weight's gradient
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Has the system provide fresh memory at once, where it can: page by page, as it is written, takes longer, above all
-// where several threads write.
+// Maps all pages of fresh memory in one call, where the system can. A page fault for each page on its first write takes
+// longer, above all with several threads.
 void populate(void *data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
@@ -62,7 +64,7 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T *>(pointer));
 }
 
-// A matrix of operands, whose type has `value_bytes`.
+// A matrix of operands; a value has `value_bytes` bytes.
 struct View {
   const void *data;
   int64_t stride, value_bytes;
@@ -72,7 +74,7 @@ struct View {
   }
 };
 
-// The problem, and what follows from it.
+// The operands of one call, and the sizes that follow from them.
 struct Problem {
   const Kernels &kernels;
   const ProductKernels &products;
@@ -85,14 +87,14 @@ struct Problem {
                                                     kPanelColumns, kMaxGroupColumns);
   const int64_t rows_in_gradient = repirl::rows_in_gradient(operands.kept, operands.num_features, value_bytes);
 
-  // Forward and backward pass cut the columns into the same groups.
+  // `columns` rounded down to whole groups, at least one. With it, both passes divide the columns into the same groups.
   int64_t whole_groups(int64_t columns) const { return std::max(columns / group_columns, int64_t{1}) * group_columns; }
 
   bool recompute() const { return operands.kept.buffer == nullptr; }
 
   int64_t kept_row(int64_t row) const { return operands.kept.rows == nullptr ? row : operands.kept.rows[row]; }
 
-  // What is kept of a row in a group: `count` columns from `column` on.
+  // The kept values of a row in the group of `count` columns that begins at `column`.
   void *kept(int64_t row, int64_t column, int64_t count) const {
     const Kept &kept = operands.kept;
     const int64_t bytes = kept.value_bytes();
@@ -111,7 +113,7 @@ struct Problem {
   int64_t words(int64_t values) const { return divide_up(values, products.values_per_word); }
 
   int num_workers(int num_threads) const {
-    constexpr double kMinWork = 1 << 24;  // multiplications worth a thread
+    constexpr double kMinWork = 1 << 24;  // multiplications for which a thread pays
     const double work = static_cast<double>(operands.num_rows) * operands.num_columns * operands.num_features;
     return std::max(1, static_cast<int>(std::min<double>(num_threads, work / kMinWork)));
   }
@@ -131,8 +133,8 @@ class LogitTile {
       : problem_(problem), panels_(allocate<uint32_t>(problem.feature_words * problem.group_columns)),
         tile_(allocate<float>(kTileRows * problem.group_columns)) {}
 
-  // Chooses the columns. `num_tiles` calls of multiply() follow, and meanwhile fetch the weights of the columns that
-  // come next, as many again but none from `end` on: rows of weights are too many streams for the hardware's prefetch.
+  // Packs the weights of these columns. The `num_tiles` calls of multiply() that follow also prefetch the weights of
+  // the next columns, as many again but none from `end` on: the hardware does not prefetch from so many rows at once.
   void pack(int64_t first_column, int64_t num_columns, int64_t end, int64_t num_tiles) {
     num_columns_ = num_columns;
     const int64_t next = first_column + num_columns, num_next = std::min(num_columns, end - next);
@@ -145,7 +147,7 @@ class LogitTile {
                                         panels_.get() + column * problem_.feature_words);
   }
 
-  // Rows beyond the last one repeat it.
+  // Computes the logits of the rows from `first_row` on. Rows beyond the last one repeat it.
   void multiply(int64_t first_row) {
     const void *rows[kTileRows];
     for (int64_t r = 0; r < kTileRows; ++r)
@@ -190,7 +192,8 @@ void merge(const RowState &part, RowState &state) {
   }
 }
 
-// The gradient of one slab's logits, twice: as the left operand of the product over columns, and of that over rows.
+// The gradient of one slab's logits in two layouts: as the left operand of the product that sums over columns, and of
+// the product that sums over rows.
 class SlabGradient {
  public:
   SlabGradient(const Problem &problem, const LinearGradients &gradients, int64_t workspace_bytes)
@@ -205,7 +208,8 @@ class SlabGradient {
   int64_t max_columns() const { return num_columns_; }
   const View &rows() const { return rows_view_; }
 
-  // 8 columns from `column` on, from a row on: [word][8].
+  // The block [word][kTileRows] of the kTileRows columns that begin at `column`, from `row_word` on; null if there is
+  // none.
   uint32_t *block(int64_t column, int64_t row_word) {
     return has_blocks_ ? blocks_.get() + column * row_words_ + row_word * kTileRows : nullptr;
   }
@@ -270,10 +274,10 @@ class SlabBackward {
       const int64_t num_row_tasks = row_chunks * num_feature_panels_,
                     num_column_tasks = column_chunks * num_feature_panels_;
       phases.run(num_workers, num_row_tasks + num_column_tasks + (gradients_.bias ? 1 : 0), [&](int64_t task) {
-        if (task < num_row_tasks) {  // the longer tasks first: at the end, workers wait for a short one
+        if (task < num_row_tasks) {  // longer tasks first: at the end, workers wait for short ones
           sum_over_columns(scratch, first, num_columns, task % row_chunks, task / row_chunks);
         } else if (task < num_row_tasks + num_column_tasks) {
-          // Neighbours differ in their columns: two workers on one page of fresh memory would both be given it.
+          // Consecutive tasks write different columns, so that two workers rarely fault on the same fresh page.
           task -= num_row_tasks;
           sum_over_rows(scratch, first, num_columns, task % column_chunks, task / column_chunks);
         } else {
@@ -313,7 +317,7 @@ class SlabBackward {
         if (limits_) {
           const float limit = limits_[row + r];
           int large = 0;
-          for (int64_t i = 0; i < count; ++i) large |= !(std::fabs(out[i]) < limit);  // NaN is not negligible
+          for (int64_t i = 0; i < count; ++i) large |= !(std::fabs(out[i]) < limit);  // true for NaN
           counts_[static_cast<size_t>(group * operands_.num_rows + row + r)] = large != 0;
         }
       }
@@ -321,7 +325,8 @@ class SlabBackward {
     }
   }
 
-  // The gradient of one row's logits in a group, from what was kept of it, or else from the logits in `out`.
+  // Writes the gradient of one row's logits in a group to `out`. Reads the kept values; if nothing was kept, the logits
+  // in `out`.
   void compute_row(int64_t row, int64_t column, int64_t count, float *out) {
     const int64_t target = operands_.targets[row] - column;
     const Transform transform = problem_.transform(row, column);
@@ -341,7 +346,7 @@ class SlabBackward {
     }
   }
 
-  // Whether a row has a share in columns [begin, end) of the slab.
+  // Whether a row's gradient in columns [begin, end) of the slab is not skipped.
   bool counts(int64_t row, int64_t begin, int64_t end) const {
     if (limits_ == nullptr) return true;
     for (int64_t group = begin / problem_.group_columns; group * problem_.group_columns < end; ++group)
@@ -355,7 +360,7 @@ class SlabBackward {
     return false;
   }
 
-  // The weight's gradient: some of the slab's columns, one panel of features.
+  // The weight's gradient for one chunk of the slab's columns and one panel of features.
   void sum_over_rows(Scratch &scratch, int64_t first, int64_t num_columns, int64_t chunk, int64_t feature_panel) {
     const int64_t begin = chunk * kTaskColumns, end = std::min(begin + kTaskColumns, num_columns);
     const int64_t feature = feature_panel * kPanelColumns;
@@ -388,7 +393,7 @@ class SlabBackward {
     }
   }
 
-  // The slab's share of the hidden states' gradient: some rows, one panel of features.
+  // Adds the slab's share of the hidden states' gradient, for one chunk of rows and one panel of features.
   void sum_over_columns(Scratch &scratch, int64_t first, int64_t num_columns, int64_t chunk, int64_t feature_panel) {
     const int64_t feature = feature_panel * kPanelColumns;
     const int64_t width = std::min(kPanelColumns, operands_.num_features - feature);
@@ -433,7 +438,7 @@ class SlabBackward {
   SlabGradient slab_;
   const int64_t num_row_chunks_, gradient_rows_, num_gradient_chunks_, num_feature_panels_;
   std::vector<double> bias_sums_;
-  std::vector<uint8_t> counts_;  // [group of columns][row], where there are limits
+  std::vector<uint8_t> counts_;  // [group of columns][row]; empty without limits
 };
 
 }  // namespace

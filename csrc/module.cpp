@@ -1,4 +1,4 @@
-// Python bindings: repirl_kernels._native. Tensors come as DLPack; nothing here knows of PyTorch.
+// Python bindings: repirl_kernels._native. Tensors are passed as DLPack; nothing here depends on PyTorch.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -35,9 +35,9 @@ using Matrix = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 template <class T>
 using Column = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bias = std::optional<Column<const float>>;
-using Temperatures = std::optional<Column<const float>>;  // one a row, in place of the one of all rows
+using Temperatures = std::optional<Column<const float>>;  // one per row, in place of `temperature`
 
-// Those that this machine can run, the best one last.
+// The kernels that this machine can run, the fastest last.
 std::vector<const Kernels *> available_kernels() {
   std::vector<const Kernels *> result = {&repirl::baseline::kernels};
 #if defined(REPIRL_X86)
@@ -57,7 +57,7 @@ std::vector<const Kernels *> available_kernels() {
 
 const Kernels *g_kernels = available_kernels().back();
 
-// Null where products are left to the caller.
+// Null if the instruction set in use has no matrix products: the caller then computes them.
 template <class T>
 const ProductKernels *choose_products() {
 #if defined(REPIRL_AVX512BF16)
@@ -85,7 +85,7 @@ void use_instruction_set(std::string_view name) {
 
 template <class Function>
 void parallel_rows(size_t num_rows, size_t num_columns, int num_threads, const Function &function) {
-  constexpr size_t kMinElements = 1 << 15;  // a thread is not worth starting for less
+  constexpr size_t kMinElements = 1 << 15;  // a thread does not pay for less
   const size_t useful = std::max<size_t>(1, num_rows * num_columns / kMinElements);
   const size_t workers =
       std::min({static_cast<size_t>(std::max(1, num_threads)), useful, std::max<size_t>(1, num_rows)});
@@ -110,7 +110,7 @@ Transform make_transform(const Bias &bias, float temperature, float softcap) {
   return {bias ? bias->data() : nullptr, temperature, softcap};
 }
 
-// Where the rows' running statistics are kept; of those that are not wanted, nowhere.
+// The rows' running statistics, one array for each; null for those that are not wanted.
 struct States {
   float *maximum, *target_logit;
   double *total, *weighted, *sum;
@@ -220,7 +220,7 @@ const ProductKernels &require_products() {
   return *products;
 }
 
-// What a forward pass keeps: a buffer, the weight's gradient to be, and the number of rows.
+// Memory for what a forward pass keeps; see Kept.
 using Buffer = std::optional<Column<uint8_t>>;
 
 template <class T>
@@ -250,7 +250,7 @@ LinearOperands make_operands(const Matrix<const T> &hidden, const Matrix<const T
                              const Column<const int64_t> &targets, const Kept &kept) {
   if ((hidden.shape(1) > 1 && hidden.stride(1) != 1) || (weight.shape(1) > 1 && weight.stride(1) != 1))
     throw nb::value_error("the operands' columns must be contiguous");
-  // A row of hidden states may be followed by a 0 that fills its last word.
+  // An odd number of bfloat16 features is padded with one 0, to whole words.
   const size_t num_features = weight.shape(1);
   if (hidden.shape(1) != num_features && !(sizeof(T) == 2 && hidden.shape(1) == num_features + 1))
     throw nb::value_error("hidden and weight differ in their number of features");
@@ -285,9 +285,9 @@ void linear_forward(const Matrix<const T> &hidden, const Matrix<const T> &weight
   const LinearOperands operands =
       make_operands(hidden, weight, bias, temperature, temperatures, softcap, states.wanted(), targets, kept);
   nb::gil_scoped_release release;
-  std::vector<RowState> found(num_rows);
-  repirl::linear_forward(*g_kernels, products, operands, found.data(), states.target_logit, num_threads);
-  for (size_t row = 0; row < num_rows; ++row) states.set(row, found[row]);
+  std::vector<RowState> row_states(num_rows);
+  repirl::linear_forward(*g_kernels, products, operands, row_states.data(), states.target_logit, num_threads);
+  for (size_t row = 0; row < num_rows; ++row) states.set(row, row_states[row]);
 }
 
 template <class T>
@@ -334,23 +334,25 @@ void linear_backward(const Matrix<const T> &hidden, const Matrix<const T> &weigh
   repirl::linear_backward(*g_kernels, products, operands, rows.data(), gradients, limits, workspace_bytes, num_threads);
 }
 
-// An array as it is: nanobind would else convert one of another dtype, and results would go into the copy.
+// An array argument that is not converted. By default nanobind converts other dtypes, and results would be written to
+// the copy.
 auto array(const char *name) { return nb::arg(name).noconvert(); }
 
 template <class T>
 void bind_linear(nb::module_ &module, const char *forward_name, const char *backward_name) {
   module.def(
       forward_name, &linear_forward<T>,
-      "Statistics of hidden @ weight.T; keeps for the gradients in `buffer` and `dweight` what is read there instead "
-      "of computed again.",
+      "Statistics of hidden @ weight.T. Keeps values in `buffer` and `dweight`, with which the backward pass does not "
+      "compute the logits again.",
       array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(),
       nb::arg("softcap"), array("targets"), array("maximum"), array("total"), array("weighted").none(),
       array("target_logit"), array("sum").none(), array("argmax").none(), array("buffer").none(),
       array("dweight").none(), nb::arg("num_threads"));
   module.def(
       backward_name, &linear_backward<T>,
-      "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. With the `buffer` of the forward "
-      "pass, of `num_buffer_rows`, and the same `dweight`; `buffer_rows` are the rows' places in it, if not all.",
+      "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. `buffer` and `dweight` are those "
+      "of "
+      "a forward pass over `num_buffer_rows` rows; `buffer_rows` are the indices of these rows there, None for all.",
       array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(),
       nb::arg("softcap"), array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
       array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(), array("dweight_sum").none(),
@@ -362,11 +364,12 @@ void bind_linear(nb::module_ &module, const char *forward_name, const char *back
 
 NB_MODULE(_native, module) {
   module.doc() = "One-pass statistics and gradients of slabs of logits on the CPU.";
-  module.def("instruction_sets", &list_instruction_sets, "Names of the instruction sets that run here, best last.");
+  module.def("instruction_sets", &list_instruction_sets,
+             "Names of the instruction sets that this machine can run, the fastest last.");
   module.def("instruction_set", [] { return g_kernels->name; }, "Name of the instruction set in use.");
   module.def(
       "use_instruction_set", [](const char *name) { use_instruction_set(name); }, nb::arg("name"),
-      "Run with another instruction set of instruction_sets() from now on (for tests).");
+      "Use this instruction set of instruction_sets() from now on (for tests).");
   module.def(
       "update_f32",
       [](Matrix<const float> slab, Bias bias, float temperature, Temperatures temperatures, float softcap,
@@ -375,7 +378,7 @@ NB_MODULE(_native, module) {
         update<float>(slab, bias, temperature, temperatures, softcap, targets, first_column, maximum, total, weighted,
                       target_logit, sum, argmax, num_threads, g_kernels->update_f32);
       },
-      "Take a slab of float32 logits into the rows' running statistics.", array("slab"), array("bias").none(),
+      "Update the rows' running statistics with a slab of float32 logits.", array("slab"), array("bias").none(),
       nb::arg("temperature"), array("temperatures").none(), nb::arg("softcap"), array("targets"),
       nb::arg("first_column"), array("maximum"), array("total"), array("weighted").none(), array("target_logit"),
       array("sum").none(), array("argmax").none(), nb::arg("num_threads"));

@@ -1,5 +1,5 @@
-// Products of small tiles with AVX-512: float32 values, or pairs of bfloat16 values by vdpbf16ps. As in statistics.cpp,
-// nothing inline from the standard library.
+// Products of small tiles with AVX-512: float32 values, or pairs of bfloat16 values by vdpbf16ps. Uses nothing inline
+// from the standard library, for the reason given in statistics.cpp.
 
 #include <immintrin.h>
 
@@ -18,7 +18,7 @@ struct Float32 {
   static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
-  // 16 words of a row; those beyond `count` values are 0.
+  // Loads 16 words of a row; values from `count` on are 0.
   static __m512i load_words(const float *x, int64_t count) {
     return _mm512_maskz_loadu_epi32(count >= 16 ? 0xffff : (1u << count) - 1, x);
   }
@@ -36,7 +36,7 @@ struct BFloat16 {
   }
 };
 
-// Rows become columns: a 16 x 16 transpose of words, by halves of ever larger pieces.
+// Transposes 16 x 16 words, exchanging pieces of 1, 2, 4 and then 8 words.
 inline void transpose(__m512i (&rows)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -110,11 +110,11 @@ void pack_bf16(const void *matrix, int64_t stride, int64_t depth, int64_t num_co
   }
 }
 
-// Adds up at most this many products before the sum goes to the tile: rounding errors of long sums stay small.
+// Words that are summed in registers before the sum is added to the tile: shorter sums have smaller rounding errors.
 constexpr int64_t kSumWords = 256;
 
-// tile += left @ panel, where left(row, word) is a word. 8 x 3 vectors of sums, 3 of the panel and a broadcast word
-// fit the 32 registers, and hide the latency of a multiply-add several times over.
+// tile += left @ panel, where left(row, word) returns a word. The 8 x 3 vectors of sums, 3 of the panel and one
+// broadcast word fit in the 32 registers; 24 independent sums hide the latency of a multiply-add.
 template <class Type, class Left>
 inline void multiply_add(const Left &left, const uint32_t *panel, int64_t num_words, float *tile, int64_t tile_stride) {
   for (int64_t start = 0; start < num_words; start += kSumWords) {
@@ -147,7 +147,7 @@ void multiply_rows(const void *const rows[kTileRows], const uint32_t *panel, int
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(tile + r * tile_stride + 16 * v, _mm512_setzero_ps());
   const auto left = [&](int r, int64_t word) {
-    int32_t bits;  // rows of bfloat16 need not begin at a multiple of 4 bytes
+    int32_t bits;  // rows of bfloat16 may not be aligned to 4 bytes
     __builtin_memcpy(&bits, words[r] + word, sizeof bits);
     return bits;
   };
@@ -160,7 +160,7 @@ void multiply_block(const uint32_t *block, const uint32_t *panel, int64_t num_wo
   multiply_add<Type>(left, panel, num_words, tile, kPanelColumns);
 }
 
-// Columns `column` to `column + 15` of one word row, as halves of two neighbouring blocks.
+// Stores the words of columns `column` to `column + 15`, one half in each of two adjacent blocks.
 inline void store_words(__m512i words, int64_t column, int64_t word, uint32_t *blocks, int64_t block_stride) {
   if (blocks == nullptr) return;
   uint32_t *block = blocks + column / kTileRows * block_stride + word * kTileRows;

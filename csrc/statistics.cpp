@@ -11,7 +11,7 @@ namespace REPIRL_ISA {
 namespace {
 
 constexpr int kLanes = REPIRL_LANES;
-constexpr int kBlock = kMaxKeptColumns;  // columns in flight: 4 KiB, in the first-level cache
+constexpr int kBlock = kMaxKeptColumns;  // columns at a time: 4 KiB, for the first-level cache
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
@@ -60,7 +60,7 @@ inline Exponential exponential(Vector x) {
   // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
   const Vector shifted = x * 1.44269504088896341f + 12582912.0f;
   const Vector n = shifted - 12582912.0f;
-  // ln 2 in two parts, the first with so few bits that n times it is exact.
+  // ln 2 as the sum of two constants; the first has so few bits that its product with n is exact.
   const Vector r = (x - n * 0.693359375f) + n * 2.12194440054690583e-4f;
   Vector p = r * (1.0f / 5040.0f) + (1.0f / 720.0f);
   p = p * r + (1.0f / 120.0f);
@@ -71,8 +71,8 @@ inline Exponential exponential(Vector x) {
   return {scale, r + r * r * p};
 }
 
-// exp(x) for x of about 0 and below, and x bounded from below where exp(x) is exactly 0: for banned columns, x = -inf,
-// exp(x) x is then 0. NaN stays NaN in both.
+// exp(x) for x of about 0 or less, and x itself. Below -87, exp is 0 and x is replaced by -87, so that exp(x) x is 0
+// for banned columns, where x = -inf. NaN stays NaN in both.
 struct Power {
   Vector exp, x;
 };
@@ -84,7 +84,7 @@ inline Power power(Vector x) {
   return {vanishes ? Vector{} : e.scale + e.scale * e.fraction, bounded};
 }
 
-// tanh|x| = t / (t + 2) with t = exp(2|x|) - 1, which keeps its relative accuracy near 0.
+// tanh|x| = t / (t + 2) with t = exp(2|x|) - 1: this form keeps its relative accuracy near 0.
 inline Vector tanh(Vector x) {
   const Integers sign = (Integers)x & (int32_t)0x80000000;
   Vector twice = (Vector)((Integers)x & 0x7fffffff) * 2.0f;
@@ -117,12 +117,12 @@ inline Logits final_logits(Vector x, Vector bias, const Transform &transform) {
 inline double sum(Vector v) {
   double lanes[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = v[lane];
-  for (int half = kLanes / 2; half > 0; half /= 2)  // by halves: short chains of additions
+  for (int half = kLanes / 2; half > 0; half /= 2)  // pairwise: short chains of additions
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
 }
 
-// Copies the last, incomplete vector of a row, filled up with `fill`.
+// Loads the last, incomplete vector of a row; the lanes beyond the row are `fill`.
 template <class T>
 inline Vector load_tail(const T *x, int64_t count, float fill) {
   float lanes[kLanes];
@@ -135,7 +135,7 @@ inline Vector load_bias(const float *bias, int64_t column, int64_t num_columns) 
   return column + kLanes <= num_columns ? load(bias + column) : load_tail(bias + column, num_columns - column, 0.0f);
 }
 
-// The first `count` lanes.
+// Stores the first `count` lanes.
 template <class T>
 inline void store_tail(T *x, Vector v, int64_t count) {
   T lanes[kLanes];
@@ -143,7 +143,8 @@ inline void store_tail(T *x, Vector v, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) x[lane] = lanes[lane];
 }
 
-// The sum of a block's logits, of which none is above `maximum`: of differences to that, as logits may share an offset.
+// The sum of a block's logits, none of which is above `maximum`. Adds differences to the maximum, so that a common
+// offset of the logits costs no accuracy.
 inline double sum_of(const float *block, int64_t count, float maximum) {
   const int64_t full = count / kLanes * kLanes;
   Vector differences{};
@@ -196,8 +197,8 @@ void update_row_as(const T *x, int64_t num_columns, const Transform &transform, 
       state.maximum = maximum;
     }
     if (state.maximum == -infinity) {
-      // Only banned columns so far, which have no weight; but a NaN must not be lost among them. It makes the row's
-      // logsumexp NaN, and with that all of its gradient, whatever is kept here.
+      // All columns so far are banned and add nothing to the total. A NaN among them must not be lost, though: it makes
+      // the row's logsumexp NaN, and with it the row's whole gradient, whatever `powers` holds here.
       for (int64_t i = 0; i < count; ++i) {
         if (block[i] != block[i]) state.total = __builtin_nan("");
         if (kKeep) powers[start + i] = 0;
@@ -243,12 +244,12 @@ void update_keeping(const float *x, int64_t num_columns, const Transform &transf
   update_row_of<true>(x, num_columns, transform, wanted, first_column, target, state, target_logit, powers);
 }
 
-// `added` is what does not depend on the logit: the target's share, and every column's.
+// `added` is the part that does not depend on the logit: `uniform`, and for the target `onehot` too.
 template <bool kIdentity, bool kSlope>
 inline Vector gradient(const Logits &logits, const Transform &transform, const RowGradient &row, Vector added) {
   const Power p = power(logits.z - row.logsumexp);
   Vector dz = p.exp * row.mass + added;
-  // z - mean_logit in two steps, both between numbers that lie close together.
+  // z - mean_logit as (z - logsumexp) + (logsumexp - mean_logit): each difference is between close numbers.
   if (kSlope) dz = p.exp * (row.mass - row.slope * (p.x + (row.logsumexp - row.mean_logit))) + added;
   if (kIdentity) return dz;
   if (transform.temperature != 1.0f) dz = dz / transform.temperature;
@@ -284,11 +285,11 @@ void gradient_row(const T *x, T *out, int64_t num_columns, const Transform &tran
   function(x, out, num_columns, transform, target, row);
 }
 
-// log(x) for normal x > 0, to 4e-7: a polynomial on [sqrt(1/2), sqrt(2)), fitted there at Chebyshev's points. 0, which
-// has no finite logarithm, gets one that is finite.
+// log(x) for normal x > 0, to 4e-7: a polynomial on [sqrt(1/2), sqrt(2)), fitted at Chebyshev points. The result for 0
+// is finite, so that 0 log(0) counts as 0.
 inline Vector logarithm(Vector x) {
   const Integers bits = (Integers)x;
-  const Integers n = (bits - 0x3f3504f3) >> 23;  // of sqrt(1/2) on
+  const Integers n = (bits - 0x3f3504f3) >> 23;  // x = 2^n (1 + t), 1 + t in [sqrt(1/2), sqrt(2))
   const Vector t = (Vector)(bits - (n << 23)) - 1.0f;
   Vector p = t * 0.11931054f - 0.18680751f;
   p = p * t + 0.2049176f;

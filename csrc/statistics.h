@@ -1,7 +1,7 @@
 // One-pass statistics and gradients of a slab of logits: the interface between the bindings and the kernels.
 //
 // A slab is a set of rows (tokens) times a contiguous range of vocabulary columns. The kernels are compiled once per
-// instruction set, each into its own namespace, and chosen at run time.
+// instruction set, each into its own namespace; one of them is chosen at run time.
 
 #pragma once
 
@@ -11,12 +11,12 @@ namespace repirl {
 
 // How stored values become final logits: z = softcap * tanh((x + bias) / softcap) / temperature.
 struct Transform {
-  const float *bias;  // one value a column of the slab, or null
+  const float *bias;  // one value per column of the slab, or null
   float temperature;  // 1 for none
   float softcap;      // 0 for none
 };
 
-// What is wanted of a row beside its maximum and total.
+// Optional statistics of a row; its maximum and total are always computed.
 struct Wanted {
   bool entropy, sum, argmax;
 };
@@ -26,13 +26,14 @@ struct RowState {
   float maximum;    // m
   double total;     // a = sum exp(z - m)
   double weighted;  // b = sum exp(z - m) (z - m), if the entropy is wanted
-  double sum;       // sum z, if that is wanted
-  int64_t argmax;   // the first column with z = m, if that is wanted; -1 for none
+  double sum;       // sum z, if wanted
+  int64_t argmax;   // the first column with z = m, if wanted; -1 for none
 };
 
 inline constexpr RowState kNoColumns{-__builtin_inff(), 0.0, 0.0, 0.0, -1};
 
-// What the gradient of one row needs: dz_v = onehot 1[v = target] + uniform + p_v (mass - slope (z_v - mean_logit)).
+// Coefficients of the gradient of one row's logits: dz_v = onehot 1[v = target] + uniform + p_v (mass - slope (z_v -
+// mean_logit)).
 struct RowGradient {
   float logsumexp;
   float mean_logit;
@@ -42,8 +43,9 @@ struct RowGradient {
   float uniform;
 };
 
-// `target` is the target's column in the slab; outside [0, num_columns) it lies in another slab. Its final logit is
-// written to `target_logit` if it lies in this one. `first_column` is the slab's place, of which an argmax is counted.
+// `target` is the target's column relative to the slab; outside [0, num_columns) the target is in another slab. If it
+// is in this one, its final logit is written to `target_logit`. `first_column` is the slab's first column in the
+// vocabulary; RowState::argmax is a column of the vocabulary.
 using UpdateRowF32 = void (*)(const float *x, int64_t num_columns, const Transform &, const Wanted &,
                               int64_t first_column, int64_t target, RowState &, float &target_logit);
 using UpdateRowBF16 = void (*)(const uint16_t *x, int64_t num_columns, const Transform &, const Wanted &,
@@ -54,10 +56,10 @@ using GradientRowF32 = void (*)(const float *x, float *out, int64_t num_columns,
 using GradientRowBF16 = void (*)(const uint16_t *x, uint16_t *out, int64_t num_columns, const Transform &,
                                  int64_t target, const RowGradient &);
 
-// Both for a forward pass that keeps its exponentials, so that the gradient needs neither logits nor their exponentials
-// again. `update` writes exp(z - maximum), with the maximum that it leaves in the state, as bfloat16 to `powers`, and
-// `gradient` turns those into dz. That is about as exact as rounding dz to bfloat16. No softcap, whose derivative would
-// need more, and at most kMaxKeptColumns.
+// For a forward pass that keeps its exponentials, so that the backward pass computes neither the logits nor their
+// exponentials again. UpdateKeeping writes exp(z - maximum) as bfloat16 to `powers`; `maximum` is the one that it
+// leaves in the state. GradientOfKept computes dz from `powers`, about as exactly as rounding dz to bfloat16 would. Not
+// for a softcap, whose derivative needs the logits, nor for more than kMaxKeptColumns columns.
 constexpr int64_t kMaxKeptColumns = 1024;
 using UpdateKeeping = void (*)(const float *x, int64_t num_columns, const Transform &, const Wanted &,
                                int64_t first_column, int64_t target, RowState &, float &target_logit, uint16_t *powers);

@@ -1,6 +1,6 @@
-// Threads that are started for one call and joined at its end: tens of microseconds against milliseconds of work, and
-// no pool that would have to get along with PyTorch's OpenMP or survive a fork. Whoever waits sleeps: a busy
-// neighbour on the machine costs its share of the time and no more.
+// Threads that are started for one call and joined at its end. Starting them takes tens of microseconds, the work
+// milliseconds; a thread pool would have to coexist with PyTorch's OpenMP threads and survive fork(). Waiting threads
+// sleep rather than spin: another process on the machine costs only its share of the time.
 
 #pragma once
 
@@ -15,13 +15,13 @@
 
 namespace repirl {
 
-// Runs `function(worker, n)` for workers 0 to n - 1 at the same time, the first one on this thread; n is num_workers, or
-// fewer where the system gives no more threads. `function` must not throw.
+// Runs `function(worker, n)` for workers 0 to n - 1 at the same time, worker 0 on the calling thread; n is num_workers,
+// or fewer if the system cannot start that many threads. `function` must not throw.
 template <class Function>
 void run_workers(int num_workers, const Function &function) {
   std::mutex mutex;
   std::condition_variable counted;
-  int num_running = 0;  // unknown as yet
+  int num_running = 0;  // 0 until all threads are started
   std::vector<std::thread> threads;
   threads.reserve(static_cast<size_t>(num_workers));
   try {
@@ -33,7 +33,7 @@ void run_workers(int num_workers, const Function &function) {
         lock.unlock();
         function(worker, num_all);
       });
-  } catch (const std::system_error &) {  // those that run do the work of all
+  } catch (const std::system_error &) {  // go on with the threads that were started
   }
   {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -44,10 +44,10 @@ void run_workers(int num_workers, const Function &function) {
   for (std::thread &thread : threads) thread.join();
 }
 
-// Phases of tasks, one after the other; workers take a phase's tasks as they become free.
+// Phases of tasks, one after the other. Within a phase, a worker takes the next task as soon as it is free.
 class Phases {
  public:
-  // To be called by every one of `num_workers` with the same number of tasks. Returns when all of them are done.
+  // Every one of the `num_workers` workers calls this with the same number of tasks. Returns when all tasks are done.
   template <class Function>
   void run(int num_workers, int64_t num_tasks, const Function &task) {
     for (int64_t index = next_++; index < num_tasks; index = next_++) task(index);

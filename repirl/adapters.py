@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from repirl.config import AdapterConfig, ConfigError
+from repirl.config import ConfigError
 from repirl.distributed.shard import local_slices, whole
+from repirl.options import AdapterConfig
 
 # peft is imported where adapters are added: it costs seconds, which runs without any need not wait for.
 _LORA = ("lora_A", "lora_B")

@@ -1,4 +1,4 @@
-"""Every option of a run: type, default, meaning, and its source in the paper where it has one.
+"""The configuration of a run, from the sections in `repirl.options` and `repirl.dataconfig`.
 
 Options that do not fit together are refused here; `repirl.configfile` reads them from presets, files and overrides.
 """
@@ -12,8 +12,22 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from repirl.dataconfig import DataConfig
-from repirl.dataconfig import ExpertFileConfig as ExpertFileConfig
-from repirl.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from repirl.options import (
+    AdapterConfig,
+    BatchConfig,
+    CheckpointConfig,
+    EvalConfig,
+    IRLConfig,
+    LogConfig,
+    LossConfig,
+    ParallelConfig,
+    PolicyConfig,
+    PRMConfig,
+    RolloutConfig,
+    VerifierConfig,
+    VLLMConfig,
+)
+from repirl.section import Positive, Section
 from repirl.systems import SYSTEMS, System
 
 
@@ -30,171 +44,6 @@ def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-class OptimizerConfig(Section):
-    lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's decay rates of both moments")
-    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay of matrices")
-    warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    max_grad_norm: PositiveFloat = Field(1.0, description="global gradient-norm clip")
-    state_bits: Literal[32, 8] = Field(32, description="of AdamW's moments; 8: block-wise quantised (torchao)")
-    max_skipped_updates: Positive = Field(
-        5, description="updates in a row that may be skipped for a loss or gradient that is not finite"
-    )
-
-
-class PolicyConfig(Section):
-    model: str = Field(description="folder or hub id of a causal language model")
-    gguf_file: str | None = Field(None, description="a GGUF file in that folder to load instead of safetensors")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimiser")
-    updates_per_step: Positive = Field(1, description="n_policy: updates on each step's rollouts (algorithm 1)")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    activation_offload: bool = Field(
-        False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
-    )
-
-
-class PRMConfig(Section):
-    model: str | None = Field(None, description="start of the PRM; the policy's base if not given (section 7)")
-    gguf_file: str | None = Field(None, description="a GGUF file in that folder")
-    reward: Literal["value", "logit", "soft_q", "logprob", "implicit"] = Field(
-        "value", description="how r_phi is read off the network"
-    )
-    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount in `soft_q`")
-    beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the PRM's optimiser")
-    updates_per_step: Positive = Field(1, description="n_prm: PRM updates before the policy's (algorithm 1)")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    activation_offload: bool = Field(
-        False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
-    )
-
-
-class VerifierConfig(Section):
-    kind: Literal["math", "custom"] = Field(
-        "math", description="what judges responses: the verifier of mathematical answers, or a function of your own"
-    )
-    function: str | None = Field(
-        None,
-        description='with kind: custom, the function as "module:name": of (response, answer), it returns a number, 1 '
-        "for right and 0 for wrong",
-    )
-    processes: Positive = Field(1, description="worker processes that judge, for each process of the training")
-    timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
-        20.0, description="longest time to judge one answer; then it counts as wrong, and as rollout/verifier_timeouts"
-    )
-
-
-class VLLMConfig(Section):
-    kv_cache_gib: PositiveFloat = Field(4.0, description="memory of the KV cache, for each process")
-    tensor_parallel: Positive = Field(1, description="neighbouring processes that share one engine")
-    enforce_eager: bool = Field(False, description="no CUDA graphs: less memory, slower decoding")
-    url: str = Field("http://127.0.0.1:8000", description="of a running server (engine: vllm_server)")
-    push_host: str = Field("127.0.0.1", description="this machine's address as the server reaches it, for new weights")
-    timeout_seconds: PositiveFloat = Field(
-        600.0, description="how long a server may take for one answer, vLLM in this process for one token of each"
-    )
-
-
-class RolloutConfig(Section):
-    prompts_per_step: Positive = Field(128, description="prompts a step (paper: 128)")
-    samples_per_prompt: Positive = Field(4, description="K responses a prompt (paper: 4)")
-    max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
-    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
-    max_sequences: Positive = Field(256, description="responses decoded side by side")
-    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
-    )
-    vllm: VLLMConfig = Field(VLLMConfig(), description="options of the vLLM engines")
-    overlap: Literal["none", "prm", "step"] = Field(
-        "none",
-        description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "
-        "order: policy_first) or during the whole step, from weights one step old (loss.sampler_ratio_cap corrects)",
-    )
-
-
-class IRLConfig(Section):
-    weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
-        "trajectory", description="importance weights in the estimate of log Z; trajectory is the paper's"
-    )
-    temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
-    target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="largest exponent whose effective sample size is this share of the samples"
-    )
-    smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
-    truncate: Annotated[float, Field(ge=1)] | None = Field(None, description="weights at most this times their mean")
-    group: Literal["prompt", "batch"] = Field("prompt", description="which weights are normalised together")
-    base_measure: Literal["uniform", "reference"] = Field(
-        "uniform", description="b in p(tau) = b exp(R)/Z; uniform is the paper's derivation"
-    )
-    normalize: Literal["sequence", "token"] = Field("sequence", description="sums of rewards, or means per token")
-    reward_l2: NonNegativeFloat = Field(0.0, description="coefficient of the mean squared token reward")
-    experts_per_step: Positive | None = Field(None, description="expert trajectories a step; null: prompts_per_step")
-    use_outcome: bool = Field(
-        True, description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1)"
-    )
-
-
-class LossConfig(Section):
-    outcome_coefficient: NonNegativeFloat = Field(1.0, description="c_o, weight of the outcome reward (paper: 1)")
-    process_coefficient: NonNegativeFloat = Field(0.05, description="c_p (paper: 0.05 math, 0.1 code)")
-    entropy_coefficient: NonNegativeFloat = Field(0.001, description="beta_H, entropy bonus (paper: 0.001)")
-    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount of process returns")
-    clip_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO clip below 1")
-    clip_high: NonNegativeFloat = Field(0.2, description="PPO clip above 1")
-    sampler_ratio_cap: PositiveFloat | None = Field(2.0, description="cap of pi_old / mu; null: no correction")
-    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of KL(policy, reference)")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of that KL")
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
-        "token_mean", description="how token losses are averaged"
-    )
-    whiten: bool = Field(False, description="whiten advantages over the batch")
-
-
-class BatchConfig(Section):
-    tokens_per_microbatch: Positive = Field(16384, description="tokens of one forward and backward")
-
-
-class AdapterConfig(Section):
-    rank: Positive = Field(16, description="rank of the LoRA updates")
-    alpha: PositiveFloat = Field(32.0, description="LoRA's scale: updates are multiplied by alpha / rank")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="layers that get an update: all linear ones but the head, or names"
-    )
-
-
-class ParallelConfig(Section):
-    replicate: Positive = Field(
-        1, description="copies of the weights; the processes of each copy shard them (1: all processes do)"
-    )
-    cpu_offload: bool = Field(
-        False, description="parameters, gradients and optimiser state stay in host memory and visit the GPU by layer"
-    )
-    timeout_minutes: Positive = Field(30, description="how long a process waits for the others before it gives up")
-
-
-class EvalConfig(Section):
-    every: NonNegative = Field(10, description="steps between evaluations; 0: never")
-    num_prompts: Positive | None = Field(None, description="held-out prompts used; null: all")
-    temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
-
-
-class CheckpointConfig(Section):
-    every: NonNegative = Field(20, description="steps between checkpoints; 0: never")
-    keep_last: Positive = Field(2, description="newest checkpoints kept")
-    keep_best: NonNegative = Field(0, description="checkpoints with the best held-out accuracy kept besides")
-    asynchronous: bool = Field(False, description="write from a copy in host memory while training goes on")
-
-
-class LogConfig(Section):
-    peak_tflops: PositiveFloat | None = Field(
-        None,
-        description="what one device can do, for the utilisation (mfu/...); null: a product is timed at the start",
-    )
-    tensorboard: bool = Field(True, description="TensorBoard files beside metrics.jsonl")
 
 
 class Config(Section):

@@ -26,6 +26,8 @@ def list_presets() -> list[str]:
 def load_preset(name: str) -> dict[str, Any]:
     """The values of a preset that comes with repirl.
 
+    A preset with the key `extends: NAME` has the values of preset NAME, except where it gives its own.
+
     Raises:
         ConfigError: no preset has this name. The message lists all names.
     """
@@ -33,7 +35,9 @@ def load_preset(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
         )
-    return load_yaml((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = load_yaml((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    base = values.pop("extends", None)
+    return values if base is None else merge(load_preset(base), values)
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:

@@ -23,12 +23,13 @@ from transformers import PreTrainedModel, get_scheduler
 from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, select_adapter
 from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
-from repirl.config import ConfigError, OptimizerConfig, RunError
+from repirl.config import ConfigError, RunError
 from repirl.distributed.offload import Residency
 from repirl.distributed.shard import gathered, reshard, whole
 from repirl.distributed.world import World
 from repirl.models import forward_flops, ordinary_attention
 from repirl.objectives import Figures, Metrics, Outputs
+from repirl.options import OptimizerConfig
 from repirl.work import Work
 
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.batch import pack
-from repirl.config import BatchConfig, ConfigError, DataConfig, PositiveFloat, PRMConfig, Section
+from repirl.config import ConfigError
 from repirl.data.text import EndTokens, encode_prompt, encode_solution, find_end_tokens
-from repirl.dataconfig import Token
+from repirl.dataconfig import DataConfig, Token
 from repirl.learner import Learner
 from repirl.model_checks import check_vocabulary
 from repirl.model_files import load_message
 from repirl.models import check_window, load_model, load_tokenizer
+from repirl.options import BatchConfig, PRMConfig
 from repirl.rewards import read_rewards
+from repirl.section import PositiveFloat, Section
 from repirl.sources import check_tokenizers
 
 # Of descriptions; it changes with the names and the meaning of what is in them.

@@ -6,7 +6,7 @@ from repirl_kernels import token_rewards
 from torch import Tensor
 
 from repirl.batch import PackedBatch
-from repirl.config import PRMConfig
+from repirl.options import PRMConfig
 
 
 def read_rewards(outputs: dict[str, Tensor], batch: PackedBatch, config: PRMConfig) -> Tensor:

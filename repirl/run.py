@@ -16,7 +16,7 @@ from repirl.batch import PackedBatch
 from repirl.checkpoint.load import load_checkpoint
 from repirl.checkpoint.manifest import list_checkpoints
 from repirl.checkpoint.save import Checkpointer
-from repirl.config import Config, ConfigError, PolicyConfig, PRMConfig
+from repirl.config import Config, ConfigError
 from repirl.configfile import describe
 from repirl.data import Data
 from repirl.data.experts import Experts, load_experts
@@ -27,6 +27,7 @@ from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, enable_checkpointing
 from repirl.models import check_window, load_model, quiet_transformers
 from repirl.objectives import Objective, load_objectives
+from repirl.options import PolicyConfig, PRMConfig
 from repirl.rollout.choose import make_engine
 from repirl.rollout.sampler import Sampler
 from repirl.sources import check_sources

@@ -23,10 +23,11 @@ from repirl import __version__
 from repirl.checkpoint.errors import reason, root_cause
 from repirl.checkpoint.manifest import FORMAT, Manifest, list_checkpoints, make_manifest, newest_sound
 from repirl.checkpoint.rng import rng_state
-from repirl.config import CheckpointConfig, RunError
+from repirl.config import RunError
 from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import save_description
+from repirl.options import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 # One process is what is meant here, not an oversight to be warned of.

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import EXPERT, PackedBatch, pack
-from repirl.config import ConfigError, DataConfig
+from repirl.config import ConfigError
 from repirl.data.errors import DataError
 from repirl.data.prompts import Cursor, LengthLimit, read_prompt
 from repirl.data.sources import read_rows
 from repirl.data.text import EndTokens, encode_solution, find_end_tokens
 from repirl.data.values import Place
-from repirl.dataconfig import SourceConfig
+from repirl.dataconfig import DataConfig, SourceConfig
 
 # A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints: with the same
 # values but for rounding, as other experts share a batch then.

@@ -7,10 +7,11 @@ import re
 from math_verify import parse
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import Config, VerifierConfig
+from repirl.config import Config
 from repirl.data.experts import Expert
 from repirl.data.prompts import Prompt
 from repirl.data.text import find_end_tokens
+from repirl.options import VerifierConfig
 from repirl.verify.math import extract_answer, is_overlong
 from repirl.verify.process import Verifier
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import ConfigError, DataConfig
+from repirl.config import ConfigError
 from repirl.data.errors import DataError
 from repirl.data.sources import read_rows
 from repirl.data.text import encode_prompt
 from repirl.data.values import Place
+from repirl.dataconfig import DataConfig
 
 logger = logging.getLogger(__name__)
 

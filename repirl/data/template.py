@@ -15,9 +15,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
-from repirl.config import DataConfig, first_line
+from repirl.config import first_line
 from repirl.data.errors import DataError
 from repirl.data.values import Messages
+from repirl.dataconfig import DataConfig
 
 # Of computing, for one prompt; a template takes less than a millisecond.
 _SECONDS = 10.0

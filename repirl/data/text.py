@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from repirl.config import ConfigError, DataConfig, first_line
+from repirl.config import ConfigError, first_line
 from repirl.data.errors import DataError
 from repirl.data.template import render
 from repirl.data.values import Messages
+from repirl.dataconfig import DataConfig
 
 # Stands for an assistant's text where only what follows it is of interest.
 _MARK = "repirlmark"

@@ -23,9 +23,10 @@ from repirl_kernels import (
 from torch import Tensor
 
 from repirl.batch import EXPERT, PackedBatch, concatenate
-from repirl.config import Config, IRLConfig
+from repirl.config import Config
 from repirl.data import Data
 from repirl.objectives import Figures, Metrics, Objective, Outputs
+from repirl.options import IRLConfig
 from repirl.rewards import read_rewards
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from repirl.config import AdapterConfig, Config, ConfigError, PolicyConfig, PRMConfig
+from repirl.config import Config, ConfigError
+from repirl.options import AdapterConfig, PolicyConfig, PRMConfig
 from repirl.plan.activations import LINEAR, Precision, Shape, Sizes
 from repirl.systems import LABELS
 

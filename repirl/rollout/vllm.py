@@ -23,8 +23,9 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from repirl.config import ConfigError, VLLMConfig
+from repirl.config import ConfigError
 from repirl.learner import Learner
+from repirl.options import VLLMConfig
 from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Response, Sampling
 from repirl.rollout.parity import PROBE, check_request, probe, recorded, require_held, require_parity

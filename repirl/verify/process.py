@@ -17,7 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from repirl.config import ConfigError, RunError, VerifierConfig
+from repirl.config import ConfigError, RunError
+from repirl.options import VerifierConfig
 from repirl.verify.math import is_overlong, plain_reward
 
 # The start of a process with its imports; on a slow shared disk that can take a while.

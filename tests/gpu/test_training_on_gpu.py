@@ -19,12 +19,12 @@ from tiny import gradients, make_model, objective, tiny_config
 
 from repirl.attention import PackedLayout, _torch_kernel, packed_attention
 from repirl.batch import pack
-from repirl.config import OptimizerConfig
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, leave_world
 from repirl.learner import Learner, enable_checkpointing
 from repirl.loop import train
 from repirl.models import load_model
+from repirl.options import OptimizerConfig
 from repirl.report.log import read_metrics
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", 0)

@@ -34,13 +34,14 @@ from repirl.checkpoint.load import load_checkpoint
 from repirl.checkpoint.manifest import find_damage, list_checkpoints, resolve_checkpoint
 from repirl.checkpoint.save import Checkpointer, CheckpointError
 from repirl.cli import main
-from repirl.config import CheckpointConfig, ConfigError, OptimizerConfig, VerifierConfig
+from repirl.config import ConfigError
 from repirl.configfile import build_config
 from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, TrainingError
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.objectives.rloo import RLOO
+from repirl.options import CheckpointConfig, OptimizerConfig, VerifierConfig
 from repirl.report.log import read_metrics
 from repirl.run import build
 from repirl.verify.process import Verifier

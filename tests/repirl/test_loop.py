@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.batch import EXPERT, pack
 from repirl.checkpoint.manifest import list_checkpoints, resolve_checkpoint
 from repirl.cli import main
-from repirl.config import ConfigError, IRLConfig, PRMConfig
+from repirl.config import ConfigError
 from repirl.distributed.world import World
 from repirl.export import export_checkpoint
 from repirl.learner import Learner
@@ -28,6 +28,7 @@ from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.objectives import irl
 from repirl.objectives.rloo import RLOO
+from repirl.options import IRLConfig, PRMConfig
 from repirl.report.log import read_metrics
 from repirl.rewards import read_rewards
 from repirl.rollout.engine import MismatchError

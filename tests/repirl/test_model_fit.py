@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from repirl.adapters import add_adapters, init_adapters, merged_weights, select_adapter
 from repirl.attention import PackedLayout
-from repirl.config import AdapterConfig, ConfigError
+from repirl.config import ConfigError
 from repirl.model_checks import check_positions, longest_position
 from repirl.models import load_model, load_tokenizer
+from repirl.options import AdapterConfig
 from repirl.prm import PRMDescription, load_prm
 from repirl.run import build
 from repirl.sources import check_sources

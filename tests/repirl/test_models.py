@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from repirl.attention import PackedLayout, packed_attention, packed_kernel
 from repirl.batch import pack
-from repirl.config import ConfigError, OptimizerConfig
+from repirl.config import ConfigError
 from repirl.learner import Learner, enable_checkpointing
 from repirl.models import load_model, load_tokenizer
+from repirl.options import OptimizerConfig
 from repirl.run import build
 
 PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5]), ([7] * 3, [8] * 2)]

@@ -21,12 +21,14 @@ from transformers import (
 from repirl.batch import pack
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.cli import main
-from repirl.config import ConfigError, DataConfig, PRMConfig
+from repirl.config import ConfigError
 from repirl.configfile import build_config
 from repirl.data.experts import load_experts
 from repirl.data.prompts import encode_prompt
+from repirl.dataconfig import DataConfig
 from repirl.export import export_checkpoint
 from repirl.models import load_tokenizer
+from repirl.options import PRMConfig
 from repirl.prm import PRMDescription, PromptFormat, load_prm
 from repirl.rewards import read_rewards
 from repirl.run import build

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.adapters import add_adapters, belongs, init_adapters, select_adapter
 from repirl.batch import pack
 from repirl.checkpoint.manifest import resolve_checkpoint
-from repirl.config import AdapterConfig, ConfigError, OptimizerConfig
+from repirl.config import ConfigError
 from repirl.configfile import build_config
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import HostMemory, Parked, Residency
@@ -24,6 +24,7 @@ from repirl.export import export_checkpoint
 from repirl.learner import Learner, make_optimizer
 from repirl.loop import train
 from repirl.models import load_model
+from repirl.options import AdapterConfig, OptimizerConfig
 from repirl.report.log import read_metrics
 from repirl.run import build
 

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from repirl.config import OptimizerConfig
 from repirl.learner import Learner
 from repirl.models import load_model
+from repirl.options import OptimizerConfig
 from repirl.rollout.engine import Engine, Sampling
 from repirl.rollout.vllm_server import SERVER_ENVIRONMENT, serve_command
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from repirl.batch import pack
-from repirl.config import OptimizerConfig, VLLMConfig
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.world import World
 from repirl.learner import Learner
+from repirl.options import OptimizerConfig, VLLMConfig
 from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Sampling
 from repirl.rollout.vllm import VLLMEngine

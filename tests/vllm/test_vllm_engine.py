@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from repirl.batch import pack
-from repirl.config import ConfigError, VLLMConfig
+from repirl.config import ConfigError
+from repirl.options import VLLMConfig
 from repirl.rollout import vllm_worker
 from repirl.rollout.engine import EngineError, Sampling, sequence_seed
 from repirl.rollout.vllm import VLLMEngine

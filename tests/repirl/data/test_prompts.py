@@ -7,10 +7,11 @@ import torch
 from tiny import make_model
 
 from repirl.batch import EXPERT
-from repirl.config import ConfigError, DataConfig, ExpertFileConfig
+from repirl.config import ConfigError
 from repirl.data.experts import MAX_SAVED_CACHE_BYTES, Expert, Experts, load_experts
 from repirl.data.prompts import Cursor, DataError, encode_prompt, load_prompts
 from repirl.data.tasks.arithmetic import build_tokenizer
+from repirl.dataconfig import DataConfig, ExpertFileConfig
 from repirl.models import load_tokenizer
 
 

@@ -8,12 +8,13 @@ from tiny import make_model, tiny_config, tiny_values
 from tokenizers import processors
 
 from repirl.cli import main
-from repirl.config import ConfigError, DataConfig
+from repirl.config import ConfigError
 from repirl.data.errors import DataError
 from repirl.data.experts import load_experts
 from repirl.data.prompts import load_prompts
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.data.text import encode_prompt, encode_solution, find_end_tokens
+from repirl.dataconfig import DataConfig
 from repirl.loop import train
 from repirl.rollout.sampler import Sampler
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from repirl.config import DataConfig
 from repirl.data.errors import DataError
 from repirl.data.experts import load_experts
 from repirl.data.prompts import load_prompts
 from repirl.data.tasks.arithmetic import build_tokenizer
+from repirl.dataconfig import DataConfig
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | length }}+{{ m['content'] }}-{% endfor %}"

@@ -20,7 +20,7 @@ from tiny import gradients, make_model, tiny_config, tiny_values
 
 from repirl.apps.demo import make_base, make_data
 from repirl.batch import pack
-from repirl.config import ConfigError, OptimizerConfig
+from repirl.config import ConfigError
 from repirl.configfile import build_config, load_preset, merge
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.shard import units, whole
@@ -28,6 +28,7 @@ from repirl.distributed.world import World, join_world
 from repirl.learner import Learner, enable_checkpointing
 from repirl.loop import train
 from repirl.models import load_model
+from repirl.options import OptimizerConfig
 from repirl.report.log import read_metrics
 
 # Uneven on purpose; with three ranks and the first two only, one rank has none.

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from repirl.adapters import add_adapters, init_adapters, select_adapter
 from repirl.attention import PackedLayout
-from repirl.config import AdapterConfig, ConfigError
+from repirl.config import ConfigError
 from repirl.learner import enable_checkpointing
 from repirl.models import fuse
+from repirl.options import AdapterConfig
 from repirl.plan.activations import (
     Micro,
     Precision,

@@ -8,9 +8,10 @@ import torch
 from tiny import make_model
 
 from repirl.batch import pack
-from repirl.config import ConfigError, OptimizerConfig
+from repirl.config import ConfigError
 from repirl.learner import Learner
 from repirl.models import load_model
+from repirl.options import OptimizerConfig
 from repirl.rollout.engine import Sampling, sequence_seed
 from repirl.rollout.transformers import TransformersEngine, _sample, cache_argument
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from repirl.config import ConfigError, RunError, VerifierConfig
+from repirl.config import ConfigError, RunError
 from repirl.configfile import build_config
+from repirl.options import VerifierConfig
 from repirl.verify.math import MAX_PARSED
 from repirl.verify.process import Verifier
 
@@ -272,7 +273,7 @@ def test_close_ends_all_and_may_be_repeated(make):
 
 TRAINER = """
 import sys
-from repirl.config import VerifierConfig
+from repirl.options import VerifierConfig
 from repirl.verify.process import Verifier
 
 if __name__ == "__main__":
