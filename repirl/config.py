@@ -6,7 +6,6 @@ Options that do not fit together are refused here; `repirl.configfile` reads the
 from __future__ import annotations
 
 import difflib
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -159,22 +158,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _verifier_fits(self) -> Config:
-        kind, function = self.verifier.kind, self.verifier.function
-        if kind != "custom" and function is not None:
-            raise ValueError(
-                f"verifier.function is {function!r}, but verifier.kind {kind!r} judges by itself: set verifier.kind: "
-                "custom, or leave the function out"
-            )
-        if kind == "custom" and function is None:
-            raise ValueError(
-                "verifier.kind is 'custom', but verifier.function is not set: give the function that judges as "
-                '"module:name", or choose verifier.kind: math'
-            )
-        if function is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", function):
-            raise ValueError(
-                f'verifier.function is {function!r}, expected "module:name", such as my_rewards:judge for the function '
-                "judge of my_rewards.py"
-            )
+        for name, section in {"verifier": self.verifier, "eval.verifier": self.eval.verifier}.items():
+            if section is not None:
+                section.check(name)
         return self
 
     def _data_fits(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import Config, ConfigError
@@ -22,11 +24,16 @@ def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
     Args:
         sampler: samples and judges the answers.
         held_out: the prompts, of which the first `eval.num_prompts` are used.
-        config: the run's configuration. `eval.temperature` 0 means greedy decoding.
+        config: the run's configuration. `eval.temperature` 0 means greedy decoding. `eval.verifier` judges, if it is
+            set, else `verifier`.
     """
     prompts = held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
-    judged = sampler.ask(prompts, seeds, config.eval.temperature)
+    if config.eval.verifier is None:
+        judged = sampler.ask(prompts, seeds, config.eval.temperature)
+    else:
+        with closing(Verifier(config.eval.verifier)) as verifier:
+            judged = sampler.ask(prompts, seeds, config.eval.temperature, verifier)
     return sum(outcome or 0.0 for _, outcome in judged) / len(prompts)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -66,6 +67,25 @@ class VerifierConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0, le=86400)] = Field(
         20.0, description="longest time to judge one answer; then it counts as wrong, and as rollout/verifier_timeouts"
     )
+
+    def check(self, name: str) -> None:
+        """ValueError for options that do not fit together; name: of this section in the configuration."""
+        kind, function = self.kind, self.function
+        if kind != "custom" and function is not None:
+            raise ValueError(
+                f"{name}.function is {function!r}, but {name}.kind {kind!r} judges by itself: set {name}.kind: custom, "
+                "or leave the function out"
+            )
+        if kind == "custom" and function is None:
+            raise ValueError(
+                f"{name}.kind is 'custom', but {name}.function is not set: give the function that judges as "
+                f'"module:name", or choose {name}.kind: math'
+            )
+        if function is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", function):
+            raise ValueError(
+                f'{name}.function is {function!r}, expected "module:name", such as my_rewards:judge for the function '
+                "judge of my_rewards.py"
+            )
 
 
 class VLLMConfig(Section):
@@ -160,6 +180,9 @@ class EvalConfig(Section):
     every: NonNegative = Field(10, description="steps between evaluations; 0: never")
     num_prompts: Positive | None = Field(None, description="held-out prompts used; null: all")
     temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
+    verifier: VerifierConfig | None = Field(
+        None, description="judges held-out responses, where the run's `verifier` is not to be trusted; null: that one"
+    )
 
 
 class CheckpointConfig(Section):

@@ -149,7 +149,7 @@ class Sampler:
         assert in_flight is not None
         assert in_flight.turn == turn
         prompts = self._prompts_of(in_flight.rows)
-        judged = self._judge(prompts, in_flight.mine, in_flight.future.result())
+        judged = self._judge(prompts, in_flight.mine, in_flight.future.result(), self.verifier)
         responses = [response for response, _ in judged]
         batch = pack(
             [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses, strict=True)],
@@ -180,9 +180,15 @@ class Sampler:
     # Prompts outside the turns, such as held-out ones.
 
     def ask(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float, verifier: Verifier | None = None
     ) -> list[tuple[Response, float | None]]:
         """Sample a response from the policy's current weights for each prompt, and judge it.
+
+        Args:
+            prompts: the prompts.
+            seeds: one for each prompt.
+            temperature: of sampling; 0 is greedy.
+            verifier: judges the responses; by default the one that judges the rollouts.
 
         Returns:
             For each prompt, in order, the response and its verdict: 1.0 if right, 0.0 if wrong, None if the prompt has
@@ -194,7 +200,7 @@ class Sampler:
             self.world.barrier()
         self._ready_engine()
         mine, future = self._submit(prompts, seeds, temperature)
-        judged = self._judge(prompts, mine, future.result())
+        judged = self._judge(prompts, mine, future.result(), verifier or self.verifier)
         self._rest()
         return judged
 
@@ -220,7 +226,7 @@ class Sampler:
         return mine, future
 
     def _judge(
-        self, prompts: Sequence[Prompt], mine: list[int], responses: list[Response]
+        self, prompts: Sequence[Prompt], mine: list[int], responses: list[Response], verifier: Verifier
     ) -> list[tuple[Response, float | None]]:
         """Judge this process's responses, and return those of all processes with their verdicts, in prompt order.
 
@@ -236,7 +242,7 @@ class Sampler:
             for i, response in zip(mine, responses, strict=True)
             if (answer := prompts[i].answer) is not None
         }
-        verdicts = dict(zip(texts, self.verifier.judge(list(texts.values())), strict=True))
+        verdicts = dict(zip(texts, verifier.judge(list(texts.values())), strict=True))
         judged = [(i, response, verdicts.get(i)) for i, response in zip(mine, responses, strict=True)]
         return [(response, outcome) for _, response, outcome in sorted(self.world.gather(judged), key=lambda x: x[0])]
 

@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config
 
 from repirl.config import ConfigError, RunError
 from repirl.configfile import build_config
+from repirl.loop import train
 from repirl.options import VerifierConfig
+from repirl.report.log import read_metrics
 from repirl.verify.math import MAX_PARSED
 from repirl.verify.process import Verifier
 
@@ -383,6 +386,25 @@ def test_options_that_do_not_fit_are_refused(section, message):
     with pytest.raises(ConfigError) as caught:
         build_config(BASE | {"verifier": section})
     assert message in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        build_config(BASE | {"eval": {"verifier": section}})
+    for name in ("verifier.kind", "verifier.function", "verifier.processes", "verifier.timeout_seconds"):
+        message = message.replace(name, f"eval.{name}")
+    assert message in str(caught.value)
+
+
+def test_held_out_responses_can_have_a_verifier_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "verdicts.py").write_text(
+        "def wrong(response, answer):\n    return 0\n\ndef right(response, answer):\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    verifiers = {name: {"kind": "custom", "function": f"verdicts:{name}"} for name in ("wrong", "right")}
+    options = {"objective": "rloo", "steps": 1, "eval": {"every": 1, "verifier": verifiers["right"]}}
+    config = tiny_config(tmp_path, verifier=verifiers["wrong"], **options)
+    train(config)
+    lines = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    assert [line["eval/accuracy"] for line in lines] == [1, 1]
+    assert lines[1]["rollout/outcome"] == 0
 
 
 def test_options():
