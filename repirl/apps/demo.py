@@ -10,30 +10,23 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 import shutil
 import sys
 import time
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from repirl.apps.localize import judge, step_scores
+from repirl.apps.start import Start, make_start
 from repirl.config import Config, ConfigError
 from repirl.configfile import build_config, describe, load_preset, merge
 from repirl.data.tasks.arithmetic import (
-    Problem,
     Solution,
     build_tokenizer,
-    expert_solution,
-    planted_error,
-    problems,
-    sloppy_solution,
 )
 from repirl.export import export_checkpoint
 from repirl.loop import train
@@ -44,13 +37,9 @@ from repirl.report.html import Curve, Report, Sample, Series, write_report
 from repirl.report.log import read_metrics
 from repirl.work import reset_peak_memory
 
-NUM_STEPS = (4, 5)
-NUM_WARM, NUM_SLOPPY, NUM_TRAIN, NUM_HELD_OUT, NUM_PLANTED = 4000, 2000, 4000, 200, 200
-SLIP = 0.6
+START = Start()
 # What ends a worked step.
 STEP_SEPARATOR = "; "
-WARM_UP = {"steps": 800, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 3e-3}}}
-SLOPPY = {"steps": 150, "irl": {"experts_per_step": 20}, "policy": {"optimizer": {"lr": 1e-3}}}
 # What each run changes in the preset `demo`.
 RUNS: dict[str, dict[str, Any]] = {
     "RLOO": {"objective": "rloo"},
@@ -72,13 +61,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     quiet_transformers()
 
     console.print("[bold]rePIRL demo[/]: a small model with a bad habit, and three ways to lose it")
-    tests = make_data(folder, seed)
-    make_base(folder / "base", seed)
-    train(_warm_up_config(folder, seed, "warm", folder / "base", WARM_UP))
-    export_checkpoint(folder / "warm", folder / "warm" / "export")
-    train(_warm_up_config(folder, seed, "sloppy", folder / "warm" / "export" / "policy", SLOPPY))
-    export_checkpoint(folder / "sloppy", folder / "sloppy" / "export")
-    (folder / "sloppy" / "export" / "policy").rename(folder / "start")
+    tests = make_start(folder, seed, START)
 
     # A policy is a PRM by its log-probabilities: what a trained one has to beat.
     start = load_prm(folder / "start", device="cpu", description=PRMDescription(reward="logprob"))
@@ -107,64 +90,6 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     write_report(page, report(results, columns, rows, tests, scores, run_config(folder, seed, "rePIRL"), total))
     console.print(f"The report is at [bold]{page}[/]: open it in a browser.")
     return 0
-
-
-def make_data(folder: Path, seed: int) -> list[Solution]:
-    """Write the JSON-lines files, all of distinct problems; returns the solutions that PRMs are judged on."""
-    rng, stream = random.Random(seed), problems(seed, NUM_STEPS)
-    (folder / "data").mkdir()
-
-    def write(name: str, solutions: Iterable[Solution]) -> None:
-        with open(folder / "data" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for s in solutions:
-                row = {"prompt": s.problem.prompt, "answer": s.problem.answer, "solution": s.text}
-                file.write(json.dumps(row) + "\n")
-
-    write("warm", map(expert_solution, islice(stream, NUM_WARM)))
-    write("sloppy", (sloppy_solution(p, rng, SLIP) for p in islice(stream, NUM_SLOPPY)))
-    write("train", map(expert_solution, islice(stream, NUM_TRAIN)))
-    write("eval", map(expert_solution, islice(stream, NUM_HELD_OUT)))
-    judged: list[Problem] = list(islice(stream, NUM_PLANTED))
-    half = len(judged) // 2
-    return [planted_error(p, rng) for p in judged[:half]] + [expert_solution(p) for p in judged[half:]]
-
-
-def make_base(folder: Path, seed: int) -> None:
-    """A two-layer model of Qwen3's architecture from scratch, with the task's own tokenizer."""
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        # The usual 0.02 suits models ten times as wide; at this width learning starts much later with it.
-        initializer_range=0.08,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _warm_up_config(folder: Path, seed: int, name: str, model: Path, changes: dict[str, Any]) -> Config:
-    values = {
-        "objective": "sft",
-        "seed": seed,
-        "output_dir": str(folder / name),
-        "policy": {"model": str(model), "optimizer": {"schedule": "cosine", "warmup_steps": 20}},
-        "data": {"experts": {"path": str(folder / "data" / f"{name}.jsonl")}, "eval": None},
-        "eval": {"every": 0},
-        "checkpoint": {"every": changes["steps"]},
-        "log": {"tensorboard": False},
-    }
-    return build_config(merge(merge(load_preset("demo"), values), changes))
 
 
 def run_config(folder: Path, seed: int, name: str) -> Config:

@@ -5,19 +5,15 @@ import json
 import pytest
 
 from repirl.apps import demo
+from repirl.apps.start import Start, make_data
 from repirl.config import ConfigError
 from repirl.report.log import read_metrics
 
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(demo, "NUM_WARM", 40)
-    monkeypatch.setattr(demo, "NUM_SLOPPY", 40)
-    monkeypatch.setattr(demo, "NUM_TRAIN", 40)
-    monkeypatch.setattr(demo, "NUM_HELD_OUT", 10)
-    monkeypatch.setattr(demo, "NUM_PLANTED", 12)
-    monkeypatch.setattr(demo, "WARM_UP", {**demo.WARM_UP, "steps": 3})
-    monkeypatch.setattr(demo, "SLOPPY", {**demo.SLOPPY, "steps": 2})
+    start = Start(40, 40, 40, num_held_out=10, num_planted=12, warm_turns=3, sloppy_turns=2)
+    monkeypatch.setattr(demo, "START", start)
     few = {"steps": 2, "checkpoint": {"every": 2}, "rollout": {"prompts_per_step": 3}, "log": {"tensorboard": False}}
     runs = {name: demo.merge(changes, few) for name, changes in demo.RUNS.items()}
     monkeypatch.setattr(demo, "RUNS", runs)
@@ -59,7 +55,7 @@ def test_all_runs_start_from_the_same_weights_and_prompts(tmp_path, short):
 
 
 def test_data_files_share_no_problem(tmp_path, short):
-    tests = demo.make_data(tmp_path, seed=0)
+    tests = make_data(tmp_path, 0, demo.START)
     seen = [test.problem.prompt for test in tests]
     for name in ("warm", "sloppy", "train", "eval"):
         seen += [json.loads(line)["prompt"] for line in (tmp_path / "data" / f"{name}.jsonl").open()]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from shared import CPU
 from tiny import gradients, make_model, tiny_config, tiny_values
 
-from repirl.apps.demo import make_base, make_data
+from repirl.apps.start import Start, make_base, make_data
 from repirl.batch import pack
 from repirl.config import ConfigError
 from repirl.configfile import build_config, load_preset, merge
@@ -293,7 +293,7 @@ def torchrun(num_ranks, *arguments):
 
 
 def test_torchrun_runs_the_demo_preset_as_one_process_does(tmp_path):
-    make_data(tmp_path, seed=0)
+    make_data(tmp_path, 0, Start())
     make_base(tmp_path / "base", seed=0)
     data = {"train": str(tmp_path / "data" / "train.jsonl"), "eval": str(tmp_path / "data" / "eval.jsonl")}
     changes = {"steps": 3, "policy": {"model": str(tmp_path / "base")}, "data": data, "eval": {"num_prompts": 20}}

@@ -1,0 +1,125 @@
+"""The start of the demo and of the study: a small model with a bad habit, and the problems to unlearn it on.
+
+A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's, who loses
+a ten with probability `slip` at every step that carries or borrows.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from repirl.config import Config
+from repirl.configfile import build_config, load_preset, merge
+from repirl.data.tasks.arithmetic import (
+    Problem,
+    Solution,
+    build_tokenizer,
+    expert_solution,
+    planted_error,
+    problems,
+    sloppy_solution,
+)
+from repirl.export import export_checkpoint
+from repirl.loop import train
+
+# Fewest and most steps of a problem.
+NUM_STEPS = (4, 5)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How many problems each data file has, how long each warm-up is, and how sloppy the student is."""
+
+    num_warm: int = 4000
+    num_sloppy: int = 2000
+    num_train: int = 4000
+    num_held_out: int = 200
+    num_planted: int = 200
+    warm_turns: int = 800
+    sloppy_turns: int = 150
+    slip: float = 0.6
+
+
+def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
+    """Write `folder`/data/{warm,sloppy,train,eval}.jsonl, all of distinct problems.
+
+    Returns:
+        Solutions to judge PRMs on: the first half has a planted error each, the other half is right.
+    """
+    rng, stream = random.Random(seed), problems(seed, NUM_STEPS)
+    (folder / "data").mkdir(parents=True)
+
+    def write(name: str, solutions: Iterable[Solution]) -> None:
+        with open(folder / "data" / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for s in solutions:
+                row = {"prompt": s.problem.prompt, "answer": s.problem.answer, "solution": s.text}
+                file.write(json.dumps(row) + "\n")
+
+    write("warm", map(expert_solution, islice(stream, start.num_warm)))
+    write("sloppy", (sloppy_solution(p, rng, start.slip) for p in islice(stream, start.num_sloppy)))
+    write("train", map(expert_solution, islice(stream, start.num_train)))
+    write("eval", map(expert_solution, islice(stream, start.num_held_out)))
+    judged: list[Problem] = list(islice(stream, start.num_planted))
+    half = len(judged) // 2
+    return [planted_error(p, rng) for p in judged[:half]] + [expert_solution(p) for p in judged[half:]]
+
+
+def make_base(folder: Path, seed: int) -> None:
+    """Save a two-layer model of Qwen3's architecture with random weights, and the task's own tokenizer."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        # The usual 0.02 suits models ten times as wide; at this width learning starts much later with it.
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_start(folder: Path, seed: int, start: Start) -> list[Solution]:
+    """Make the data, and in `folder`/start the model with the bad habit; `make_data` says what is returned."""
+    tests = make_data(folder, seed, start)
+    make_base(folder / "base", seed)
+    train(_warm_up_config(folder, seed, "warm", folder / "base", start.warm_turns, 3e-3))
+    export_checkpoint(folder / "warm", folder / "warm" / "export")
+    train(_warm_up_config(folder, seed, "sloppy", folder / "warm" / "export" / "policy", start.sloppy_turns, 1e-3))
+    export_checkpoint(folder / "sloppy", folder / "sloppy" / "export")
+    (folder / "sloppy" / "export" / "policy").rename(folder / "start")
+    return tests
+
+
+def _warm_up_config(folder: Path, seed: int, name: str, model: Path, turns: int, lr: float) -> Config:
+    values: dict[str, Any] = {
+        "objective": "sft",
+        "seed": seed,
+        "output_dir": str(folder / name),
+        "steps": turns,
+        "policy": {"model": str(model), "optimizer": {"lr": lr, "schedule": "cosine", "warmup_steps": 20}},
+        "data": {"experts": {"path": str(folder / "data" / f"{name}.jsonl")}, "eval": None},
+        "irl": {"experts_per_step": 20},
+        "eval": {"every": 0},
+        "checkpoint": {"every": turns},
+        "log": {"tensorboard": False},
+    }
+    return build_config(merge(load_preset("demo"), values))
