@@ -32,7 +32,7 @@ from repirl_kernels.pareto import pareto_smooth
 
 WEIGHT_KINDS = ("trajectory", "length_normalized", "per_decision", "token", "uniform")
 NORMALIZATIONS = ("sequence", "token")
-# With this exponent the weights are equal for rewards of any usual scale, and 1/alpha is still finite.
+# The smallest exponent: with it, weights are nearly equal for rewards of any usual scale, and 1/alpha is finite.
 _MIN_ALPHA = 1e-6
 _BISECTION_STEPS = 40
 
@@ -74,7 +74,7 @@ def log_importance_weights(
     target_ess: float | None = None,
     group_by: str = "prompt",
 ) -> LogWeights:
-    """Log importance weights of rollouts that mu sampled, under p(tau) proportional to b(tau) exp(sum_t r_t).
+    """Log importance weights of rollouts from mu, under p(tau) proportional to b(tau) exp(sum_t r_t).
 
     With x_t = r_t + log b_t - log mu_t:
 
@@ -86,15 +86,15 @@ def log_importance_weights(
     | `token`             | of token t: x_t                         | the group's tokens                     |
     | `uniform`           | 0                                       | the group's sequences                  |
 
-    Only ``trajectory`` estimates the expectation under p for every reward. ``per_decision`` does so where the rewards
-    are log-probabilities, which means that b_t exp(r_t) sums to 1 over the actions of every state: the weight of a
-    prefix leaves out what may follow it. The other kinds are biased and have a lower variance.
+    Only ``trajectory`` estimates the expectation under p for every reward. ``per_decision`` does so if the rewards are
+    log-probabilities, so that b_t exp(r_t) sums to 1 over the actions of every state: the weight of a prefix then does
+    not depend on what follows it. The other kinds are biased and have a lower variance.
 
     Every log weight is multiplied by an exponent alpha, a constant to autograd. It is ``temper``, the same for all
     buckets; or, with ``target_ess``, each bucket has its own: the largest alpha <= 1 with which the bucket's effective
     sample size is at least ``target_ess`` times its number of elements.
 
-    An empty sequence has log w = 0 where the elements are sequences, and no element where they are tokens.
+    An empty sequence has log w = 0 if the elements are sequences, and no element if they are tokens.
 
     Args:
         reward: ``[T]``, r_t; -inf gives a weight of 0.
@@ -151,7 +151,8 @@ def log_importance_weights(
     if kind == "token":
         log_weight = log_ratio
         unique, bucket_ids = torch.unique(token_groups, return_inverse=True)
-        # Times the tokens per sequence, so that with equal weights a token's coefficient is that of `uniform`.
+        # Times the mean number of tokens per sequence: with equal weights, a token's coefficient is then that of
+        # `uniform`.
         mass = bucket_sizes(bucket_ids, unique.numel()).double() / group_sizes[unique] / max(num_groups, 1)
     elif kind == "per_decision":
         log_weight = running_sums(log_ratio, position, longest, 1.0, backward=False)
@@ -221,9 +222,9 @@ def _survival(
 
         E_p[sum_t r_t] = sum_t P_p(alive at t) E_p[r_t | alive at t]
 
-    Weights that are normalised over the sequences alive at t estimate the second factor only; this is the first. It is
-    the share of the group's weight that the sequences alive at t hold. A sequence that has ended counts with the weight
-    at its last token, an empty one with 1.
+    A sequence is alive at t if it has a token there. Weights normalised over the sequences alive at t estimate only the
+    second factor. This function estimates the first: the share of the sequences alive at t in the group's total weight.
+    A sequence that has ended counts with the weight at its last token, an empty one with 1.
 
     Args:
         prefix: ``[T]``, the sum of x up to each token, before tempering.
@@ -256,9 +257,9 @@ def self_normalize(log_weight: Tensor, bucket_ids: Tensor, *, truncate: float | 
     Args:
         log_weight: ``[E]``; -inf is a weight of 0.
         bucket_ids: ``[E]`` int64.
-        truncate: c >= 1. A weight above c times the mean weight of its bucket is cut to that, and what is left is
-            divided by its sum. The cut is made once, so in a bucket of M elements the largest weight can still be above
-            c / M. Ionides takes c = sqrt(M).
+        truncate: c >= 1. Weights above c times the mean weight of their bucket are reduced to that value, and the
+            bucket is normalised again. This is done once, so in a bucket of M elements the largest weight can still be
+            above c / M. Ionides takes c = sqrt(M).
 
     Returns:
         ``[E]``, of the dtype of ``log_weight``; each bucket sums to 1.
@@ -332,12 +333,14 @@ def irl_coefficients(
     expert_cu_seqlens: Tensor,
     *,
     normalize: str = "sequence",
+    expert_groups: Tensor | None = None,
 ) -> Coefficients:
     """The constants c_t with which sum_t c_t r_t has the gradient of the maximum-entropy inverse-RL loss.
 
     With N expert sequences and G groups of rollouts:
 
-    * an expert token has c_t = -1/N, whatever group its sequence is in;
+    * an expert token has c_t = -1/N, whichever group its sequence is in; with ``expert_groups`` it has -1/(G N_g), for
+      N_g experts in its group and G groups of experts;
     * a rollout token has c_t = m_b w_e, for its element e in bucket b. The mass m_b depends on the kind of weights. For
       weights of sequences it is 1/G, which averages log Z over the groups; for ``token``, 1/G times the mean length of
       the group's sequences; for ``per_decision``, 1/G times the estimated probability under p that a sequence is alive
@@ -346,15 +349,18 @@ def irl_coefficients(
     ``normalize="token"`` divides each side by the absolute value of its sum. An expert token then has -1 over the
     number of expert tokens, and a rollout token c_t / sum_t' c_t'. So the loss compares mean rewards per token, and a
     constant that is added to every reward changes nothing. With one group, and weights w_j of sequences with rewards
-    R_j and lengths T_j, the side of the rollouts is sum_j w_j R_j / sum_j w_j T_j, its denominator a constant to
+    R_j and lengths T_j, the term of the rollouts is sum_j w_j R_j / sum_j w_j T_j; its denominator is a constant to
     autograd.
 
     Args:
-        weights: ``[E]``, normalised, of the rollouts that estimate log Z (:func:`self_normalize`); smoothed or not.
-        log_weights: what the weights were made from.
+        weights: ``[E]``, normalised (:func:`self_normalize`), of the rollouts that estimate log Z; smoothed or not.
+        log_weights: the log weights from which ``weights`` were computed.
         policy_cu_seqlens: ``[S+1]`` of the rollouts.
         expert_cu_seqlens: ``[S+1]`` of the experts.
         normalize: ``"sequence"`` or ``"token"``.
+        expert_groups: ``[S]`` integers, one for each expert; experts of one prompt share an id. The loss is then the
+            mean over prompts of log Z(x) - mean_{E(x)} R, if the groups are those of the rollouts. ``None``: all
+            experts have one weight.
 
     Returns:
         :class:`Coefficients`.
@@ -362,7 +368,7 @@ def irl_coefficients(
     Raises:
         TypeError, ValueError: as :func:`repirl_kernels.packed.check_packed`.
         ValueError: a side has no tokens (without both, the loss has no minimum); ``weights`` is not ``[E]``, or holds
-            NaN or an infinite value; ``normalize`` is unknown.
+            NaN or an infinite value; ``expert_groups`` is not ``[S]``; ``normalize`` is unknown.
 
     Sources: maximum-entropy inverse RL, Ziebart et al. 2008; rePIRL, Wu et al., ICML 2026.
     """
@@ -386,7 +392,17 @@ def irl_coefficients(
     mass = log_weights.mass[log_weights.bucket_ids]
     policy = (weights.detach().double() * mass)[element]
     num_experts = expert_cu_seqlens.numel() - 1
-    expert = torch.full((num_expert,), -1.0 / num_experts, dtype=torch.float64, device=weights.device)
+    if expert_groups is None:
+        expert = torch.full((num_expert,), -1.0 / num_experts, dtype=torch.float64, device=weights.device)
+    else:
+        if expert_groups.shape != (num_experts,):
+            raise ValueError(
+                f"expert_groups must have one id for each of the {num_experts} experts, got shape "
+                f"{tuple(expert_groups.shape)}"
+            )
+        groups, num_groups = dense_group_ids(expert_groups, expert_cu_seqlens, "prompt")
+        share = -1.0 / (num_groups * bucket_sizes(groups, num_groups).double())
+        expert = share[groups][sequence_ids(expert_cu_seqlens, num_expert)].to(weights.device)
     if normalize == "token":
         expert = expert / -expert.sum()
         policy = policy / policy.sum()
@@ -401,26 +417,30 @@ def importance_diagnostics(
     *,
     expert_reward: Tensor | None = None,
     expert_cu_seqlens: Tensor | None = None,
+    contested: bool = False,
 ) -> dict[str, float]:
-    """Figures to watch while weights and rewards train.
+    """Diagnostics of importance weights and rewards, to be logged during training.
 
     Args:
         log_weights: of the rollouts.
-        weights: ``[E]``, what :func:`self_normalize` made of them.
+        weights: ``[E]``, the result of :func:`self_normalize`.
         reward: ``[T]`` of the rollouts.
         cu_seqlens: ``[S+1]`` of the rollouts.
         expert_reward: ``[T]`` of the experts, or ``None``.
         expert_cu_seqlens: ``[S+1]`` of the experts; needed with ``expert_reward``.
+        contested: take the mean effective sample size over buckets with more than one element only. In a bucket of one
+            its share is 1 whatever the weights are.
 
     Returns:
         A number for each name:
 
-        * ``ess``: effective sample size, mean over buckets.
+        * ``ess``: effective sample size, mean over buckets; NaN with ``contested`` if all buckets have one element.
         * ``ess_fraction``: the same, as a fraction of the bucket's elements.
+        * ``lone``: the share of buckets with one element; only with ``contested``.
         * ``max_weight``: the largest weight among buckets with more than one element; 1 if there is no such bucket.
         * ``pareto_k``: the largest k_hat of a bucket; NaN if none has enough elements.
         * ``log_z``: :func:`log_partition`, mean over buckets. For ``trajectory`` weights with an exponent of 1 it
-          estimates log Z, for others it is no more than the log of the mean weight.
+          estimates log Z; for others it is only the log of the mean weight.
         * ``alpha``: the exponent, mean over buckets.
         * ``reward_mean``, ``reward_std``: over the tokens of the rollouts.
         * ``reward_length_correlation``: over sequences, experts included, between the sum of rewards and the length;
@@ -435,21 +455,27 @@ def importance_diagnostics(
         num_buckets = count_buckets(bucket_ids)
         count = bucket_sizes(bucket_ids, num_buckets)
         ess = effective_sample_size(weights, bucket_ids)
+        ess_fraction = ess / count
+        alone = count <= 1
+        if contested:
+            ess, ess_fraction = ess[~alone], ess_fraction[~alone]
         k_hat = pareto_smooth(log_weights.log_weight, bucket_ids)[1]
         k_hat = k_hat[~k_hat.isnan()]
-        contested = weights[count[bucket_ids] > 1]
+        of_several = weights[~alone[bucket_ids]]
         lengths = cu_seqlens.diff().double()
         sums = segment_sum(reward.double(), cu_seqlens)
         result = {
-            "ess": _mean(ess),
-            "ess_fraction": _mean(ess / count),
-            "max_weight": float(contested.max()) if contested.numel() else 1.0,
+            "ess": _mean(ess) if ess.numel() or not contested else math.nan,
+            "ess_fraction": _mean(ess_fraction) if ess.numel() or not contested else math.nan,
+            "max_weight": float(of_several.max()) if of_several.numel() else 1.0,
             "pareto_k": float(k_hat.max()) if k_hat.numel() else math.nan,
             "log_z": _mean(log_partition(log_weights.log_weight, bucket_ids)),
             "alpha": _mean(log_weights.alpha),
             "reward_mean": _mean(reward),
             "reward_std": float(reward.double().std(correction=0)) if reward.numel() else 0.0,
         }
+        if contested:
+            result["lone"] = _mean(alone)
         if expert_reward is not None:
             if expert_cu_seqlens is None:
                 raise ValueError("expert_reward needs expert_cu_seqlens")
@@ -461,12 +487,12 @@ def importance_diagnostics(
 
 
 def _mean(values: Tensor) -> float:
-    """The mean as a number; 0 without values."""
+    """The mean as a number; 0 if there are no values."""
     return float(values.double().mean()) if values.numel() else 0.0
 
 
 def _correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of two tensors ``[S]``; 0 where one of them is constant."""
+    """Pearson's correlation of two tensors ``[S]``; 0 if one of them is constant."""
     if x.numel() < 2:
         return 0.0
     x, y = x - x.mean(), y - y.mean()

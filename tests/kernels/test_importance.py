@@ -267,3 +267,42 @@ def test_diagnostics() -> None:
         "reward_length_correlation": float(correlation),
     }
     assert report == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_experts_of_groups_weigh_one_over_groups_times_experts(normalize: str) -> None:
+    reward, logprob, cu = rollouts([2, 1, 3], seed=1)
+    expert_cu = cu_of([2, 1, 1, 3])
+    lw = importance.log_importance_weights(reward, logprob, cu, group_ids=torch.tensor([4, 4, 2]))
+    weights = importance.self_normalize(lw.log_weight, lw.bucket_ids)
+    c = importance.irl_coefficients(
+        weights, lw, cu, expert_cu, normalize=normalize, expert_groups=torch.tensor([4, 2, 4, 2])
+    )
+    # Two groups of two experts: all have -1/4 for each token.
+    expected = torch.full((7,), -0.25 if normalize == "sequence" else -1 / 7, dtype=torch.float64)
+    close(c.expert, expected)
+    c = importance.irl_coefficients(
+        weights, lw, cu, expert_cu, normalize=normalize, expert_groups=torch.tensor([4, 4, 4, 2])
+    )
+    expected = torch.tensor([-1 / 6] * 4 + [-1 / 2] * 3, dtype=torch.float64)
+    close(c.expert, expected if normalize == "sequence" else expected / -expected.sum())
+    with pytest.raises(ValueError, match="expert_groups must have one id for each of the 4 experts"):
+        importance.irl_coefficients(weights, lw, cu, expert_cu, expert_groups=torch.tensor([1]))
+
+
+def test_the_effective_sample_size_of_contested_groups_leaves_lone_ones_out() -> None:
+    reward, logprob, cu = rollouts([2, 1, 3], seed=1)
+    lw = importance.log_importance_weights(reward, logprob, cu, group_ids=torch.tensor([0, 0, 1]))
+    weights = importance.self_normalize(lw.log_weight, lw.bucket_ids)
+    ess = float(1 / (weights[:2] ** 2).sum())
+    report = importance.importance_diagnostics(lw, weights, reward, cu, contested=True)
+    assert (report["ess"], report["ess_fraction"], report["lone"]) == pytest.approx((ess, ess / 2, 0.5))
+    everything = importance.importance_diagnostics(lw, weights, reward, cu)
+    assert everything["ess"] == pytest.approx((ess + 1) / 2)
+    assert "lone" not in everything
+    lw = importance.log_importance_weights(reward, logprob, cu, group_ids=torch.tensor([0, 1, 2]))
+    weights = importance.self_normalize(lw.log_weight, lw.bucket_ids)
+    report = importance.importance_diagnostics(lw, weights, reward, cu, contested=True)
+    assert math.isnan(report["ess"])
+    assert math.isnan(report["ess_fraction"])
+    assert report["lone"] == 1.0
