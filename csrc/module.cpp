@@ -350,9 +350,8 @@ void bind_linear(nb::module_ &module, const char *forward_name, const char *back
       array("dweight").none(), nb::arg("num_threads"));
   module.def(
       backward_name, &linear_backward<T>,
-      "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. `buffer` and `dweight` are those "
-      "of "
-      "a forward pass over `num_buffer_rows` rows; `buffer_rows` are the indices of these rows there, None for all.",
+      "Gradients: overwrites `dhidden`, `dweight` and `dbias`, adds to `dweight_sum`. `buffer` and `dweight` are from "
+      "a forward pass over `num_buffer_rows` rows; `buffer_rows` are these rows' indices there, None for all.",
       array("hidden"), array("weight"), array("bias").none(), nb::arg("temperature"), array("temperatures").none(),
       nb::arg("softcap"), array("targets"), array("logsumexp"), array("mean_logit"), array("mass"), array("onehot"),
       array("slope"), array("uniform"), array("dhidden").none(), array("dweight").none(), array("dweight_sum").none(),
