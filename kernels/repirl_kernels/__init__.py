@@ -31,7 +31,7 @@ from repirl_kernels.pareto import pareto_smooth
 try:
     __version__ = _version("repirl")  # of the distribution that holds this package
 except _PackageNotFoundError:
-    # Run from the sources, where nothing could be installed.
+    # The package is run from its sources and is not installed.
     __version__ = "unknown"
 
 __all__ = [

@@ -23,7 +23,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str 
     Args:
         device: the tensors' device.
         dtype: the tensors' dtype.
-        backend: a backend to use in any case, or ``None``.
+        backend: the backend to force; ``None`` chooses by device and dtype.
 
     Raises:
         ValueError: ``backend`` is not a backend's name, or does not run on ``device``.

@@ -36,7 +36,8 @@ from repirl_kernels.ops import (
 )
 from repirl_kernels.rows import RowStats, check_rows, empty_stats, fake_gradients, kept_rows, refuse_double_backward
 
-# Logits held at once. On a GPU every chunk reads and writes the sum of the weight's gradient, so few are better.
+# Default sizes of the logits in memory. On a GPU every chunk reads and writes the sum of the weight's gradient, so
+# fewer and larger chunks are faster.
 _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
 
 
@@ -44,9 +45,9 @@ class TokenLoss(NamedTuple):
     """What :func:`linear_token_loss` returns."""
 
     loss: Tensor
-    """Sum of ``token_loss``, without axes: the one to call ``backward()`` of."""
+    """Sum of ``token_loss``, a scalar: call its ``backward()``."""
     token_loss: Tensor
-    """``[*]``, what the loss function returned, 0 in rows that are ignored; detached."""
+    """``[*]``, the losses that ``loss_fn`` returned, 0 in ignored rows; detached."""
     stats: AnyTokenStats
     """Statistics ``[*]`` of all rows, detached."""
 
@@ -325,11 +326,11 @@ def _run_chunk(
     hidden, targets = operands.hidden[rows], operands.targets[rows]
     row_mask = None if operands.row_mask is None else operands.row_mask[rows]
     row_temperature = None if operands.row_temperature is None else operands.row_temperature[rows]
-    some = (hidden, operands.weight, targets, operands.bias, row_mask, row_temperature)
+    chunk_operands = (hidden, operands.weight, targets, operands.bias, row_mask, row_temperature)
     logits, weight_sum, dweight_memory = memory
     if logits is not None and logits.dim() == 2:
         logits = logits[: hidden.shape[0]]
-    row_stats = RowStats(*_chunk_forward(*some, logits, dweight_memory, *options))
+    row_stats = RowStats(*_chunk_forward(*chunk_operands, logits, dweight_memory, *options))
     stats = as_stats(row_stats, targets, options)
     upstream: tuple[Tensor | None, ...] = ()
     if any(needs):
@@ -342,7 +343,7 @@ def _run_chunk(
         return _Chunk(losses, row_stats, *[hidden.new_empty(0)] * 3)
     saved = (row_stats.logsumexp, row_stats.entropy if options.with_entropy else None, row_stats.logsumexp_low)
     dhidden, dweight, dbias = _chunk_backward(
-        *upstream, *saved, *needs, *some, logits, weight_sum, dweight_memory, *options
+        *upstream, *saved, *needs, *chunk_operands, logits, weight_sum, dweight_memory, *options
     )
     return _Chunk(losses, row_stats, dhidden, dweight, dbias)
 
@@ -360,13 +361,14 @@ def _differentiate(
     given = [column for column in stats[:4] if column is not None]
 
     def losses_of(*columns: Tensor) -> Tensor:
-        # The fourth is the entropy. What has no gradient is copied in here: a transform lets nothing else be changed.
+        # The fourth statistic is the entropy. Fields without a gradient are copied here, too: loss_fn may change its
+        # arguments, and under a transform only tensors that were made inside it can be changed.
         four = [*(column.clone() for column in columns), None][:4]  # copies: a leaf cannot be changed in place
         fields: list[Any] = [*four, *(column.clone() for column in stats[4:] if column is not None)]
         return loss_fn(type(stats)(*fields), rows)
 
     with torch.enable_grad():
-        if torch.compiler.is_compiling():  # traces vjp, but not autograd.grad
+        if torch.compiler.is_compiling():  # which traces vjp, but not autograd.grad
             losses, pull_back, *_ = torch.func.vjp(losses_of, *given)
             _check_losses(losses, stats.logprob, losses.requires_grad)
             upstream = pull_back(keep.to(losses.dtype))
@@ -423,8 +425,8 @@ def _check_chunks(loss: Tensor, by_chunk: Tensor, at_once: Tensor, shifted: Tens
     def largest(values: Tensor) -> Tensor:
         return values.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
 
-    # The same numbers by another loop may round in another way, and no more. Where a loss cancels (a KL near 0), that
-    # is more than any share of it.
+    # In another slice of the rows, a loss may be rounded differently, but must not differ otherwise. Where a loss is
+    # the difference of close numbers (a KL near 0), rounding errors may exceed any fraction of it.
     rounding = largest(shifted - at_once)
     tolerance = 1e-4 * at_once.abs() + 1e-6 * largest(at_once) + 4 * rounding
     same = ((by_chunk - at_once).abs() <= tolerance) | (by_chunk == at_once) | (by_chunk.isnan() & at_once.isnan())
@@ -569,7 +571,7 @@ def _attach_gradients_autograd(ctx, upstream):  # type: ignore[no-untyped-def]
     # Unless the graph is kept, these are now the only references: a gradient need not be copied to become `.grad`.
     ctx.maybe_clear_saved_tensors()
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    # What a traced graph does cannot depend on a value.
+    # The operations of a traced graph cannot depend on a value.
     traced = torch.compiler.is_compiling() or type(upstream) is not Tensor
     scale = None if not traced and not keeps_graph and upstream == 1 else upstream
     if ctx.needs_input_grad[2] and gradients[1] is None and not traced and upstream != 1:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from repirl_kernels.importance import irl_coefficients, log_importance_weights, log_partition, self_normalize
-from repirl_kernels.packed import check_choice, check_finite, check_number, check_packed, sequence_ids
+from repirl_kernels.packed import bucket_sum, check_choice, check_finite, check_number, check_packed, sequence_ids
 from repirl_kernels.pareto import pareto_smooth
 
 REWARD_KINDS = ("value", "logit", "soft_q", "logprob", "implicit")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant_length")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SMOOTHINGS = ("none", "psis")
+RATIOS = ("token", "sequence")
+FORMS = ("clip", "cispo")
 
 # Its exponential is finite in float32. A token whose ratio is larger than e^20 gets no gradient.
 _MAX_LOG_RATIO = 20.0
@@ -32,9 +34,9 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor
     ratio: Tensor
-    """pi_theta / pi_old."""
+    """pi_theta / pi_old, of the token or of its sequence."""
     clipped: Tensor
-    """bool: whether the clip removed the gradient."""
+    """bool: whether the clip removed the gradient; in the form "cispo", whether it changed the ratio."""
     kl: Tensor
     """The estimate of the KL divergence to the reference, in nats; 0 without a reference."""
     sampler_ratio: Tensor
@@ -130,6 +132,10 @@ def policy_loss(
     entropy_coefficient: float = 0.0,
     kl_coefficient: float = 0.0,
     kl_estimator: str = "k3",
+    clip_dual: float | None = None,
+    form: str = "clip",
+    ratio: str = "token",
+    cu_seqlens: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss of every token, [T].
 
@@ -139,10 +145,19 @@ def policy_loss(
     The first factor is PPO's clipped objective with ratio = pi / pi_old. The factor min(pi_old / mu, cap) corrects for
     the mismatch between the trainer's log-probabilities before the update and those of the engine that sampled.
 
+    Other first factors:
+
+    - `clip_dual` c (Ye et al. 2020): where A < 0 it is max(min(...), c A), so that the loss is at most -c A.
+    - `form` "cispo" (MiniMax 2025): clip(ratio, 1 - clip_low, 1 + clip_high) A logprob, with the clipped ratio constant
+      to autograd. No token loses its gradient. clip_low 1 leaves out the lower bound.
+    - `ratio` "sequence" (GSPO, Zheng et al. 2025): the ratio of each token is exp(mean over the sequence of
+      log pi - log pi_old). In the form "clip" the gradient of a token is that ratio times A times its own grad logprob,
+      so that the loss, averaged within sequences, has the gradient of the sequence's ratio times A.
+
     KL_t estimates KL(pi || pi_ref) from d = logprob - ref_logprob: k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d.
-    As a loss, k1's own derivative has mean zero under pi and would do nothing, so k1 carries the
-    score-function gradient d * grad logprob: on policy it and k2's (the same) are unbiased for the gradient
-    of KL(pi || pi_ref), and k3's is that of KL(pi_ref || pi).
+    The derivative of k1 itself has mean zero under pi and as a loss would have no effect, so k1 gets the score-function
+    gradient d * grad logprob, which is also the gradient of k2. On policy, these are unbiased for the gradient of
+    KL(pi || pi_ref), and the gradient of k3 is unbiased for that of KL(pi_ref || pi).
 
     Args:
         logprob: [T], log pi under the trained policy. If it is NaN or infinite, so is the loss; trainers see by this
@@ -161,6 +176,11 @@ def policy_loss(
         entropy_coefficient: weight of the entropy.
         kl_coefficient: weight of the KL term.
         kl_estimator: "k1", "k2" or "k3".
+        clip_dual: c, larger than 1; None leaves it out.
+        form: "clip" or "cispo".
+        ratio: "token" or "sequence".
+        cu_seqlens: [S + 1], where each sequence begins, and where the last one ends; for the ratio of sequences only.
+            All tokens of a sequence must be here.
 
     Returns:
         :class:`PolicyLoss`. Gradients flow only through logprob and entropy.
@@ -173,6 +193,12 @@ def policy_loss(
     Source: PPO, Schulman et al. 2017.
     """
     check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    check_choice("form", form, FORMS)
+    check_choice("ratio", ratio, RATIOS)
+    if clip_dual is not None and not 1.0 < clip_dual < math.inf:
+        raise ValueError(f"clip_dual must be larger than 1 and finite, or None for no such bound; got {clip_dual!r}")
+    if clip_dual is not None and form == "cispo":
+        raise ValueError(f"clip_dual is {clip_dual!r}, but the form 'cispo' is not bounded by it")
     inputs = {"old_logprob": old_logprob, "advantage": advantage, "entropy": entropy}
     inputs |= {"sampler_logprob": sampler_logprob, "ref_logprob": ref_logprob, "row_mask": row_mask}
     for name, tensor in inputs.items():
@@ -205,13 +231,23 @@ def policy_loss(
             None if values is None else torch.where(row_mask, values, 0.0)
             for values in (entropy, sampler_logprob, ref_logprob)
         )
-    ratio = (logprob - old_logprob.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    unclipped = ratio * advantage
-    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantage
-    clipped = (bounded < unclipped).detach()
-    loss = -torch.where(clipped, bounded, unclipped)
+    log_ratio = logprob - old_logprob.detach()
+    if ratio == "sequence":
+        log_ratio = _sequence_log_ratio(log_ratio, cu_seqlens, row_mask)
+    ratios = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    bounded = ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
+    if form == "cispo":
+        clipped = (bounded != ratios).detach()
+        loss = -bounded.detach() * advantage * logprob
+    else:
+        gain = torch.minimum(bounded * advantage, ratios * advantage)
+        if clip_dual is not None:
+            gain = torch.where(advantage < 0, torch.maximum(gain, clip_dual * advantage), gain)
+        # Not "!=": a NaN is not clipped, so that it reaches the gradient.
+        clipped = ((gain < ratios * advantage) | (gain > ratios * advantage)).detach()
+        loss = -torch.where(clipped, gain.detach(), ratios * advantage)
 
-    sampler_ratio = torch.ones_like(ratio).detach()
+    sampler_ratio = torch.ones_like(ratios).detach()
     truncated = torch.zeros_like(clipped)
     if sampler_ratio_cap is not None:
         if sampler_logprob is None:
@@ -224,7 +260,7 @@ def policy_loss(
         if entropy is None:
             raise ValueError(f"entropy_coefficient is {entropy_coefficient!r} but entropy is None")
         loss = loss - entropy_coefficient * entropy
-    kl = torch.zeros_like(ratio).detach()
+    kl = torch.zeros_like(ratios).detach()
     if ref_logprob is not None:
         kl_term = _kl(logprob, ref_logprob.detach(), kl_estimator)
         kl = kl_term.detach()
@@ -232,7 +268,25 @@ def policy_loss(
             loss = loss + kl_coefficient * kl_term
     elif kl_coefficient != 0.0:
         raise ValueError(f"kl_coefficient is {kl_coefficient!r} but ref_logprob is None")
-    return PolicyLoss(loss, ratio.detach(), clipped, kl, sampler_ratio, truncated)
+    return PolicyLoss(loss, ratios.detach(), clipped, kl, sampler_ratio, truncated)
+
+
+def _sequence_log_ratio(log_ratio: Tensor, cu_seqlens: Tensor | None, row_mask: Tensor | None) -> Tensor:
+    """The mean of the log-ratios [T] over each sequence, at each token, with the gradient of the token's own.
+
+    Tokens without `row_mask` have a log-ratio of 0 and do not count.
+    """
+    if cu_seqlens is None:
+        raise ValueError("ratio 'sequence' needs cu_seqlens, got None")
+    if not torch.compiler.is_compiling():
+        check_packed(cu_seqlens, logprob=log_ratio)
+    ids = sequence_ids(cu_seqlens, log_ratio.numel())
+    counts = torch.ones_like(ids) if row_mask is None else row_mask.long()
+    num_sequences = cu_seqlens.numel() - 1
+    size = bucket_sum(counts, ids, num_sequences).clamp(min=1)
+    mean = (bucket_sum(log_ratio.detach(), ids, num_sequences) / size)[ids].to(log_ratio.dtype)
+    mean = torch.where(counts > 0, mean, 0.0)
+    return mean + (log_ratio - log_ratio.detach())
 
 
 def _kl(logprob: Tensor, ref_logprob: Tensor, estimator: str) -> Tensor:

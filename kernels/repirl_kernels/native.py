@@ -40,12 +40,12 @@ def is_available() -> bool:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that the C++ module can use on this machine, the best one last."""
+    """The instruction sets that the C++ module can use on this machine, the fastest last."""
     return _native.instruction_sets()
 
 
 def instruction_set() -> str:
-    """The instruction set in use: the best one, unless :func:`use_instruction_set` chose another."""
+    """The instruction set in use: the fastest, unless :func:`use_instruction_set` chose another."""
     return _native.instruction_set()
 
 
@@ -88,10 +88,10 @@ def buffer_bytes(num_rows: int, num_features: int, dtype: torch.dtype, options: 
     powers = dtype == torch.bfloat16 and options.softcap is None
     value_bytes = 2 if powers else 4
     maxima_bytes = -(-vocab_size // _PANEL_COLUMNS) * num_rows * 4 if powers else 0
-    here = num_rows
+    buffer_rows = num_rows
     if in_gradient and value_bytes == dtype.itemsize:
-        here = torch.sym_max(num_rows - num_features, 0)  # one graph for all numbers of rows, when compiled
-    return maxima_bytes + here * vocab_size * value_bytes
+        buffer_rows = torch.sym_max(num_rows - num_features, 0)  # with sym_max, torch.compile makes one graph for all N
+    return maxima_bytes + buffer_rows * vocab_size * value_bytes
 
 
 def logits_forward(
@@ -258,15 +258,15 @@ def _backward_by_slabs(
         rows.write(dz, dz, None if bias is None else bias[first:last], first)
         if dbias is not None:
             torch.sum(dz, dim=0, out=dbias[first:last])
-        hidden_part, some = hidden_ND, None
+        hidden_part, row_indices = hidden_ND, None
         if skip_below is not None:
-            some = rows_above(dz, skip_below)
-            dz, hidden_part = dz[some], hidden_ND[some]
+            row_indices = rows_above(dz, skip_below)
+            dz, hidden_part = dz[row_indices], hidden_ND[row_indices]
         if dhidden is not None:
-            if some is None:
+            if row_indices is None:
                 dhidden.addmm_(dz, weight_CD)
             else:
-                dhidden.index_add_(0, some, dz @ weight_CD)
+                dhidden.index_add_(0, row_indices, dz @ weight_CD)
         if dweight_sum is not None:
             dweight_sum[first:last].addmm_(dz.T, hidden_part)
         elif dweight is not None and weight.dtype == torch.float32:
@@ -359,17 +359,17 @@ class _RunningStatistics:
 
 
 class _Gradients:
-    """The values of each row, besides its logits, from which the gradient is computed."""
+    """The values from which the gradient of a row is computed, except its logits."""
 
     def __init__(
         self, gradients: RowGradients, targets: Tensor, options: Options, row_temperature: Tensor | None
     ) -> None:
         self.targets = targets.contiguous()
         self.transform = _transform(options, row_temperature)
-        nothing = torch.zeros_like(gradients.mass)
+        zeros = torch.zeros_like(gradients.mass)
 
         def column(values: Tensor | None) -> Tensor:
-            return (nothing if values is None else values).detach().float().contiguous()
+            return (zeros if values is None else values).detach().float().contiguous()
 
         self.columns = (
             *(column(gradients.logsumexp), column(gradients.mean_logit), column(gradients.mass)),

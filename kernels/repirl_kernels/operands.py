@@ -15,7 +15,7 @@ _TARGET_DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
 )
-# Temperatures and softcaps that float32 holds, and their inverses, too.
+# The range of temperatures and softcaps: float32 holds these numbers and their inverses.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**126
 
 
@@ -90,11 +90,11 @@ def prepare_linear(
     refuse_forward_mode(hidden, weight, bias)
     dtype = _product_dtype(hidden, weight)
     if bias is not None and bias.dtype != dtype:
-        # A bias more precise than a half-precision product costs nothing to keep: it is added in float32.
+        # A bias that is more precise than half-precision operands is kept: it is added in float32 in any case.
         bias = bias.to(statistics_dtype(dtype))
     if is_shard:
         if vocab_size is not None:
-            check_integer("vocab_size", vocab_size)  # of all shards: compared with their columns when these are known
+            check_integer("vocab_size", vocab_size)  # of all shards; parallel.py checks it
         num_columns = weight.shape[0]
     else:
         num_columns = check_vocab_size(weight.shape[0], vocab_size)
@@ -241,13 +241,13 @@ def _check_rows(name: str, rows: Tensor, targets: Tensor, row_mask: Tensor | Non
 
 def _as_int64(targets: Tensor) -> Tensor:
     result = targets.to(torch.int64)
-    if targets.dtype == torch.uint64:  # beyond int64 there is no column, and no ignore_index either
+    if targets.dtype == torch.uint64:  # beyond int64: neither a column nor the ignore_index
         result = torch.where(result < 0, torch.iinfo(torch.int64).max, result)
     return result
 
 
 def _split_temperature(temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[float, Tensor | None]:
-    """One temperature for all rows and ``None``; or 1 and temperatures ``[N]``, which the operator checks later."""
+    """``(temperature, None)`` for a number; else 1 and temperatures ``[N]``, whose values the operator checks later."""
     if not isinstance(temperature, Tensor):
         return temperature, None
     _check_tensor("temperature", temperature, SUPPORTED_DTYPES)

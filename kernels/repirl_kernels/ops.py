@@ -65,7 +65,7 @@ class TokenStats(NamedTuple):
     """log of the partition function."""
     target_logit: Tensor
     """The target's final logit, smoothed like ``logprob``."""
-    entropy: Any  # a Tensor, or None: a type checker cannot know
+    entropy: Any  # Tensor or None: which one depends on with_entropy
     """-sum p log p, in nats; ``None`` with ``with_entropy=False``."""
 
 
@@ -166,8 +166,7 @@ def linear_token_stats(
     Statistics are computed in float32 whatever the operands' dtype: with bfloat16 operands the logits are
     never rounded to bfloat16. ``hidden`` and ``weight`` of different dtypes are computed in the dtype that
     both promote to; under ``torch.autocast`` both are cast to the autocast dtype first, as
-    ``torch.nn.functional.linear`` does (float64 is left alone by both). Gradients have the dtype of their
-    tensor.
+    ``torch.nn.functional.linear`` does (neither casts float64). Gradients have the dtype of their tensor.
 
     Args:
         hidden: ``[*, D]``, float32, bfloat16, float16 or float64.
@@ -189,11 +188,11 @@ def linear_token_stats(
             small terms of the same sign can have a sum that is not small.
         backend: ``"reference"``, ``"triton"`` or ``"native"`` to force one; see :func:`choose_backend`.
 
-    Vocabulary-parallel: with ``tp_group``, ``weight [V_r, D]`` and ``bias [V_r]`` are this rank's shard: the shards in
-    rank order are the vocabulary, they may be uneven, and one may be empty. ``targets`` are global columns and
-    ``vocab_size`` counts those. ``hidden``, ``targets``, ``row_mask`` and all options are the same on every rank of the
-    group, and so must be the gradients that arrive at the statistics, each as of one process's loss (not divided by
-    the number of ranks). All ranks return the same statistics. ``hidden`` gets its whole gradient on every rank,
+    Vocabulary-parallel: with ``tp_group``, ``weight [V_r, D]`` and ``bias [V_r]`` are this rank's shard. Concatenated
+    in rank order, the shards are the vocabulary; their sizes may differ, and may be 0. ``targets`` are global columns,
+    and ``vocab_size`` counts global columns. ``hidden``, ``targets``, ``row_mask`` and all options must be the same on
+    every rank of the group, and so must the upstream gradients of the statistics: those of the whole loss, not divided
+    by the number of ranks. All ranks return the same statistics. ``hidden`` gets its whole gradient on every rank,
     already summed over the ranks: do not sum it again. ``weight`` and ``bias`` get the gradient of their shard.
 
     Returns:
@@ -249,7 +248,7 @@ def as_stats(outputs: Any, targets: Tensor, options: Options) -> AnyTokenStats:
     columns: list[Any] = [None if column is None else column.reshape(targets.shape) for column in stats]
     if not options.with_argmax:
         return TokenStats(*columns)
-    # Without a gradient, both.
+    # The argmax and its logit have no gradient.
     return TokenStatsWithArgmax(*columns, *(x.detach().reshape(targets.shape) for x in (row.argmax, row.max_logit)))
 
 
@@ -428,7 +427,7 @@ def linear_backward(
                 compact(logits, places)
             kept = {"logits": logits[:num_live]}
     functions = backend_module(hidden, options.backend)
-    some = (take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options)
+    live_operands = (take(hidden, rows), take(weight, None), take(targets, rows), contiguous(bias), options)
     temperatures = take_some(row_temperature, rows)
     with torch.autocast(hidden.device.type, enabled=False):
         live_upstream, live_stats = take_live(upstream, stats, rows)
@@ -436,12 +435,12 @@ def linear_backward(
             saturated = are_saturated(live_stats[0], live_stats[1])
             if saturated.any():
                 fresh = put_stats(
-                    functions.linear_forward(*some, temperatures), options.label_smoothing, None, num_live
+                    functions.linear_forward(*live_operands, temperatures), options.label_smoothing, None, num_live
                 )
                 live_stats = replace_stats(live_stats, fresh, saturated)
         gradients = fold_upstream(live_upstream, live_stats, options.label_smoothing, options.vocab_size)
         dhidden, new_dweight, dbias = functions.linear_backward(
-            gradients, *some, need_hidden, need_weight, need_bias, temperatures,
+            gradients, *live_operands, need_hidden, need_weight, need_bias, temperatures,
             dweight_sum=weight_sum if need_weight else None,
             skip_below=skip_below(gradients, hidden.dtype) if skip_negligible else None,
             **kept,

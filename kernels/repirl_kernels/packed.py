@@ -59,13 +59,13 @@ def check_packed(cu_seqlens: Tensor, **values: Tensor | None) -> None:
 
 
 def check_finite(row_mask: Tensor | None = None, **values: Tensor | None) -> None:
-    """Refuse values that are NaN or infinite in a row that counts.
+    """Refuse values that are NaN or infinite.
 
-    All values are read at once, with one synchronisation. Nothing is checked where a read would break a graph or a
-    transform: under ``torch.compile`` and ``torch.func``, and while a CUDA graph is captured.
+    All values are read at once, with one synchronisation. Nothing is checked under ``torch.compile`` or ``torch.func``,
+    or while a CUDA graph is captured: values cannot be read there.
 
     Args:
-        row_mask: bool, of the values' shape; only rows with ``True`` count. ``None``: all do.
+        row_mask: bool, of the values' shape; only rows with ``True`` are checked. ``None``: all are.
         values: floating-point tensors; ``None`` is skipped.
 
     Raises:
@@ -79,8 +79,8 @@ def check_finite(row_mask: Tensor | None = None, **values: Tensor | None) -> Non
     wrong = {name: ~value.isfinite() for name, value in given.items()}
     if row_mask is not None:
         wrong = {name: rows & row_mask for name, rows in wrong.items()}
-    found = torch.stack([rows.any() for rows in wrong.values()]).tolist()
-    for name in [name for name, is_wrong in zip(wrong, found, strict=True) if is_wrong]:
+    any_wrong = torch.stack([rows.any() for rows in wrong.values()]).tolist()
+    for name in [name for name, is_wrong in zip(wrong, any_wrong, strict=True) if is_wrong]:
         first = tuple(wrong[name].nonzero()[0].tolist())
         index = first[0] if len(first) == 1 else first
         raise ValueError(
@@ -114,7 +114,7 @@ def sequence_ids(cu_seqlens: Tensor, num_tokens: int | None = None) -> Tensor:
 
     Args:
         cu_seqlens: ``[S+1]``.
-        num_tokens: T; where it is given, a device is not synchronised to find it.
+        num_tokens: T; if it is not given, a GPU is synchronised to read it.
 
     Returns:
         ``[T]`` int64, in [0, S).
@@ -221,14 +221,14 @@ def running_sums(values: Tensor, distance: Tensor, longest: int, gamma: float, *
         values: ``[T]``.
         distance: ``[T]``, how many tokens of the same sequence lie before each token (after it, if ``backward``).
         longest: the length of the longest sequence.
-        gamma: the discount of a neighbour, to the power of its distance.
+        gamma: the discount; a token at distance k is multiplied by gamma^k.
         backward: sum from each token to the end of its sequence, instead of from the start to the token.
 
     Returns:
         ``[T]``, of the values' dtype.
     """
-    # After k rounds each token holds the discounted sum of its own value and those of 2^k - 1 neighbours. Values across
-    # a border are selected away, not multiplied by zero: a NaN there stays there.
+    # After k rounds each token holds the discounted sum of its own value and those of 2^k - 1 neighbours. A neighbour
+    # in another sequence is replaced by 0, not multiplied by 0: its value may be NaN.
     reach = 1
     while reach < longest:
         padding = values.new_zeros(min(reach, values.numel()))

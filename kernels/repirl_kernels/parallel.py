@@ -167,22 +167,22 @@ def _merge(shards: Tensor, num_columns: Tensor | None, options: Options, dtype: 
     shard_logsumexp, shard_entropy, shard_logprob, shard_target_logit = shards[:, :4].unbind(dim=1)
     logsumexp = torch.logsumexp(shard_logsumexp, dim=0)
     logsumexp = torch.where(logsumexp == -torch.inf, torch.nan, logsumexp)
-    behind = logsumexp - shard_logsumexp
+    difference = logsumexp - shard_logsumexp
     entropy = mean_logprob = argmax = max_logit = None
     if options.with_entropy:
-        share = torch.exp(-behind)
-        entropy = torch.where(share == 0, 0.0, share * (shard_entropy + behind)).sum(dim=0).to(dtype)
+        share = torch.exp(-difference)
+        entropy = torch.where(share == 0, 0.0, share * (shard_entropy + difference)).sum(dim=0).to(dtype)
     if num_columns is not None:
         counts = num_columns[:, None].double()
-        # A shard's log p are relative to its own logsumexp. One without columns has none.
-        sums = torch.where(counts == 0, 0.0, shards[:, 4] - torch.where(counts == 0, 0.0, counts * behind))
+        # A shard's log p are relative to its own logsumexp. A shard without columns adds nothing.
+        sums = torch.where(counts == 0, 0.0, shards[:, 4] - torch.where(counts == 0, 0.0, counts * difference))
         mean_logprob = sums.sum(dim=0) / counts.sum()
     if options.with_argmax:
-        rank = shards[:, 6].argmax(dim=0, keepdim=True)  # the first one, as the columns are in rank order
+        rank = shards[:, 6].argmax(dim=0, keepdim=True)  # the first of equal ones: columns are in rank order
         argmax = shards[:, 5].gather(0, rank).squeeze(0).long()
         max_logit = shards[:, 6].gather(0, rank).squeeze(0).to(dtype)
     # The owner's value is the largest, as all others are -inf.
-    logprob = (shard_logprob - behind).amax(dim=0)
+    logprob = (shard_logprob - difference).amax(dim=0)
     target_logit = shard_target_logit.amax(dim=0)
     return ForwardResult(logprob.to(dtype), logsumexp, target_logit.to(dtype), entropy, mean_logprob, argmax, max_logit)
 
@@ -228,7 +228,7 @@ def _vocab_parallel_token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As ``linear_token_stats``, but ``vocab_size`` is not read.
 
-    The last output is what :func:`_shard` says of the shard.
+    The last output is the result of :func:`_shard`, int64 ``[4]``.
     """
     options = Options(
         temperature, softcap, ignore_index, vocab_size, label_smoothing, with_entropy, with_argmax, backend
@@ -301,7 +301,7 @@ def _vocab_parallel_token_stats_backward(
     # Look at all rows, so that all ranks get the same result: they have not yet agreed which rows are live.
     may_refresh = not repeats and bool(are_saturated(logsumexp, entropy).any())
     if (need_hidden and live.shape[0] > 0) or may_refresh:
-        # A gradient that is 0 on one rank and 1e-9 on another must not make them wait for each other for ever.
+        # A gradient may be 0 on one rank and 1e-9 on another: without this, they would make different calls and hang.
         anywhere = live.to(torch.uint8)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=group)
         live = anywhere.bool()
@@ -318,9 +318,9 @@ def _vocab_parallel_token_stats_backward(
         with torch.autocast(hidden.device.type, enabled=False):
             if may_refresh and (saturated := are_saturated(live_stats[0], live_stats[1])).any():
                 # A gradient needs neither a smoothed mean nor the argmax.
-                less = options._replace(label_smoothing=0.0, with_argmax=False)
+                plain = options._replace(label_smoothing=0.0, with_argmax=False)
                 fresh = _statistics(
-                    group, live_hidden, whole_weight, live_targets, whole_bias, temperatures, less, first, num_columns
+                    group, live_hidden, whole_weight, live_targets, whole_bias, temperatures, plain, first, num_columns
                 )
                 live_stats = replace_stats(live_stats, put_stats(fresh, 0.0, None, num_live), saturated)
             if num_columns > 0:

@@ -1,4 +1,4 @@
-"""Pareto smoothing of importance weights: the largest of them are replaced by quantiles of a fitted tail.
+"""Pareto smoothing of importance weights: the largest ones are replaced by quantiles of a fitted distribution.
 
 Axes as in ``packed``: E elements that have a weight of their own, B buckets.
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from repirl_kernels.packed import bucket_sizes, count_buckets
 
-# The fewest elements of a tail that is fitted (Vehtari et al. 2024).
+# A tail with fewer elements is not fitted (Vehtari et al. 2024).
 _MIN_TAIL = 5
 
 
 def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log weights of which the largest in each bucket are smoothed, and the shape k_hat of each bucket's tail.
+    """Smooth the largest weights of each bucket, and estimate the shape k_hat of each bucket's tail.
 
     In a bucket of M elements the largest ceil(min(M/5, 3 sqrt(M))) weights are the tail. A generalised Pareto
     distribution is fitted to it, and its quantiles replace the tail's weights, in the same order and at most as large
-    as the largest raw weight. k_hat > 0.7 means that the estimate is not to be trusted.
+    as the largest raw weight. With k_hat > 0.7, estimates made with the weights are unreliable.
 
     Args:
         log_weight: ``[E]``; -inf is a weight of 0.
@@ -51,7 +51,8 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
     if fitted.numel() == 0:
         return raw.clone(), k_hat
 
-    # The elements bucket by bucket, ascending in each. Row r of what follows, [R, N], is the tail of bucket fitted[r].
+    # Elements sorted by bucket, and in ascending order within a bucket. Row r of the tensors [R, N] below is the tail
+    # of bucket fitted[r].
     order = raw.argsort(stable=True)
     order = order[bucket_ids[order].argsort(stable=True)]
     end = count.cumsum(0)[fitted, None]
@@ -79,14 +80,14 @@ def pareto_smooth(log_weight: Tensor, bucket_ids: Tensor | None = None) -> tuple
 
 
 def _fit_generalized_pareto(x: Tensor, valid: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape k and scale sigma of a generalised Pareto distribution, one fit a row.
+    """Shape k and scale sigma of a generalised Pareto distribution, fitted to each row.
 
     theta = -k / sigma is its posterior mean, on a grid, under a prior that depends on the data.
 
     Args:
         x: ``[R, N]``, exceedances over the cutoff, ascending in each row.
         valid: ``[R, N]`` bool, the first ``size`` of each row.
-        size: ``[R, 1]``, how many count.
+        size: ``[R, 1]``, the number of valid elements.
 
     Returns:
         k and sigma, each ``[R, 1]``; not finite where a row has no spread.

@@ -14,8 +14,8 @@ and with upstream gradients ``g``:
     dz_v = onehot 1[v = a] + uniform + p_v (mass - slope (z_v - b)),
     onehot = g_target_logit + g_logprob,  mass = g_logsumexp - g_logprob,  slope = g_entropy
 
-``logprob`` and ``entropy`` are built from differences to the row maximum: ``z_a - L`` and ``L - b`` would
-lose them to cancellation when the logits share a large offset. A column with ``p_v = 0`` (a banned token,
+``logprob`` and ``entropy`` are computed from differences to the row maximum: if the logits share a large offset,
+``z_a - L`` and ``L - b`` would lose their digits to cancellation. A column with ``p_v = 0`` (a banned token,
 ``z_v = -inf``) contributes exactly 0 to the entropy and to every gradient. A row that contains NaN or +inf,
 or only -inf, has no distribution: its gradients, and its statistics except ``target_logit``, are NaN. Other rows are
 not affected.
@@ -52,11 +52,11 @@ class ForwardResult(NamedTuple):
     logsumexp: Tensor
     target_logit: Tensor
     entropy: Tensor | None
-    """``None`` where it was left out."""
+    """``None`` if it was not computed."""
     mean_logprob: Tensor | None = None
-    """sum_v log p_v / V, for label smoothing; ``None`` where that is 0."""
+    """sum_v log p_v / V; ``None`` without label smoothing."""
     argmax: Tensor | None = None
-    """First column with the largest logit, int64; ``None`` where it is not wanted, as is ``max_logit``."""
+    """First column with the largest logit, int64; ``None``, like ``max_logit``, if it is not wanted."""
     max_logit: Tensor | None = None
 
 
@@ -66,7 +66,7 @@ class RowGradients(NamedTuple):
     mass: Tensor
     onehot: Tensor
     slope: Tensor | None
-    """``None`` where the entropy was left out."""
+    """``None`` if the entropy was not computed."""
     uniform: Tensor | None
     """``None`` without label smoothing."""
     logsumexp: Tensor
@@ -185,7 +185,7 @@ def linear_backward(
 
 
 def rows_above(dlogits: Tensor, skip_below: Tensor) -> Tensor:
-    """Indices of rows of ``dlogits [N, C]`` with a value of at least ``skip_below [N]`` in size, or NaN."""
+    """Indices of the rows of ``dlogits [N, C]`` with a NaN, or an absolute value of at least ``skip_below [N]``."""
     return (~(dlogits.abs().amax(dim=1) < skip_below)).nonzero().squeeze(-1)
 
 
@@ -221,13 +221,13 @@ def _statistics(z: Tensor, targets: Tensor, options: Options) -> ForwardResult:
     log_total = total.log()
     entropy = mean_logprob = None
     if options.with_entropy:
-        # 0 * (-inf) is NaN in floating point and 0 in the entropy.
+        # 0 * (-inf) is NaN in floating point, and must count as 0 in the entropy.
         entropy = log_total - torch.where(exp == 0, 0.0, exp * shifted).sum(dim=-1) / total
     if options.label_smoothing:
         mean_logprob = shifted.mean(dim=-1) - log_total
     target_logit = z.gather(-1, targets[:, None]).squeeze(-1)
     z_max = z_max.squeeze(-1)
-    if argmax is not None:  # if several are equal, `max` may return any of them
+    if argmax is not None:  # `max` may return any of several equal columns
         argmax = (z == z_max[:, None]).to(torch.uint8).argmax(dim=-1)
     return ForwardResult(
         logprob=(target_logit - z_max) - log_total,

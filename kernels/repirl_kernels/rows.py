@@ -15,8 +15,8 @@ from torch import Tensor
 from repirl_kernels.operands import LARGEST_SCALE, SMALLEST_SCALE, statistics_dtype
 from repirl_kernels.reference import ForwardResult, RowGradients
 
-# The gradients of logprob, logsumexp, target_logit and entropy; logsumexp, entropy and what logsumexp lost. Without
-# entropy, ``None`` in both.
+# Upstream: the upstream gradients of logprob, logsumexp, target_logit and entropy. SavedStats: logsumexp, entropy, and
+# the rounding error of logsumexp. Without entropy, both have ``None`` in its place.
 Upstream = tuple[Tensor, Tensor, Tensor, Tensor | None]
 SavedStats = tuple[Tensor, Tensor | None, Tensor]
 # The argmax of a row that has no argmax.
@@ -45,7 +45,7 @@ def take_some(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def take_live(upstream: Upstream, stats: SavedStats, rows: Tensor | None) -> tuple[Upstream, SavedStats]:
-    """Those of ``rows``."""
+    """The upstream gradients and statistics of ``rows``."""
     g_logprob, g_logsumexp, g_target_logit, g_entropy = upstream
     logsumexp, entropy, logsumexp_low = stats
     return (
@@ -164,7 +164,7 @@ class RowStats(NamedTuple):
     target_logit: Tensor
     entropy: Tensor
     logsumexp_low: Tensor
-    """What ``logsumexp`` lost in its rounding, for the backward pass."""
+    """The rounding error of ``logsumexp``, for the backward pass."""
     argmax: Tensor
     max_logit: Tensor
 
@@ -185,7 +185,7 @@ def live_rows(upstream: Upstream, keep: Tensor) -> Tensor:
     for gradient in upstream:
         if gradient is None:
             continue
-        live |= gradient != 0  # NaN != 0: a poisoned gradient is passed on, not hidden
+        live |= gradient != 0  # true for NaN: a NaN gradient is passed on, not hidden
     return live & keep
 
 
@@ -203,7 +203,7 @@ def refuse_double_backward(ctx, *gradients) -> None:  # type: ignore[no-untyped-
 def transformed(
     operator: Callable[..., Any], context: Callable[..., None], gradient: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """``operator`` and its gradient in the form that ``torch.func`` needs; it ignores an operator's own autograd."""
+    """``operator`` and its gradient in the form that ``torch.func`` needs: that ignores an operator's own autograd."""
 
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
@@ -222,7 +222,7 @@ def transformed(
 
 
 def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of ``torch.vmap`` for an operator that returns a tensor or a tuple of them."""
+    """The ``torch.vmap`` rule of an operator that returns a tensor or a tuple of them: one call for each index."""
 
     def rule(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
         results = []
@@ -252,7 +252,7 @@ def put_stats(result: ForwardResult, label_smoothing: float, rows: Tensor | None
         logprob = smoothed.to(logprob.dtype)
     logsumexp, logsumexp_low = split_logsumexp(logprob, result.logsumexp, target_logit)
     entropy, argmax, max_logit = result.entropy, result.argmax, result.max_logit
-    if argmax is not None and max_logit is not None:  # of a row without a distribution there is none
+    if argmax is not None and max_logit is not None:  # a row without a distribution has none
         argmax = torch.where(logsumexp.isnan(), NO_COLUMN, argmax)
         max_logit = torch.where(logsumexp.isnan(), torch.nan, max_logit)
     return RowStats(
@@ -291,8 +291,8 @@ def fake_gradients(
 
 
 def compact(logits: Tensor, rows: Tensor) -> None:
-    """Move ``rows``, in ascending order, to the front, a few at a time: a row is never overwritten before its turn."""
+    """Move ``rows``, in ascending order, to the front, 64 at a time: no row is overwritten before it was moved."""
     first = 0
-    for some in rows.split(64):
-        logits[first : first + some.shape[0]] = logits[some]
-        first += some.shape[0]
+    for part in rows.split(64):
+        logits[first : first + part.shape[0]] = logits[part]
+        first += part.shape[0]

@@ -1,9 +1,9 @@
 """``linear_token_stats`` backward, vocabulary slab by slab.
 
-A slab's gradient of the logits ``[N, slab]`` is recomputed in the operands' dtype by a Triton kernel; the
-vendor's matrix products turn it into the slab's rows of dW, written once, and add its share of dH to a
-float32 ``[N, D]`` accumulator. Neither ``[N, V]`` nor a float32 ``[V, D]`` exists, and the order of the sums
-is fixed.
+For each slab a Triton kernel computes the logits again and writes their gradient ``[N, slab]`` in the operands' dtype.
+The vendor's matrix products then compute the slab's rows of dW, which are written once, and add the slab's share of dH
+to a float32 ``[N, D]`` accumulator. No memory of size ``[N, V]`` and no float32 ``[V, D]`` is needed, and the order of
+the sums is fixed.
 
 Axes: N rows, D features, V vocabulary.
 """
@@ -58,7 +58,7 @@ def store_gradient(
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):
-    """Store the gradient before softcap and temperature of the logits ``s``, columns ``within`` of a slab."""
+    """Store the gradient of the logits ``s`` (before bias, softcap and temperature), columns ``within`` of a slab."""
     columns = slab_start + within
     if HAS_BIAS:
         s += tl.load(bias_ptr + columns, mask=columns < slab_stop, other=0.0)[None, :]
@@ -123,7 +123,7 @@ def linear_dlogits_kernel(
     BLOCK_HIDDEN: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    """One tile of columns ``[slab_start, slab_stop)`` of the gradient before softcap and temperature."""
+    """One tile of the gradient of the logits before softcap and temperature, in columns ``[slab_start, slab_stop)``."""
     num_column_blocks = tl.cdiv(slab_stop - slab_start, BLOCK_VOCAB)
     row_block, column_block = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_column_blocks, GROUP_ROWS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -200,10 +200,11 @@ def linear_backward(
 
     With the ``logits`` that :func:`linear_forward` wrote, they are not computed again. With ``dweight_sum``, float32
     ``[V, D]``, the weight's gradient is added to it, and ``None`` is returned instead. If all gradients of a row's
-    logits in a slab are below its ``skip_below``, both products leave the row out in this slab (the host then waits for
-    the GPU).
+    logits in a slab are below its ``skip_below``, both products leave the row out in this slab (which makes the host
+    wait for the GPU).
 
-    ``slab_bytes`` is the largest size of the only buffer that grows with N·V (but at least one tile of columns).
+    ``slab_bytes`` is the largest size of the gradient buffer of a slab, which has at least one tile of columns. No
+    other memory grows with N·V.
     """
     num_rows, hidden_size = hidden.shape
     vocab_size = options.vocab_size
@@ -260,21 +261,21 @@ def linear_backward(
             dlogits = buffer[:, : stop - start].to(hidden.dtype)
         if dbias is not None:
             torch.sum(dlogits, dim=0, dtype=torch.float32, out=dbias[start:stop])
-        some, hidden_part = None, hidden
+        row_indices, hidden_part = None, hidden
         if skip_below is not None:
-            some = rows_above(dlogits, skip_below)
-            dlogits, hidden_part = dlogits[some], hidden[some]
+            row_indices = rows_above(dlogits, skip_below)
+            dlogits, hidden_part = dlogits[row_indices], hidden[row_indices]
         if dweight_sum is not None:
             _accumulate_product(dweight_sum[start:stop], dlogits.T, hidden_part)
         if dweight is not None:
             _product_into(dweight[start:stop], dlogits.T, hidden_part)
         if dhidden is not None:
-            if some is None:
+            if row_indices is None:
                 _accumulate_product(dhidden, dlogits, weight[start:stop])
             else:
-                part = torch.zeros((some.shape[0], hidden_size), dtype=torch.float32, device=hidden.device)
+                part = torch.zeros((row_indices.shape[0], hidden_size), dtype=torch.float32, device=hidden.device)
                 _accumulate_product(part, dlogits, weight[start:stop])
-                dhidden.index_add_(0, some, part)
+                dhidden.index_add_(0, row_indices, part)
     if dhidden is not None:
         dhidden = dhidden.to(hidden.dtype)
     if dbias is not None and bias is not None:

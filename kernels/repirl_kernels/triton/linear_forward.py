@@ -1,9 +1,8 @@
 """``linear_token_stats`` forward: statistics of ``hidden @ weight.T``; the logits stay in registers.
 
-One program owns a block of rows and one vocabulary split. It forms the split's logits tile by tile with
-float32 accumulation, folds each tile into the rows' running sums, and writes three numbers a row;
-``merge_splits_kernel`` merges the splits. float32 operands are multiplied in IEEE float32 (not TF32): as
-exact as PyTorch's default.
+One program computes the logits of a block of rows and one vocabulary split, tile by tile with float32 accumulation. It
+adds each tile to the rows' running sums, and writes three sums for each row; ``merge_splits_kernel`` merges the splits.
+float32 operands are multiplied in IEEE float32 (not TF32), which is as exact as PyTorch's default.
 
 Axes: N rows, D features, V vocabulary.
 """
@@ -40,9 +39,8 @@ def logits_tile(
     BLOCK_VOCAB: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """float32 logits of ``rows`` x ``columns``, which are in range, before bias, softcap and temperature."""
-    # Tells the compiler what the host has checked: vectors of ALIGN elements start at multiples of their
-    # size.
+    """float32 logits of ``rows`` x ``columns`` before bias, softcap and temperature; all indices are in range."""
+    # Tell the compiler what the host has checked: these are multiples of ALIGN, so that whole vectors can be loaded.
     hidden_size = hidden_size // ALIGN * ALIGN
     stride_hidden = stride_hidden // ALIGN * ALIGN
     stride_weight = stride_weight // ALIGN * ALIGN
@@ -85,9 +83,10 @@ def fold_tile(
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):
-    """Fold the logits ``s`` of ``columns`` into the rows' running sums and into the targets' logits.
+    """Add the logits ``s`` of ``columns`` to the rows' running sums and target logits.
 
-    ``inverse_temperature`` is a number, or with EXTRAS one for each row; ``num_seen`` columns have been folded before.
+    ``inverse_temperature`` is a number, or with EXTRAS one for each row; ``num_seen`` columns of the split were added
+    before.
     """
     if HAS_BIAS:
         s += tl.load(bias_ptr + columns, mask=columns < vocab_size, other=0.0)[None, :]
@@ -118,13 +117,13 @@ def fold_tile(
 
 @triton.jit
 def halves(s, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr):
-    """Left and right half of the columns: worked on one after the other, they need fewer registers."""
+    """The left and the right half of the columns: processing one after the other needs fewer registers."""
     return s.reshape(BLOCK_ROWS, 2, BLOCK_VOCAB // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def block_indices(num_row_blocks, num_column_blocks, GROUP_ROWS: tl.constexpr):
-    """(row block, column block) of this program; GROUP_ROWS row blocks go through the columns together."""
+    """(row block, column block) of this program; GROUP_ROWS row blocks share a column block, then take the next."""
     pid = tl.program_id(0)
     group = pid // (GROUP_ROWS * num_column_blocks)
     first_row_block = group * GROUP_ROWS
@@ -171,8 +170,8 @@ def linear_forward_kernel(
     row_block, split = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_splits, GROUP_ROWS)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < num_rows
-    # Rows and columns beyond the end repeat the last one: cheaper than masks, and nothing of theirs is
-    # stored.
+    # Indices beyond the end are clamped to the last row or column. This is cheaper than masks, and their results are
+    # not used.
     safe_rows = tl.minimum(rows, num_rows - 1)
     targets = tl.load(targets_ptr + safe_rows).to(tl.int32)
 
@@ -216,7 +215,8 @@ def linear_forward_kernel(
                 s_target,
                 shifted,
                 best_column,
-                # From the split's start; where the tail begins beyond the last column, that does not matter.
+                # Counted from the split's start. If this half begins beyond the last column, the count is too large,
+                # but then the maximum does not change and the count has no effect.
                 first_column - start,
                 scale,
                 softcap,
@@ -304,7 +304,7 @@ def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 
 def operand_alignment(hidden: Tensor, weight: Tensor) -> int:
-    """Elements of a 16-byte vector if every row of both operands is made of whole, aligned ones; else 1."""
+    """Elements of a 16-byte vector if all rows of both operands are whole, aligned vectors; else 1."""
     return min(tiles.alignment(hidden, hidden.shape[1]), tiles.alignment(weight, weight.shape[1]))
 
 
@@ -364,7 +364,7 @@ def variants(arch: str) -> Iterator[tiles.Variant]:
 
 
 def linear_variants(kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch: str) -> Iterator[tiles.Variant]:
-    """Variants of a linear kernel: operand types by alignment by flags, for float16 both or none."""
+    """Variants of a linear kernel: operand types by alignment by flags; float16 with bias and softcap, or neither."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for align in (16 // dtype.itemsize, 1):
             all_flags = [Flags(b, s, True, False) for b, s in itertools.product((False, True), repeat=2)]
@@ -373,7 +373,7 @@ def linear_variants(kernel: Any, tile_of: Callable[..., tiles.LinearTile], arch:
                 all_flags.append(Flags(False, False, False, False))
             for flags in all_flags:
                 if dtype == torch.float16 and (flags.has_bias != flags.has_softcap or flags.extras):
-                    continue  # the instructions of bfloat16 but for the operands' type
+                    continue  # the same instructions as for bfloat16, except for the operands' type
                 tile = tile_of(arch, dtype, align, flags.has_bias, flags.has_softcap, flags.extras)
                 yield linear_variant(kernel, tile, dtype, align, flags)
 

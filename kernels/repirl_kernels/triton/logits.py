@@ -1,7 +1,8 @@
-"""``token_stats`` of given logits: the forward pass reads them once, the backward pass reads and writes them once.
+"""``token_stats`` of given logits: the forward pass reads them once, the backward pass reads them once and writes their
+gradient once.
 
-One program reads one row, or one split of a long row, and keeps the row's running sums;
-``merge_splits_kernel`` merges the splits. Axes: N rows, V vocabulary.
+One program reads one row, or one split of a long row, and keeps the row's running sums; ``merge_splits_kernel`` merges
+the splits. Axes: N rows, V vocabulary.
 """
 
 import itertools
@@ -43,9 +44,8 @@ def logits_forward_kernel(
     BLOCK_VOCAB: tl.constexpr,
     SPLIT_VOCAB: tl.constexpr,
 ):
-    """Partial sums of one row over one vocabulary split; split 0 also picks the target's logit."""
-    # Tells the compiler what the host has checked: vectors of ALIGN elements start at multiples of their
-    # size.
+    """Partial sums of one row over one vocabulary split; the program of split 0 also reads the target's logit."""
+    # Tell the compiler what the host has checked: these are multiples of ALIGN, so that whole vectors can be loaded.
     vocab_size = vocab_size // ALIGN * ALIGN
     stride_logits = stride_logits // ALIGN * ALIGN
     row = (tl.program_id(0) // num_splits).to(tl.int64)
@@ -196,9 +196,9 @@ def logits_backward(
     row_temperature: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient of ``logits [N, V]``, in ``dtype`` or theirs; 0 in columns from ``vocab_size`` on.
+    """Gradient of ``logits [N, V]`` in ``dtype`` (by default their own); 0 in columns from ``vocab_size`` on.
 
-    A target outside ``[0, V)`` is in columns that are not part of ``logits``.
+    If ``logits`` are a part of the vocabulary, a target outside ``[0, V)`` is in another part.
     """
     dtype = dtype or logits.dtype
     num_rows, num_columns = logits.shape
@@ -232,10 +232,11 @@ def logits_backward(
 def merge_splits(
     partials: dict[str, Tensor], num_rows: int, num_splits: int, options: Options, extras: bool, split_columns: int
 ) -> ForwardResult:
-    """Statistics ``[N]`` from the partial sums ``[num_splits, N]`` that a forward kernel left.
+    """Statistics ``[N]`` from the partial sums ``[num_splits, N]`` that a forward kernel wrote.
 
     A split has ``split_columns`` columns, the last one possibly fewer. Statistics that were not computed are ``None``.
-    All are float32, except ``logsumexp``: the backward pass needs the exact sum of its float32 parts, in float64.
+    All are float32, except ``logsumexp``: it is the sum of two float32 numbers, in float64, because the backward pass
+    needs it without rounding.
     """
     outputs = {
         f"{name}_ptr": torch.empty(num_rows, dtype=dtype, device=partials["total_ptr"].device)
@@ -285,7 +286,7 @@ def variants(arch: str) -> Iterator[tiles.Variant]:
                 divisible = ["dlogits_ptr"] + ["logits_ptr"] * (align > 1)
                 forward = _forward_constants(tile, align, softcap, extras)
                 yield tiles.Variant.of(logits_forward_kernel, label, {"logits_ptr": dtype}, forward, divisible[1:])
-                # float32 logits that were kept have gradients in the operands' dtype.
+                # Logits that linear_forward kept are float32, and their gradients have the operands' dtype.
                 for gradient in ("bf16", "fp16", "fp32") if dtype == "fp32" else (dtype,):
                     pointers = {"logits_ptr": dtype, "dlogits_ptr": gradient}
                     constants = _backward_constants(tile, align, softcap, extras)

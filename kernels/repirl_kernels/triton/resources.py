@@ -1,10 +1,10 @@
-"""Registers, spills and shared memory of the kernels. They are compiled for this; no GPU is needed.
+"""Registers, spills and shared memory of the kernels, which are compiled for this without a GPU.
 
     python -m repirl_kernels.triton.resources [sm_90 ...]
     python -m repirl_kernels.triton.resources --write
 
-The first prints the table of the architectures named, or of all. The second writes ``RESOURCES.md`` beside this file:
-every kernel as it is launched on sm_90, and the tile shapes that were weighed against those chosen.
+The first prints the table for the named architectures, or for all. The second writes ``RESOURCES.md`` beside this file:
+every kernel that is launched on sm_90, and the tile shapes that were compared with those chosen.
 """
 
 import os
@@ -31,17 +31,17 @@ from .logits import variants as logits_variants
 REPORT = Path(__file__).with_name("RESOURCES.md")
 REPORT_ARCH = "sm_90"
 
-# Of one multiprocessor: registers, bytes of shared memory, threads and blocks.
+# Limits of one multiprocessor: registers, bytes of shared memory, threads and blocks.
 _MULTIPROCESSOR = {
     "sm_80": (65536, 167936, 2048, 32),
     "sm_90": (65536, 233472, 2048, 32),
     "sm_100": (65536, 233472, 2048, 32),
     "generic": (65536, 102400, 1536, 16),
 }
-# Shared memory that the driver keeps of every block's.
+# Shared memory that the driver reserves for every block.
 _RESERVED_SHARED_BYTES = 1024
 
-# Matrix instructions in PTX, by the name under which the table has them.
+# Matrix instructions in PTX, by their name in the table.
 _PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync", "fma": "fma.rn.f32"}
 
 
@@ -70,7 +70,7 @@ class Resources(NamedTuple):
     def resident_blocks(self) -> int:
         """Blocks that one multiprocessor can hold at a time."""
         registers, shared_bytes, threads, blocks = _MULTIPROCESSOR[self.arch]
-        # A warp's registers are given out in units of 256.
+        # A warp's registers are allocated in units of 256.
         of_a_block = -(-self.registers // 8) * 8 * 32 * self.num_warps
         return min(
             registers // of_a_block,
@@ -144,12 +144,12 @@ def report(variants: Sequence[Resources], candidates: Sequence[Resources]) -> st
     return f"""# Resources of the Triton kernels on {REPORT_ARCH}
 
 Triton {triton.__version__}, compiled without a GPU: nothing here was timed. Written by
-`python -m repirl_kernels.triton.resources --write`; a test compiles everything anew and compares. Another version of
-Triton gives other numbers of registers, but may not spill either.
+`python -m repirl_kernels.triton.resources --write`; a test compiles everything again and compares. With another
+version of Triton the numbers of registers differ, but no kernel may spill there either.
 
 - **variant**: the operands' type, the tile as rows x vocabulary x step along D / pipeline stages, and flags.
   `unaligned`: rows that are not whole 16-byte vectors.
-- **spilled bytes**: of a thread, stack and local memory.
+- **spilled bytes**: stack and local memory of a thread.
 - **blocks per SM**: how many fit by registers, shared memory and threads.
 - **product**: the matrix instruction; IEEE float32 products run outside the tensor cores.
 - **bytes per multiply-add**: what a tile loads from the L2 cache, `itemsize * (rows + columns) / (rows * columns)`.
@@ -158,21 +158,21 @@ Triton gives other numbers of registers, but may not spill either.
 
 {table(variants)}
 
-## Tiles weighed for half-precision operands
+## Tile shapes compared for half-precision operands
 
 {table(candidates)}
 
-How the shapes in `tiles.py` follow:
+How the shapes in `tiles.py` were chosen:
 
-- A kernel that spills is out. A softcap takes the registers that 256 columns would need.
-- Then the fewest bytes per multiply-add. At the 989 TFLOP/s of an H100's datasheet, 128x256 and 256x128 ask the L2
-  cache for 11.6 TB/s, 128x128 for 15.5, 64x256 for 19.3, 128x64 for 23.2. A larger tile's accumulator does not fit in
+- A shape whose kernel spills is not used: with a softcap 128x256, 256x128 and 64x256.
+- Of the others, the one that loads the fewest bytes per multiply-add. At the 989 TFLOP/s of an H100's datasheet,
+  128x256 and 256x128 load 11.6 TB/s from the L2 cache, 128x128 loads 15.5, 64x256 19.3, and 128x64 23.2. A larger
+  tile's accumulator does not fit in registers.
+- 128x256 has half as many rows as 256x128, so a thread keeps half as many running sums.
+- Shared memory holds at most four stages of 48 KiB. They leave room for one block on a multiprocessor, and so do the
   registers.
-- Of the first two, 128x256 keeps half as many rows' running sums in a thread.
-- Four stages of 48 KiB are what shared memory holds. They let a multiprocessor run one block only, as the registers do
-  anyway.
-- 128x128 and 128x64 with four warps let two blocks run on a multiprocessor, so that one multiplies while the other does
-  its exponentials, for a third to twice as many bytes. That cannot be weighed without a GPU: `bench/gpu.py` times them.
+- With four warps, two blocks of 128x128 or 128x64 run on a multiprocessor: one can multiply while the other computes
+  exponentials. In return they load a third more bytes, or twice as many. Which is faster cannot be told without a GPU.
 """
 
 
@@ -200,8 +200,8 @@ def main(arguments: list[str]) -> None:
     """Print the table for the named architectures, or for all; with ``--write``, write the report."""
     if arguments == ["--write"]:
         variants, candidates = (
-            [compile_variant(variant, REPORT_ARCH) for variant in some]
-            for some in (all_variants(REPORT_ARCH), candidate_variants())
+            [compile_variant(variant, REPORT_ARCH) for variant in listed]
+            for listed in (all_variants(REPORT_ARCH), candidate_variants())
         )
         REPORT.write_text(report(variants, candidates))
         print(f"written to {REPORT}")

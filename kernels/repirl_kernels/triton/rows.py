@@ -1,17 +1,19 @@
-"""Functions that all Triton kernels here use: a row's running statistics, their merge, and the gradient's formula.
+"""Functions that the Triton kernels share: running statistics of a row, their merge, and the gradient of a logit.
 
-Statistics run in base 2 on shifted logits. With ``z = s / T`` (``s`` the logit before the temperature), ``m``
-the running maximum of ``z`` and ``d = (z - m) log2(e)``, a row carries
+The statistics are sums of powers of 2, relative to the running maximum. With a logit ``s`` before the temperature, ``z
+= s / T``, ``m`` the maximum of ``z`` so far and ``d = (z - m) log2(e)``, each row has
 
     total     sum_v 2^d
     weighted  sum_v 2^d d
 
-Nothing but differences to the maximum is ever summed, so a common offset of the logits costs no accuracy.
-A new maximum moves ``d`` by ``shift <= 0``: ``weighted`` becomes ``2^shift (weighted + shift total)``.
+Only differences to the maximum are summed, so a common offset of the logits costs no accuracy. When the maximum rises,
+every ``d`` changes by the same ``shift <= 0``: ``total`` becomes ``2^shift total``, and ``weighted`` becomes ``2^shift
+(weighted + shift total)``.
 
-Forward and backward round ``z`` alike, as plain PyTorch does: for logits of 1e4 a rounding is 1e-3, and a
-probability of 1 would else come back as 0.999. The compiler must therefore not fuse the product into the
-difference that follows: kernels are compiled without contraction, fused multiply-adds are written out.
+Forward and backward pass must round ``z`` in the same way, as plain PyTorch does. For logits of 1e4 the rounding error
+is 1e-3; if the passes rounded differently, a probability of 1 could become 0.999 in the backward pass. So the compiler
+must not fuse the product ``s * (1 / T)`` with the subtraction after it: the kernels are compiled without contraction,
+and fused multiply-adds are written explicitly.
 """
 
 import triton
@@ -25,14 +27,14 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def safe_maximum(maximum):
-    """0 in place of -inf: nothing but banned tokens seen so far, and ``-inf - -inf`` would be NaN."""
+    """``maximum``, or 0 where it is -inf: with only banned tokens so far, ``-inf - -inf`` would be NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def rescale(old_maximum, new_maximum, total, weighted):
-    """``total`` and ``weighted`` of ``old_maximum``, expressed for ``new_maximum``."""
-    # While the old maximum is -inf both sums are 0; the shift -inf would turn them into NaN.
+    """``total`` and ``weighted``, converted from ``old_maximum`` to ``new_maximum``."""
+    # While the old maximum is -inf, both sums are 0; a shift of -inf would make them NaN.
     shift = tl.where(old_maximum == float("-inf"), 0.0, old_maximum - safe_maximum(new_maximum)) * _LOG2_E
     factor = tl.exp2(shift)
     return factor * total, factor * (weighted + shift * total)
@@ -52,8 +54,8 @@ def soft_cap(x, softcap, inverse_softcap):
     y = tl.abs(x) * inverse_softcap
     decay = tl.exp(-2.0 * y)
     ratio = decay / (1.0 + decay)
-    # 1 - 2 ratio cancels for small y; a polynomial in y^2, fitted to a relative error of 7e-9 on [0, 0.65],
-    # does not.
+    # 1 - 2 ratio loses digits to cancellation for small y. The polynomial in y^2 does not: it is fitted on [0, 0.65]
+    # with a relative error of 7e-9.
     x_near = tl.minimum(y, 1.0)
     w = x_near * x_near
     near = tl.fma(w, -0.00551516, 0.02046942)
@@ -61,20 +63,20 @@ def soft_cap(x, softcap, inverse_softcap):
     near = tl.fma(near, w, 0.1333083)
     near = tl.fma(near, w, -0.3333326)
     tanh = tl.where(y < 0.6, tl.fma(x_near, w * near, x_near), tl.fma(ratio, -2.0, 1.0))
-    # 1 - tanh^2 cancels where the cap saturates; 4 decay / (1 + decay)^2 is the same and does not.
+    # 1 - tanh^2 loses digits to cancellation where tanh is near 1; the same number as 4 decay / (1 + decay)^2 does not.
     slope = 4.0 * ratio * (1.0 - ratio)
     return tl.where(x < 0, -softcap, softcap) * tanh, slope
 
 
 @triton.jit
 def shifted_sum(s, inverse_temperature, maximum, valid):
-    """``d`` of every logit that is there, 0 in place of the others: what sums up to the logits' mean."""
+    """``d`` of every valid logit, 0 for the others. The mean logit is computed from their sum."""
     return tl.where(valid, (s * inverse_temperature - safe_maximum(maximum)) * _LOG2_E, 0.0)
 
 
 @triton.jit
 def move_sum(old_maximum, new_maximum, shifted, num_columns):
-    """The sum of ``num_columns`` values ``d`` of the old maximum, expressed for the new one."""
+    """``shifted``, a sum of ``num_columns`` values ``d``, converted from ``old_maximum`` to ``new_maximum``."""
     shift = tl.where(old_maximum == float("-inf"), 0.0, old_maximum - safe_maximum(new_maximum)) * _LOG2_E
     return shifted + shift * num_columns
 
@@ -91,7 +93,7 @@ def logit_gradient(
     inverse_temperature,
     ENTROPY: tl.constexpr,
 ):
-    """``d loss / d z`` of every logit; arguments of one row broadcast over its columns."""
+    """``d loss / d z`` of every logit, without ``uniform``; a row's arguments broadcast over its columns."""
     z = s * inverse_temperature
     probability = tl.exp(z - logsumexp)
     dz = probability * mass
@@ -152,11 +154,12 @@ def merge_splits_kernel(
         total += other_total
         weighted += other_weighted
     z_target = tl.load(target_ptr + rows, mask=inside, other=0.0)
-    # A row of nothing but -inf has no distribution.
+    # A row in which all logits are -inf has no distribution.
     log_total = tl.where(maximum == float("-inf"), float("nan"), tl.log(total))
     mean_shifted = tl.div_rn(weighted, total) * _LN_2
     tl.store(logprob_ptr + rows, (z_target - maximum) - log_total, mask=inside)
-    # In float64, for the backward pass: what float32 loses at large offsets would be a relative error of p.
+    # In float64 for the backward pass: with a large offset of the logits, rounding it to float32 would be a large
+    # relative error of every probability.
     tl.store(logsumexp_ptr + rows, maximum.to(tl.float64) + log_total.to(tl.float64), mask=inside)
     tl.store(target_logit_ptr + rows, z_target, mask=inside)
     tl.store(entropy_ptr + rows, log_total - mean_shifted, mask=inside)

@@ -1,8 +1,8 @@
 """Tile shapes of the kernels, and helpers to launch them.
 
-The shapes are a table, not the outcome of a search at run time: the same inputs take the same path on every
-run, and every configuration that can be launched is compiled ahead of time in the tests, where registers,
-shared memory and spills are checked (``resources.py``). ``RESOURCES.md`` has them for sm_90, and why these shapes.
+The shapes are a fixed table, not the result of autotuning: the same inputs run the same kernel every time, and the
+tests compile every kernel that can be launched ahead of time and check its registers, shared memory and spills
+(``resources.py``). ``RESOURCES.md`` lists these for sm_90, and says how the shapes were chosen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,11 @@ from triton.runtime import JITFunction
 from repirl_kernels.operands import Options
 from repirl_kernels.reference import RowGradients
 
-# GPU generations with a table entry of their own, by compute capability; others run the "generic" shapes.
-# The number is what the ahead-of-time check compiles for.
+# GPU architectures that have their own shapes; all others run the "generic" ones. The number is the compute capability
+# that the ahead-of-time check compiles for.
 ARCHITECTURES: Mapping[str, int] = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "generic": 86}
 
-# Shared memory that one block may have, in bytes. Shapes under "generic" are meant for GPUs with 99 KiB.
+# The most shared memory that one block may use, in bytes. "generic" assumes 99 KiB.
 SHARED_MEMORY_LIMIT: Mapping[str, int] = {
     "sm_80": 166912,
     "sm_90": 232448,
@@ -30,7 +30,7 @@ SHARED_MEMORY_LIMIT: Mapping[str, int] = {
 
 
 class LinearTile(NamedTuple):
-    """Shape of the logits tile which a program holds, its step along D, and how it is scheduled."""
+    """A program's tile of logits (rows x vocabulary), its step along D, and its launch options."""
 
     block_rows: int
     block_vocab: int
@@ -40,37 +40,37 @@ class LinearTile(NamedTuple):
 
 
 class RowTile(NamedTuple):
-    """Columns which one program reads at a time, and columns of a split (a multiple of the former)."""
+    """Columns that a program reads at a time, columns of a vocabulary split (a multiple of these), and warps."""
 
     block_vocab: int
     split_vocab: int
     num_warps: int
 
 
-# Programs next to each other work through this many row blocks before the next vocabulary split: together
-# they read few enough rows and columns to keep them in the L2 cache.
+# Consecutive programs take this many row blocks for one vocabulary split, then the same row blocks for the next split.
+# So the rows and columns that are read at the same time stay in the L2 cache.
 GROUP_ROWS = 16
 
-# Vocabulary splits of the linear op. Enough to fill a GPU when there are few rows; it depends on V alone, so
-# that a row's sums are formed in the same order whatever batch it is in.
+# The most vocabulary splits of the linear op: enough to occupy a GPU when there are few rows. The number of splits
+# depends on V alone, so that the order of a row's sums does not depend on the batch.
 MAX_SPLITS = 64
 
-# Rows merged by one program.
+# Rows that one program of merge_splits_kernel merges.
 MERGE_ROWS = 128
 
-# Bytes of the buffer which holds one vocabulary slab's gradient of the logits.
+# Size in bytes of the buffer for the gradient of one vocabulary slab's logits.
 SLAB_BYTES = 128 * 2**20
 
-# Half-precision operands whose rows are whole 16-byte vectors: (plain, with a bias or a softcap). The largest
-# tile that keeps its accumulator in registers; a softcap or a bias needs registers that the largest one does
-# not leave (with a bias, 16 bytes a thread spill in Triton 3.9, none in 3.6).
+# For half-precision operands whose rows are whole 16-byte vectors: (tile without bias and softcap, tile with either).
+# Each is the largest tile that keeps its accumulator in registers. A bias or a softcap needs more registers, and with
+# the larger tile would spill (with a bias 16 bytes a thread in Triton 3.9, none in 3.6).
 _HALF: Mapping[str, tuple[LinearTile, LinearTile]] = {
     "sm_80": (LinearTile(128, 128, 64, 8, 4), LinearTile(128, 128, 64, 8, 4)),
     "sm_90": (LinearTile(128, 256, 64, 8, 4), LinearTile(128, 128, 64, 8, 4)),
     "sm_100": (LinearTile(128, 256, 64, 8, 4), LinearTile(128, 128, 64, 8, 4)),
     "generic": (LinearTile(128, 64, 32, 4, 3), LinearTile(128, 64, 32, 4, 3)),
 }
-# Shapes that sm_90 could run instead: what ``bench/gpu.py`` times on a GPU.
+# Shapes for sm_90 that ``RESOURCES.md`` compares with those chosen.
 CANDIDATES = (
     LinearTile(128, 256, 64, 8, 4),
     LinearTile(128, 256, 64, 8, 3),
@@ -81,23 +81,23 @@ CANDIDATES = (
     LinearTile(64, 256, 64, 4, 3),
     LinearTile(128, 64, 64, 4, 4),
 )
-# IEEE float32 products run outside the tensor cores; rows that are not whole vectors are read element by
-# element.
+# For IEEE float32 products, which do not use tensor cores, and for rows that are not whole vectors, which are read
+# element by element.
 _FLOAT = LinearTile(64, 64, 32, 4, 3)
 _UNALIGNED = LinearTile(32, 32, 32, 4, 2)
-# Where what needs_extras() asks for would spill in the shape without it.
+# With extras (see needs_extras), where the shape without extras would spill.
 _UNALIGNED_EXTRAS = LinearTile(32, 32, 32, 8, 2)
 _HALF_EXTRAS: Mapping[str, LinearTile] = {"sm_100": LinearTile(64, 128, 64, 8, 4)}
 _INTERPRETED = LinearTile(16, 32, 32, 1, 1)
 
-# A softcap's temporaries need the registers of half a block, and with extras of a quarter.
+# Temporaries need registers: with a softcap the block is half as large, with a softcap and extras a quarter.
 _ROW = (RowTile(4096, 32768, 8), RowTile(2048, 32768, 8))
 _ROW_SOFTCAP_EXTRAS = RowTile(1024, 32768, 8)
 _ROW_INTERPRETED = RowTile(64, 256, 1)
 
 
-# Arguments on whose values (alignment, equality with 1) the compiler must not specialise: what is aligned is
-# a compile-time argument of its own, so that the variants of a kernel can be listed.
+# Arguments on whose values (divisibility by 16, equality with 1) the compiler must not specialise, so that all variants
+# of a kernel are known. Alignment is a compile-time argument instead.
 RUNTIME_ARGUMENTS = (
     *("num_rows", "num_splits", "tiles_per_split", "num_columns", "vocab_size", "hidden_size"),
     *("slab_start", "slab_stop", "split_columns", "stride_logits", "stride_hidden", "stride_weight"),
@@ -149,7 +149,7 @@ def forward_tile(
 def backward_tile(
     arch: str, dtype: torch.dtype, align: int, has_bias: bool, has_softcap: bool, extras: bool = False
 ) -> LinearTile:
-    """Tile of the linear op's backward kernel: as forward, but a bias does not cost it the largest tile."""
+    """Tile of the linear op's backward kernel: as in the forward pass, but a bias does not need the smaller tile."""
     return forward_tile(arch, dtype, align, has_softcap, has_softcap, extras)
 
 
@@ -204,9 +204,9 @@ def empty_partials(num_splits: int, num_rows: int, device: torch.device, extras:
 
 
 def needs_extras(options: Options, row_temperature: Tensor | None) -> bool:
-    """Whether a forward kernel has to do more than the four statistics at one temperature.
+    """Whether the forward kernel needs its EXTRAS: a temperature for each row, label smoothing, or the argmax.
 
-    One flag stands for all of it, so that there are few variants of a kernel.
+    They share one flag to keep the number of kernel variants small.
     """
     return row_temperature is not None or options.label_smoothing > 0 or options.with_argmax
 
@@ -214,7 +214,7 @@ def needs_extras(options: Options, row_temperature: Tensor | None) -> bool:
 def temperature_arguments(
     options: Options, row_temperature: Tensor | None, extras: bool, rows: Tensor
 ) -> dict[str, Any]:
-    """The kernels' inverse temperatures: a number, or with ``extras`` one for each of ``rows``."""
+    """Kernel arguments for the inverse temperature: a number, and a tensor with one for each row if ``extras``."""
     inverse = torch.empty(1, dtype=torch.float32, device=rows.device)
     if extras and row_temperature is None:
         inverse = torch.full((rows.shape[0],), 1.0 / options.temperature, dtype=torch.float32, device=rows.device)
@@ -224,15 +224,15 @@ def temperature_arguments(
 
 
 def gradient_arguments(gradients: RowGradients) -> dict[str, Tensor]:
-    """The kernels' coefficients of each row; 0 for those that are not there."""
-    nothing = torch.zeros_like(gradients.mass)
+    """Kernel arguments for the coefficients of each row, ``[N]``; those that are ``None`` become 0."""
+    zeros = torch.zeros_like(gradients.mass)
     columns = {"mass": gradients.mass, "onehot": gradients.onehot, "slope": gradients.slope}
     columns |= {"uniform": gradients.uniform, "logsumexp": gradients.logsumexp, "mean_logit": gradients.mean_logit}
-    return {f"{name}_ptr": (nothing if x is None else x).contiguous() for name, x in columns.items()}
+    return {f"{name}_ptr": (zeros if x is None else x).contiguous() for name, x in columns.items()}
 
 
 def softcap_arguments(softcap: float | None) -> dict[str, float]:
-    """The kernels' ``softcap`` and ``inverse_softcap``; 1 where the flag HAS_SOFTCAP keeps them unread."""
+    """Kernel arguments ``softcap`` and ``inverse_softcap``; 1 without a softcap, where the kernels do not read them."""
     return (
         {"softcap": 1.0, "inverse_softcap": 1.0}
         if softcap is None
@@ -244,20 +244,20 @@ def softcap_arguments(softcap: float | None) -> dict[str, float]:
 
 
 def alignment(tensor: Tensor, num_columns: int) -> int:
-    """Elements of a 16-byte vector if ``num_columns`` of each row are whole, aligned ones; else 1."""
+    """Elements of a 16-byte vector if the first ``num_columns`` of each row are whole, aligned vectors; else 1."""
     elements = 16 // tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) % elements == 0 and num_columns % elements == 0
     return elements if aligned else 1
 
 
 def gradient_dtype(dtype: torch.dtype, interpreted: bool) -> torch.dtype:
-    """In which dtype a kernel writes the gradient of logits of ``dtype``."""
+    """The dtype in which a kernel writes gradients that are wanted in ``dtype``."""
     # Triton's interpreter truncates when it stores bfloat16 where a GPU rounds: round on the host instead.
     return torch.float32 if interpreted else dtype
 
 
 class Variant(NamedTuple):
-    """A specialisation of a kernel: argument types, constants, launch options, divisible arguments."""
+    """One specialisation of a kernel: argument types, constants, launch options, and arguments divisible by 16."""
 
     kernel: Any
     label: str
@@ -275,7 +275,7 @@ class Variant(NamedTuple):
         constants: Mapping[str, Any],
         divisible: Sequence[str],
     ) -> "Variant":
-        """Argument types by name: ``pointers`` as given, others float32; sizes and strides int32."""
+        """Build a variant; ``pointers`` has the element types that are not the usual ones."""
         compiled = {name: value for name, value in constants.items() if name not in _LAUNCH_OPTIONS}
         signature = {}
         for name in kernel.arg_names:
