@@ -1,15 +1,15 @@
-"""Other ways to run ``linear_token_stats`` on a Hopper GPU, each timed beside the bare product and checked in float64.
+"""Alternative kernels for ``linear_token_stats`` on a Hopper GPU, checked in float64 and timed beside a bare product.
 
     python -m bench.candidates --list
     python -m bench.candidates NAME --rows 16384 --features 4096 --columns 131072 --device cuda --json FILE
 
-Run each candidate in a separate process with a time limit: a warp-specialised kernel that is wrong may hang. ``FILE``
-is written after the check, and again after the timing; a candidate with wrong results is not timed. ``--device cpu``
-(under ``TRITON_INTERPRET=1``, in float32) checks the sums on tiny tiles, and times nothing. The Gluon candidate needs
-a GPU.
+Run each candidate in a separate process with a time limit: a faulty warp-specialised kernel may hang. ``FILE`` is
+written after the check, and again after the timing; a candidate with wrong results is not timed. ``--device cpu``
+(under ``TRITON_INTERPRET=1``, in float32) checks the sums on tiny tiles, without timing. The Gluon candidate needs a
+GPU.
 
-The kernels here carry a row's maximum in base 2: with ``x = s log2(e) / T`` they sum ``2^(x - m)`` and
-``2^(x - m) (x - m)``, one fused multiply-add and one ``exp2`` an element. Logits have to be finite (no banned tokens).
+The kernels here keep a row's maximum in base 2: with ``x = s log2(e) / T`` they sum ``2^(x - m)`` and ``2^(x - m) (x -
+m)``, which takes one fused multiply-add and one ``exp2`` per element. Logits must be finite (no banned tokens).
 
 Axes: N rows, D features, V vocabulary.
 """
@@ -58,17 +58,17 @@ except ImportError:
     gluon = None
 
 CHECKED_ROWS = 256
-# Relative errors that rounding explains: statistics are float32, gradients in the operands' dtype.
+# Largest relative errors due to rounding: statistics are float32, gradients have the operands' dtype.
 LARGEST_ERROR = {"forward": 1e-4, "dlogits": 1e-2, "backward": 1e-2}
 SEED = 20
 TEMPERATURE = 0.7
-# Arguments that the production kernels have and the candidates' do not.
+# Arguments of the production kernels that the candidates do not take.
 NOT_IN_CANDIDATES = ("uniform_ptr", "inverse_temperatures_ptr")
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 40, 0.6
 MAX_PRODUCT_BYTES = 12 * 2**30
 MIB = 2**20
 
-# In place of -inf: no select is needed where it meets 0.
+# Used in place of -inf: 0 times this number is 0, so no select is needed.
 _LOW = tl.constexpr(-1e30)
 
 FLAT_TILES = ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8))
@@ -79,7 +79,7 @@ FLAT_TILES = ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8))
 
 @triton.jit
 def fold_base2(s, maximum, total, weighted, scale):
-    """Running sums with the finite logits ``s`` folded in; ``maximum`` is of ``s * scale``."""
+    """Add the finite logits ``s`` to the running sums; ``maximum`` is that of ``s * scale``."""
     new_maximum = tl.maximum(maximum, tl.max(s, axis=1) * scale)
     shift = maximum - new_maximum
     factor = tl.exp2(shift)
@@ -104,7 +104,7 @@ def fold_whole_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_VOCAB: tl.constexpr,
 ):
-    """Fold the tile whose first column is ``first``; the end of the vocabulary is masked in the tail tile only."""
+    """Add the tile that begins at column ``first`` to the running sums; only the last tile is masked."""
     half_vocab: tl.constexpr = BLOCK_VOCAB // 2
     left, right = halves(s, BLOCK_ROWS, BLOCK_VOCAB)
     columns = first + tl.arange(0, half_vocab)
@@ -142,7 +142,7 @@ def descriptor_forward_kernel(
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """As ``linear_forward_kernel``, its operands loaded by TMA; FLAT: one loop over tiles and D, so loads run on."""
+    """``linear_forward_kernel`` with TMA loads. FLAT: one loop over tiles and D, so that loads go on between tiles."""
     row_block, split = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_splits, GROUP_ROWS)
     first_row = row_block * BLOCK_ROWS
     rows = first_row + tl.arange(0, BLOCK_ROWS)
@@ -204,8 +204,8 @@ def block_statistics_kernel(
     inverse_temperature,
     BLOCK_VOCAB: tl.constexpr,
 ):
-    """One row's partial sums over a block of logits, columns from ``slab_start`` on; each lane sums for itself."""
-    # Whole vectors: four values are loaded at a time.
+    """One row's partial sums over a block of logits, columns from ``slab_start`` on; each lane has its own sums."""
+    # Tell the compiler that these are multiples of four, so that four values are loaded at a time.
     stride_logits = stride_logits // 4 * 4
     num_columns = num_columns // 4 * 4
     row = tl.program_id(0).to(tl.int64)
@@ -244,7 +244,7 @@ if gluon is not None:
 
     @gluon.jit
     def work_indices(work, num_row_blocks, num_splits, GROUP_ROWS: gl.constexpr):
-        """(row block, split) of a piece of work, as ``block_indices`` of a program."""
+        """(row block, split) of work item ``work``; ``block_indices`` does the same for a program."""
         group = work // (GROUP_ROWS * num_splits)
         first = group * GROUP_ROWS
         size = min(num_row_blocks - first, GROUP_ROWS)
@@ -270,7 +270,7 @@ if gluon is not None:
         STAGES: gl.constexpr,
         GROUP_ROWS: gl.constexpr,
     ):
-        """The producer warp: fills the ring of stages for all work of this persistent program."""
+        """The producer warp: loads the operands of this persistent program's work items into the ring of stages."""
         count = 0
         for work in range(gl.program_id(0), num_row_blocks * num_splits, gl.num_programs(0)):
             row_block, split = work_indices(work, num_row_blocks, num_splits, GROUP_ROWS)
@@ -320,7 +320,7 @@ if gluon is not None:
         STAGES: gl.constexpr,
         GROUP_ROWS: gl.constexpr,
     ):
-        """A consumer warpgroup: half of the tile's rows, products and sums."""
+        """A consumer warpgroup: the products and the running sums of half of the tile's rows."""
         height: gl.constexpr = BLOCK_ROWS // 2
         product: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_VOCAB, 16])
         of_rows: gl.constexpr = gl.SliceLayout(1, product)
@@ -347,7 +347,7 @@ if gluon is not None:
                     w = weight_buffers.index(stage).permute((1, 0))
                     acc = warpgroup_mma(h, w, acc, use_acc=step > 0, is_async=True)
                     acc = warpgroup_mma_wait(1, deps=(acc,))
-                    # One product may still be running: the stage before this one is free.
+                    # One product may still run, so only the stage before this one is free.
                     if step > 0:
                         mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES), count=1)
                     count += 1
@@ -365,7 +365,7 @@ if gluon is not None:
                 weighted = factor * (shift * total + weighted)
                 total = factor * total
                 maximum = new_maximum
-                # Contracted into a fused multiply-add, which Gluon's own does not broadcast to.
+                # The compiler contracts this to a fused multiply-add; Gluon's own does not broadcast.
                 d = s * scale - maximum[:, None]
                 power = gl.exp2(d)
                 total += gl.sum(power, axis=1)
@@ -422,7 +422,7 @@ if gluon is not None:
         STAGES: gl.constexpr,
         GROUP_ROWS: gl.constexpr,
     ):
-        """Persistent: a producer warp and two consumer warpgroups, which share each tile of the weight."""
+        """Persistent kernel: a producer warp and two consumer warpgroups, which share each tile of the weight."""
         num_row_blocks = gl.cdiv(num_rows, BLOCK_ROWS)
         num_tiles = gl.cdiv(vocab_size, BLOCK_VOCAB)
         steps = gl.cdiv(hidden_size, BLOCK_HIDDEN)
@@ -435,7 +435,7 @@ if gluon is not None:
         for i in gl.static_range(STAGES):
             mbarrier.init(full.index(i), count=1)
             mbarrier.init(empty.index(i), count=2)
-        # The tuples stand here because assigned to a name they would lose their compile-time constants.
+        # The tuples are written in the call: assigned to a name, they would lose their compile-time constants.
         gl.warp_specialize(
             [
                 (fold_upper, (
@@ -484,7 +484,7 @@ def quarters_dlogits_kernel(
     GROUP_ROWS: tl.constexpr,
     TMA_STORES: tl.constexpr,
 ):
-    """A tile of a slab's gradient, worked in quarters; the slab is whole tiles wide, so no column is masked."""
+    """A tile of a slab's gradient, in quarters. The slab's width is a multiple of the tile's: no column is masked."""
     num_column_blocks = tl.cdiv(slab_stop - slab_start, BLOCK_VOCAB)
     row_block, column_block = block_indices(tl.cdiv(num_rows, BLOCK_ROWS), num_column_blocks, GROUP_ROWS)
     first_row = row_block * BLOCK_ROWS
@@ -532,7 +532,7 @@ def quarters_dlogits_kernel(
 
 @dataclass
 class Problem:
-    """Inputs, and what the gradient candidates need of the forward pass."""
+    """Inputs, and the coefficients of the gradient that the backward candidates need."""
 
     hidden: Tensor
     weight: Tensor
@@ -565,7 +565,7 @@ class Problem:
         return Options(TEMPERATURE, None, -100, self.columns, 0.0, True, False, "triton")
 
     def gradient_arguments(self) -> dict[str, Any]:
-        """Of the production kernels; the candidates' have no ``uniform`` and no temperatures of rows."""
+        """Arguments of the production kernels; the candidates take no ``uniform`` and no temperatures of rows."""
         assert self.gradients is not None
         return {
             **tiles.gradient_arguments(self.gradients),
@@ -573,7 +573,7 @@ class Problem:
         }
 
     def partials(self, num_splits: int) -> dict[str, Tensor]:
-        """The sums that the candidates' forward kernels leave."""
+        """Memory for the partial sums of the candidates' forward kernels."""
         partials = tiles.empty_partials(num_splits, self.rows, self.device, False)
         return {name: partials[name] for name in ("maximum_ptr", "total_ptr", "weighted_ptr", "target_ptr")}
 
@@ -585,7 +585,7 @@ class Problem:
 
 @dataclass
 class Prepared:
-    """A candidate on its inputs; ``slab(start, stop)`` gives a slab's gradient of the logits."""
+    """A candidate with its inputs; ``slab(start, stop)`` returns the gradient of a slab's logits."""
 
     run: Callable[[], Any]
     kernel: Any = None
@@ -608,7 +608,7 @@ def make_problem(rows: int, features: int, columns: int, device: str) -> Problem
 
 
 def add_upstream(problem: Problem) -> None:
-    """Random gradients of the four statistics; the statistics themselves come from the production forward."""
+    """Set random upstream gradients of the four statistics; the production kernel computes the statistics."""
     g_logprob, g_logsumexp, g_target_logit, g_entropy = torch.randn(4, problem.rows, device=problem.device)
     forward_result = production_forward(problem)
     logsumexp, entropy = forward_result.logsumexp.float(), forward_result.entropy
@@ -836,7 +836,7 @@ def dlogits_descriptors(problem: Problem, mib: int, tma_stores: bool) -> Prepare
             GROUP_ROWS=tiles.GROUP_ROWS,
             TMA_STORES=tma_stores,
             num_warps=tile.num_warps,
-            # With its stores staged in shared memory, a fourth stage of loads does not fit beside them.
+            # TMA stores use shared memory, so a fourth stage of loads does not fit.
             num_stages=3 if tma_stores else tile.num_stages,
             enable_fp_fusion=False,
         )
@@ -909,7 +909,7 @@ def whole_backward(problem: Problem, mib: int) -> Prepared:
 
 
 def backward_products(problem: Problem, mib: int) -> Prepared:
-    """What cuBLAS takes for the backward's two products; the slab's values do not matter."""
+    """cuBLAS on the two products of the backward pass, for their time; the slab's values do not matter."""
     _, width = gradient_tile(problem, mib)
     dlogits = torch.randn(problem.rows, width, device=problem.device).to(problem.hidden.dtype)
     dweight = torch.empty_like(problem.weight)
@@ -939,7 +939,7 @@ def backward_products(problem: Problem, mib: int) -> Prepared:
 
 
 def candidates() -> dict[str, tuple[str, Callable[[Problem], Prepared]]]:
-    """(kind, how to prepare it) by name: the production kernel, and what could take its place."""
+    """(kind, function that prepares it) by name: the production kernels and their alternatives."""
     named: dict[str, tuple[str, Callable[[Problem], Prepared]]] = {
         "forward-pointer": ("forward", forward_pointer),
         "forward-gluon-128x256x64x4": ("forward", partial(forward_gluon, tile=(128, 256, 64, 4))),
@@ -1029,7 +1029,7 @@ def check(kind: str, prepared: Prepared, problem: Problem) -> dict[str, float]:
 
 
 def as_graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` as a CUDA graph: hundreds of short launches would else wait for Python."""
+    """``run`` as a CUDA graph: otherwise hundreds of short launches would wait for Python."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""What is measured: shapes of real models' heads, and what a trainer wants from a head.
+"""The cases that are measured: shapes of real models' heads, and the results that a trainer needs from a head.
 
 Axes: N rows (tokens), D features, V vocabulary.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Large, so that an entropy without a gradient is found to be wrong.
+# Large, so that a contender whose entropy has no gradient fails the check.
 ENTROPY_COEFFICIENT = 1.0
 
 SHAPES = {  # name: (D, V)
@@ -20,7 +20,7 @@ SHAPES = {  # name: (D, V)
     "tiny": (64, 1000),
 }
 
-# What the same outputs cost: rows of one task may be compared, rows of different tasks may not.
+# Contenders of one task compute the same outputs and may be compared; those of different tasks may not.
 TASKS = {
     "score": "log-prob and entropy, no gradient",
     "sft": "mean cross-entropy, forward + backward",
@@ -33,14 +33,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Case(NamedTuple):
-    """One line-up: every contender that can do ``task`` runs it on the same inputs."""
+    """One comparison: every contender that can do ``task`` runs it on the same inputs."""
 
     shape: str
     num_rows: int
     dtype: str
     task: str
     masked: float = 0.0
-    """Share of rows that do not count (prompt tokens), at the front as in a prompt."""
+    """Share of the rows that are ignored: the first ones, like the tokens of a prompt."""
     frozen: bool = False
     """Whether the head's weight gets no gradient."""
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """``hidden [N, D]`` (``[N, V]`` logits for the task of that name), ``weight [V, D]``, the others ``[N]``."""
+    """``hidden [N, D]`` (in the task ``logits``: logits ``[N, V]``), ``weight [V, D]``, the others ``[N]``."""
 
     hidden: Tensor
     weight: Tensor
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
     @property
     def counts(self) -> Tensor:
-        """``[N]``: rows that count."""
+        """``[N]`` bool: the rows that are not ignored."""
         return self.targets != -100
 
     def leaves(self) -> list[Tensor]:
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, device: str, num_rows: int | None = None, seed: int = 0) -> Inputs:
-    """Random inputs with logits of standard deviation 3; ``num_rows`` in place of the case's."""
+    """Random inputs with logits of standard deviation 3; ``num_rows`` replaces the case's."""
     generator = torch.Generator(device).manual_seed(seed)
     num_features, num_columns = SHAPES[case.shape]
     num_rows = num_rows or case.num_rows
@@ -78,7 +78,7 @@ def make_inputs(case: Case, device: str, num_rows: int | None = None, seed: int 
 
     def normal(rows: int, columns: int, scale: float) -> Tensor:
         result = torch.empty(rows, columns, dtype=dtype, device=device)
-        for part in result.split(4096):  # no float32 copy of it all
+        for part in result.split(4096):  # in parts: no float32 copy of the whole
             part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
         return result
 
@@ -110,7 +110,7 @@ PROFILES = {
     "cpu": [
         *_tasks("SmolLM2-135M", 1024, "bf16", "score sft policy+entropy"),
         *_tasks("SmolLM2-135M", 1024, "fp32", "score sft policy+entropy"),
-        # Where PyTorch's linear_cross_entropy takes 10 s and more at 1024 rows.
+        # With 1024 rows, PyTorch's linear_cross_entropy would take 10 s or more.
         *_tasks("SmolLM2-135M", 256, "bf16", "policy"),
         *_variations("SmolLM2-135M", 512, "bf16"),
         Case("SmolLM2-135M", 512, "fp32", "logits"),
@@ -128,7 +128,7 @@ PROFILES = {
         Case("Qwen2.5-3B", 2048, "fp32", "policy+entropy"),
         Case("Llama-3-8B", 8192, "bf16", "logits"),
     ],
-    # What stays in memory at a size where logits would not: 2.3 GiB in float32.
+    # A size at which float32 logits take 2.3 GiB.
     "memory": [
         Case("Qwen2.5-3B", 4096, "bf16", "policy+entropy"),
         Case("Qwen2.5-3B", 4096, "fp32", "policy+entropy"),

@@ -1,7 +1,7 @@
-"""Ours and the peers, each as it would be called from a trainer.
+"""Our ops and their peers, each called as in a trainer.
 
-A contender gives per-token values, or a mean loss, or both; ``run`` makes each task of them. Peers are imported when
-first used: what is not installed, or cannot do a case, says so in its row of the table.
+A contender computes values for each token, a mean loss, or both; ``run`` computes each task from these. Peers are
+imported when they are first used. If a peer is not installed or cannot run a case, its row of the table says so.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from bench.turns import VARIABLE
 
 
 class Values(NamedTuple):
-    """Of each row: log-prob of the target and, where the contender has it, the entropy."""
+    """The log-prob of each row's target and, if the contender computes it, the entropy; each ``[N]``."""
 
     logprob: Tensor
     entropy: Tensor | None
@@ -30,25 +30,26 @@ class Values(NamedTuple):
 class Contender(NamedTuple):
     name: str
     packages: tuple[str, ...]
-    """Distributions whose versions belong to the result."""
+    """Distributions whose versions are recorded with the results."""
     values: Callable[[Inputs], Values] | None = None
     mean_loss: Callable[[Inputs], Tensor] | None = None
-    """Mean cross-entropy, where the contender has something better for it than its values."""
+    """Mean cross-entropy, if the contender has a function for it that is faster than ``values``."""
     entropy: bool = True
     """Whether ``values`` has entropies, with their gradient."""
     given_logits: bool = False
-    """Whether it starts from logits: for the task ``logits`` alone."""
+    """Whether its input is logits; then it runs only the task ``logits``."""
     loss: Callable[[Inputs, Case], Tensor] | None = None
-    """The whole loss of a task, for a contender that has to know it."""
+    """The whole loss of a task, for a contender that needs it in the forward pass."""
     ours: bool = False
 
 
 class CannotRun(Exception):
-    """Why a contender has no part in a case."""
+    """A contender cannot run a case; the message says why."""
 
 
 def run(contender: Contender, inputs: Inputs, case: Case) -> tuple[Values | None, Tensor | None]:
-    """The task's values, or its loss, on which ``backward()`` is to be called."""
+    """``(values, None)`` in the task ``score``, else ``(None, loss)``, to call ``loss.backward()``. CannotRun if it
+    cannot."""
     if case.task == "score":
         if contender.values is None:
             raise CannotRun("has a loss only" if contender.loss is None else "is for training")
@@ -68,7 +69,7 @@ def run(contender: Contender, inputs: Inputs, case: Case) -> tuple[Values | None
 
 
 def token_losses(values: Values, inputs: Inputs, case: Case, rows: slice) -> Tensor:
-    """What each row contributes to the loss of the case's task."""
+    """Each row's term of the task's loss, ``[N]`` or that of ``rows``; the loss is their sum."""
     counts = inputs.counts[rows]
     if case.task == "sft":
         return -torch.where(counts, values.logprob, 0) / inputs.counts.sum()
@@ -130,7 +131,7 @@ _compiled: dict[Callable, Callable] = {}
 
 
 def _compile(function: Callable) -> Callable:
-    """``torch.compile`` of a contender's function, once."""
+    """A function that compiles ``function`` when it is first called."""
 
     def call(inputs: Inputs):  # type: ignore[no-untyped-def]
         if function not in _compiled:
@@ -152,7 +153,7 @@ def _torch_logprob(inputs: Inputs) -> Values:
 
 
 def _trl(inputs: Inputs) -> Values:
-    # As its fused head calls it: rows that do not count are taken out on a GPU, computed and dropped elsewhere.
+    # As TRL's fused head calls it: on a GPU it removes ignored rows first, elsewhere it computes and then masks them.
     from trl.trainer import utils
 
     counts = inputs.counts
@@ -216,7 +217,7 @@ def _cut_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
         inputs.weight,
         inputs.targets,
         reduction=reduction,
-        filter_eps=None,  # no tile is skipped, as in the others
+        filter_eps=None,  # skip no tiles: the other contenders do not either
         impl="cce" if inputs.hidden.is_cuda else "torch_compile",
     )
 
@@ -241,7 +242,7 @@ def _quack_mean_loss(inputs: Inputs) -> Tensor:
 CONTENDERS = [
     Contender("ours: linear_token_stats", ("repirl",), values=_ours, ours=True),
     Contender("ours: linear_token_loss", ("repirl",), loss=_ours_loss, ours=True),
-    # What the options cost that are off above.
+    # The same op with other options.
     Contender("ours: stats, no entropy", ("repirl",), values=_ours_without_entropy, entropy=False, ours=True),
     Contender("ours: stats, argmax", ("repirl",), values=_ours_with_argmax, ours=True),
     Contender("ours: token_stats", ("repirl",), values=_ours_logits, given_logits=True, ours=True),
@@ -278,7 +279,7 @@ CONTENDERS = [
 ]
 
 
-# What is imported when a peer is first used.
+# The module that a peer imports when it is first used.
 _MODULES = {
     "trl": "trl.trainer.utils",
     "liger-kernel": "liger_kernel.ops.fused_linear_scaled_cross_entropy",
@@ -287,7 +288,7 @@ _MODULES = {
 
 
 def preload(contenders: list[Contender], device: str) -> None:
-    """Import the peers and wake the device, before this process has it to itself."""
+    """Import the peers and initialise the device while other processes measure (see ``bench/turns.py``)."""
     if os.environ.get(VARIABLE) is None:
         return
     if device == "cuda":

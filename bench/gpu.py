@@ -30,22 +30,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-if os.fspath(ROOT) not in sys.path:  # as a script, its own folder is what Python looks in
+if os.fspath(ROOT) not in sys.path:  # for a script, Python searches only the script's folder
     sys.path[:0] = [os.fspath(ROOT), os.fspath(ROOT / "kernels")]
 
 from bench import gpu_wheels  # noqa: E402
 from bench.turns import VARIABLE, go_file, ready_file  # noqa: E402
 
-# In a step's arguments: the file of its results, and the folder of what is installed.
+# Placeholders in a step's arguments: the file of its results, and the folder of the installed packages.
 RESULT, INSTALLED = "{result}", "{installed}"
-# A step that has less time than this left is not begun.
+# No step is started with less time left, in seconds.
 SHORTEST = 8.0
 WRITE_EVERY = 2.0
 MAX_RUNNING = 12
-# Of the steps that take turns, how many are loaded at the same time, and the seconds that loading may take.
+# For steps that take turns: how many are loaded at the same time, and the most seconds that loading may take.
 MAX_LOADED = 5
 LONGEST_LOADING = 180.0
-# Of bench/candidates.py, most telling first.
+# Candidates of bench/candidates.py, the most important first.
 CANDIDATES = (
     "forward-pointer",
     "forward-flat-128x256x64x4",
@@ -91,10 +91,10 @@ class Step(NamedTuple):
     name: str
     arguments: tuple[str, ...]
     limit: float
-    """Seconds; for a step that takes turns, of its turn."""
+    """Seconds; for a step that takes turns, they count from the start of its turn."""
     needs_gpu: bool = False
     takes_turns: bool = False
-    """Whether it calls ``wait_for_turn`` (``bench/turns.py``): of these, one at a time has the GPU."""
+    """Whether it calls ``wait_for_turn`` (``bench/turns.py``): one such step at a time has the GPU."""
     after: str = ""
     """The name of another step. If that one fails, this one is not run."""
 
@@ -166,7 +166,7 @@ def plan(options: argparse.Namespace) -> list[list[Step]]:
             [child("machine", 20)],
             [case(f"{largest} policy+entropy", 65, peers), case(f"{qwen} policy+entropy", 55, peers)],
         ]
-    # Liger's kernels are compiled when they are first used: beside ours alone, so that nobody waits for them.
+    # Liger's kernels are compiled at their first use. They run beside ours alone, so that other contenders do not wait.
     headline = [
         case(f"{largest} policy+entropy", 60, "ours eager trl"),
         case(f"{largest} policy+entropy", 80, "ours liger", of=", beside Liger"),
@@ -186,7 +186,7 @@ def plan(options: argparse.Namespace) -> list[list[Step]]:
     update += ("--prompt", "512", "--response", "1024", "--rounds", "1", "--cases", "spread lengths")
     return [
         [child("machine", 30)],
-        # The candidates are compiled meanwhile, all at once, and those that fail or hang are left out afterwards.
+        # The candidates are compiled at the same time. Those that fail or hang here are not run later.
         [child("tests", 100 if gpu else 240)]
         + [candidate(name, 90, 512, 256, 4096, first_try=True) for name in CANDIDATES if gpu],
         headline,
@@ -228,7 +228,7 @@ class Runner:
         self.environment = self._environment()
 
     def run(self, stage: Sequence[Step]) -> None:
-        """Run the steps of a stage side by side; those that take turns are loaded a few ahead."""
+        """Run the steps of a stage at the same time; of those that take turns, at most MAX_LOADED are loaded."""
         waiting = list(stage)
         while waiting or self._running:
             loading = sum(running.step.takes_turns for running in self._running.values())
@@ -276,7 +276,7 @@ class Runner:
         go_file(self._prefix(first.step)).touch()
 
     def close(self) -> None:
-        """End what runs, and write the files once more."""
+        """End all steps that run, and write the files a last time."""
         for name in list(self._running):
             self._end(name, "interrupted")
         os.close(self._lifeline[1])
@@ -306,7 +306,8 @@ class Runner:
         _replace(out / "logs.tar.gz", archive.getvalue())
 
     def _environment(self) -> dict[str, str]:
-        # nvidia-cutlass-dsl puts its second folder on the path by a .pth file, which is read in site-packages only.
+        # nvidia-cutlass-dsl adds its second folder to the path by a .pth file, which Python reads in site-packages
+        # only.
         installed = self.work / "installed"
         paths = [installed, installed / "nvidia_cutlass_dsl" / "dsl_packages", ROOT / "kernels", ROOT]
         given = os.environ.get("PYTHONPATH")
@@ -315,7 +316,7 @@ class Runner:
             "PYTHONPATH": os.pathsep.join([*map(os.fspath, paths), *([given] if given else [])]),
             "PYTHONUNBUFFERED": "1",
             "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-            # Liger's check of the targets waits for the GPU; ours is not made either.
+            # Without Liger's check of the targets, which makes the host wait for the GPU.
             "LIGER_SCALED_CE_SM90_VALIDATE_TARGETS": "0",
         }
         if self.options.device == "cpu":
@@ -357,7 +358,7 @@ class Runner:
         step, process, start, deadline = running.step, running.process, running.start, running.deadline
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in a driver's call can take its time
+        with contextlib.suppress(subprocess.TimeoutExpired):  # inside a driver call, a process may end late
             process.wait(timeout=10)
         outcome: dict[str, Any] = {
             "status": status,
@@ -374,7 +375,7 @@ class Runner:
     def _recorded(self, name: str) -> dict[str, Any]:
         try:
             return {"result": json.loads((self.work / f"{_key(name)}.json").read_text())}
-        except (OSError, ValueError):  # not written yet, or not whole
+        except (OSError, ValueError):  # not written yet, or incomplete
             return {}
 
     def _finish(self, name: str, outcome: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""Steps of ``bench/gpu.py`` that are no command of their own: ``python -m bench.gpu_steps STEP --result FILE``.
+"""Steps of ``bench/gpu.py`` that have no command of their own: ``python -m bench.gpu_steps STEP --result FILE``.
 
-Each records as it goes, in a file that counts however the step ends.
+Each step writes its results to the file as soon as it has them, so that they are kept however the step ends.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def machine(options: argparse.Namespace, record: Record) -> None:
-    """What this runs on, and its two ceilings: bytes copied and multiply-adds."""
+    """Describe the machine, and measure how fast it copies and multiplies."""
     import torch
     import triton
     from repirl_kernels import choose_backend
@@ -90,7 +90,7 @@ def machine(options: argparse.Namespace, record: Record) -> None:
         ("fp32", torch.float32, None),
     ):
         if out_dtype is not None and not on_gpu:
-            continue  # torch has it on CUDA only
+            continue  # CUDA only
         a, b = (torch.randn(size, size, device=options.device).to(dtype) for _ in range(2))
         keywords = {} if out_dtype is None else {"out_dtype": out_dtype}
         seconds = median_seconds(functools.partial(torch.mm, a, b, **keywords), options)
@@ -99,7 +99,7 @@ def machine(options: argparse.Namespace, record: Record) -> None:
 
 
 def tests(options: argparse.Namespace, record: Record) -> int:
-    """The ops' tests but for the largest shapes; on a CPU a few of them in Triton's interpreter."""
+    """Run the ops' tests, except those of large shapes; on a CPU, a few of them in Triton's interpreter."""
     if options.device == "cpu":
         return _pytest(record, ["tests/gpu/test_edge_cases_on_gpu.py", "-k", "edge_case_10 or edge_case_14"])
     workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
@@ -107,18 +107,18 @@ def tests(options: argparse.Namespace, record: Record) -> int:
 
 
 def large(options: argparse.Namespace, record: Record) -> int:
-    """The tests that want much memory, one after the other."""
+    """Run the tests that need much memory, one after the other."""
     return _pytest(record, ["tests/gpu/test_large_shapes.py"])
 
 
 def training(options: argparse.Namespace, record: Record) -> int:
-    """The trainer's tests."""
+    """Run the trainer's tests."""
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     return _pytest(record, ["tests/gpu/test_training_on_gpu.py", *workers])
 
 
 def _pytest(record: Record, arguments: list[str]) -> int:
-    # The machine's pytest may be older than the one that the project asks for.
+    # The machine's pytest may be older than the version that the project requires.
     flags = ["-v", "-p", "no:cacheprovider", "--tb=short", "-o", "minversion=7.0"]
     command = [sys.executable, "-m", "pytest", *flags, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -136,7 +136,7 @@ def _pytest(record: Record, arguments: list[str]) -> int:
 
 
 def outcome_of(line: str) -> tuple[str, str]:
-    """``(test, outcome)`` from a line that pytest prints for a test, by itself or by one of several workers."""
+    """``(test, outcome)`` from a line that pytest prints for a test, with one worker or several; else empty strings."""
     words = "PASSED|FAILED|ERROR|SKIPPED"
     alone = re.match(rf"(tests/\S+::.*?) ({words})\b", line)
     worker = re.match(rf"\[gw\d+\] \[ *\d+%\] ({words}) (tests/\S+::.*)", line)
@@ -146,7 +146,7 @@ def outcome_of(line: str) -> tuple[str, str]:
 
 
 def profile(options: argparse.Namespace, record: Record) -> None:
-    """Time by kernel of one forward and backward pass of both linear ops."""
+    """Measure the time of each kernel in one forward and backward pass of both linear ops."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -207,12 +207,12 @@ def _training_steps(options: argparse.Namespace, shape: tuple[int, int, int]) ->
 
 
 def one_step(options: argparse.Namespace, record: Record) -> None:
-    """What ``counters`` looks at."""
+    """The training step of which ``counters`` reads the hardware counters."""
     _training_steps(options, (8192, 4096, 131072))["linear_token_stats"]()
 
 
 def counters(options: argparse.Namespace, record: Record) -> int:
-    """Nsight Compute's counters of the linear kernels, where ``ncu`` is installed. It leaves the clocks alone."""
+    """Read hardware counters of the linear kernels with Nsight Compute (``ncu``), if installed, at unchanged clocks."""
     if shutil.which("ncu") is None:
         record(reason="ncu is not installed")
         return 0
@@ -240,7 +240,7 @@ def counters_of(output: str) -> dict[str, dict[str, str]]:
 
 
 def median_seconds(function: Callable[[], Any], options: argparse.Namespace) -> float:
-    """Median of at least five runs, and of as many as fit in 0.3 s (on a CPU: of two)."""
+    """Median seconds of at least five runs, and of as many as fit in 0.3 s (on a CPU: of two)."""
     import torch
 
     if options.device == "cpu":

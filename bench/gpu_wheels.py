@@ -1,10 +1,10 @@
-"""What ``bench/gpu.py`` wants beside the repository, as files for a machine without network.
+"""Gathers the packages that ``bench/gpu.py`` needs besides the repository, as files for a machine without network.
 
     python bench/gpu.py wheels --to DIR
 
-``DIR`` gets wheels of the peers and of what the image lacks, for Python 3.12 on x86-64 Linux, and one archive of
-NVIDIA's CuTe DSL, in which Liger's kernel for Hopper is written. That one's library is 92 MB as a wheel, and 52 MiB
-packed as here. Packing takes five to ten minutes of one core and 3 GiB of memory; the rest takes seconds.
+``DIR`` gets wheels of the peers, wheels of packages that the machine's image lacks, for Python 3.12 on x86-64 Linux,
+and an archive of NVIDIA's CuTe DSL, which Liger's kernel for Hopper needs. The DSL's library has 92 MB as a wheel and
+52 MiB in this archive. Packing takes five to ten minutes of one core and 3 GiB of memory; the rest takes seconds.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
-# Of the folder and the repository's files together.
+# The largest size of the folder and the repository's files together, in bytes.
 LARGEST = 64 * MIB
 
-# What is wanted, and by whom. The image has PyTorch, Triton, transformers, peft and pytest. torchao is left out: it is
-# large, and what is run on a GPU does not use it.
+# Requirements, each with what needs it. The image has PyTorch, Triton, transformers, peft and pytest. torchao is left
+# out: it is large, and what runs on a GPU does not use it.
 PACKAGES = {
     "liger-kernel>=0.8.5": "a peer",
     "cut-cross-entropy>=25.1": "a peer",
     "trl>=1.16,<1.17": "a peer",
     "datasets": "trl",
     "dill": "datasets",
-    "multiprocess==0.70.19": "datasets, which wants none that is newer",
+    "multiprocess==0.70.19": "datasets, which needs this version",
     "gguf": "repirl",
     "math-verify": "repirl",
     "latex2sympy2-extended": "math-verify",
@@ -41,17 +41,17 @@ PACKAGES = {
     "typing-extensions": "pydantic",
     "typing-inspection": "pydantic",
 }
-# In exactly the version that the other one names.
+# Packages in the version that the other package pins.
 PINNED = {"pydantic-core": "pydantic"}
-# There is no wheel of it to download.
+# Packages that have no wheel to download; one is built here.
 BUILT = {"antlr4-python3-runtime==4.13.2": "math-verify"}
 ARCHIVED = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core")
 ARCHIVED += ("nvidia-cutlass-dsl-libs-cu13",)
 ARCHIVE_VERSION = "4.8.1"
 ARCHIVE = f"nvidia_cutlass_dsl-{ARCHIVE_VERSION}-cu13-cp312.tar.xz"
-# For other processors, and for compiling C++ against it.
+# Files for other processors, and for compiling C++ against the library.
 _DROPPED = re.compile(r"/stubs/aarch64-|\.(a|h)$")
-# A dictionary that holds all of the largest library: with the preset's own, of 64 MiB, the archive is 7 MiB larger.
+# The dictionary is larger than the largest library: with the preset's 64 MiB, the archive is 7 MiB larger.
 _STRONGEST = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * MIB, "nice_len": 273}
 _FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, **_STRONGEST}]
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -84,7 +84,7 @@ def gather(folder: Path) -> None:
 
 
 def download(folder: Path, requirements: Sequence[str]) -> None:
-    """Wheels for the image's Python, whichever Python this is."""
+    """Download wheels for the image's Python, which may differ from this one."""
     target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
     target += [word for platform in _PLATFORMS for word in ("--platform", platform)]
     _pip("download", "--no-deps", *target, "--dest", folder, *requirements)
@@ -95,7 +95,7 @@ def _pip(*words: str | Path) -> None:
 
 
 def pinned_version(folder: Path, name: str, by: str) -> str:
-    """The one version of ``name`` that the wheel of ``by`` in ``folder`` asks for."""
+    """The version of ``name`` that the wheel of ``by`` in ``folder`` pins. ValueError if it pins none."""
     wheel = next(folder.glob(f"{by.replace('-', '_')}-*.whl"))
     with zipfile.ZipFile(wheel) as files:
         metadata = next(member for member in files.namelist() if member.endswith(".dist-info/METADATA"))
@@ -107,7 +107,7 @@ def pinned_version(folder: Path, name: str, by: str) -> str:
 
 
 def pack(wheels: Sequence[Path], archive: Path) -> None:
-    """The wheels' files as one folder, without what nothing here reads; libraries last, where they are alike."""
+    """Pack the wheels' files into one archive, without files that are not needed, similar ones side by side."""
     contents: dict[str, bytes] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as files:
@@ -136,7 +136,7 @@ def tree_bytes(root: Path) -> int:
 
 
 def report(folder: Path, tree: int) -> int:
-    """Print the sizes; 1 if folder and tree together are too large to be carried."""
+    """Print the sizes; return 1 if folder and tree together exceed LARGEST."""
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     for name, size in sorted(sizes.items(), key=lambda entry: -entry[1]):
         print(f"{size / MIB:8.2f} MiB  {name}")

@@ -1,4 +1,4 @@
-"""How wrong, how fast and how large: one contender or all of a case, on this machine."""
+"""Measures the errors, the time and the memory of a case's contenders on this machine."""
 
 import ctypes
 import gc
@@ -19,8 +19,8 @@ from bench.cases import Case, Inputs, make_inputs
 from bench.contenders import CONTENDERS, CannotRun, Contender, Values, run, token_losses
 
 CHECKED_ROWS = 256
-# Largest error that still counts as the same result, relative to the largest value. bfloat16 logits that are
-# rounded (eager PyTorch's) lie within it.
+# The largest error of a correct result, relative to the largest value. It allows for logits that are rounded to
+# bfloat16, as in eager PyTorch.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
@@ -40,7 +40,7 @@ def drop_gradients(inputs: Inputs) -> None:
 
 
 def truth_of(case: Case, device: str) -> dict[str, Tensor]:
-    """Values or gradients in float64, from the numbers of the case's dtype."""
+    """Values or gradients, computed in float64 from the inputs in the case's dtype."""
     inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
     exact = Inputs(
         inputs.hidden.detach().double().requires_grad_(inputs.hidden.requires_grad),
@@ -65,7 +65,7 @@ def _gradients(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def errors_of(contender: Contender, case: Case, device: str, truth: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result, relative to its largest value. ValueError where it is not the same result."""
+    """Largest error of each result, relative to its largest value. ValueError if a result is missing or wrong."""
     inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
     values = step(contender, inputs, case)
     if values is None:
@@ -99,7 +99,7 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def yardstick(case: Case, inputs: Inputs) -> Callable[[], object]:
-    """One bare matrix product of the case's shape and dtype; for given logits, one copy of them."""
+    """A function for one bare matrix product of the case's shape and dtype; for given logits, for one copy of them."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     if case.task == "logits":
         copied = torch.empty_like(hidden)
@@ -111,10 +111,10 @@ def yardstick(case: Case, inputs: Inputs) -> Callable[[], object]:
 def times_of(
     contenders: list[Contender], case: Case, device: str, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each round, the yardstick's under ``""``; and by contender why it could not run.
+    """Seconds of each round by contender, the yardstick's under ``""``; and for those that could not run, why.
 
-    Each round runs every contender once, and begins with another one. A contender rests when it has had ``seconds``
-    and MIN_ROUNDS rounds.
+    Each round runs every contender once, each time beginning with another one. A contender leaves the rounds when it
+    has used ``seconds`` in at least MIN_ROUNDS rounds.
     """
     inputs = make_inputs(case, device)
     functions: dict[str, Callable[[], object]] = {"": yardstick(case, inputs)}
@@ -126,7 +126,7 @@ def times_of(
         try:
             function()  # warm-up
             times[name] = []
-        except Exception as error:  # out of memory, mostly: a result like another
+        except Exception as error:  # mostly out of memory: it is reported
             reasons[name] = reason_of(error)
         drop_gradients(inputs)
     names = list(times)
@@ -141,7 +141,7 @@ def times_of(
 
 
 def reason_of(error: Exception) -> str:
-    """Why a contender has no part in a case, in one line."""
+    """Why a contender cannot run a case, in one line."""
     if isinstance(error, CannotRun):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -156,9 +156,9 @@ def spread(times: list[float]) -> dict[str, float]:
 
 
 def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
-    """Largest memory during a step, beyond inputs and gradients; on a CPU only right in a process prepared for it."""
+    """Peak memory of a step in bytes, without inputs and gradients; on a CPU, for the process of :func:`main` only."""
     inputs = make_inputs(case, device)
-    step(contender, inputs, case)  # libraries load, kernels compile
+    step(contender, inputs, case)  # a warm-up: libraries are loaded, kernels compiled
     drop_gradients(inputs)
     gc.collect()
     if device == "cuda":
@@ -168,7 +168,7 @@ def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
     else:
         _C_LIBRARY.malloc_trim(0)
         before = _kibibytes("/proc/self/status", "VmRSS") * 1024
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     step(contender, inputs, case)
     synchronize(device)
     on_cpu = device == "cpu"
@@ -188,9 +188,9 @@ def _kibibytes(file: str, field: str) -> int:
 
 
 def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str, int | str]:
-    """By contender: bytes, or why it could not run.
+    """Bytes by contender, or why it could not run.
 
-    On a CPU from a process of its own, whose allocator keeps nothing that was freed.
+    On a CPU, a separate process measures, whose allocator returns freed memory to the system.
     """
     if device == "cuda":
         return _memory_here(contenders, case, device)
@@ -215,11 +215,11 @@ def _memory_here(contenders: list[Contender], case: Case, device: str) -> dict[s
 
 
 def main() -> None:
-    """Memory measurements, for :func:`memory_of`."""
-    # Large blocks go back to the system when they are freed, however many there were before.
+    """The process that :func:`memory_of` starts: prints its measurements as JSON."""
+    # With a fixed threshold, glibc returns every large block to the system when it is freed.
     mmap_threshold = -3
     _C_LIBRARY.mallopt(mmap_threshold, 1 << 20)
-    # One that needs more than there is gets an error of its own, and no process is killed.
+    # A contender that needs more memory than there is gets an error, and no process is killed.
     available = _kibibytes("/proc/meminfo", "MemAvailable") * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (available, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     request = json.loads(sys.argv[1])

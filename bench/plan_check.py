@@ -1,6 +1,6 @@
-"""``python -m bench.plan_check``: what `repirl plan` predicts beside what `repirl train` takes, on a CPU.
+"""``python -m bench.plan_check``: compares the memory that `repirl plan` predicts with a training run's, on a CPU.
 
-``--table FILE`` instead writes what fits GPUs of 24, 48 and 80 GiB for a model of Qwen3-4B's shape; nothing is trained.
+``--table FILE`` instead writes what fits GPUs of 24, 48 and 80 GiB for a model of Qwen3-4B's shape, without training.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from repirl.report.log import read_metrics
 ROOT = Path(__file__).parents[1]
 INTRODUCTION = """# Plan and reality
 
-Two steps of training run for each setting, in processes of their own, with a model of SmolLM2-135M's shape (random
-weights) and generated data whose lengths are at the configuration's limits. `predicted` is the peak of `repirl plan`;
-`measured` is the high-water mark of resident memory that the run itself logs (`memory/peak_bytes`), of the largest
-process where there are several.
+For each setting, a separate run of two training steps, with a model of SmolLM2-135M's shape (random weights) and
+generated data whose lengths are at the configuration's limits. `predicted` is the peak of `repirl plan`; `measured` is
+the peak of resident memory that the run logs (`memory/peak_bytes`), that of the largest process if there are several.
 
-glibc keeps freed blocks of up to 32 MiB in its heap, as gaps between blocks that are in use. The plan is of what is in
-use, so `measured` is with `MALLOC_MMAP_THRESHOLD_=131072` and `MALLOC_TRIM_THRESHOLD_=131072`: larger blocks go back to
+glibc keeps freed blocks of up to 32 MiB in its heap, between blocks in use. The plan counts only memory in use, so
+`measured` is with `MALLOC_MMAP_THRESHOLD_=131072` and `MALLOC_TRIM_THRESHOLD_=131072`: blocks above this size return to
 the system when they are freed. `unset` is the same run without these variables, for some settings. One thread.
 """
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -64,7 +63,7 @@ PROMPT, EXPERT, RESPONSE = 96, 96, 16
 CHECKPOINTING = {"policy": {"gradient_checkpointing": True}, "prm": {"gradient_checkpointing": True}}
 REFERENCE, LOGPROB = {"irl": {"base_measure": "reference"}}, {"prm": {"reward": "logprob"}}
 STATE_BITS = {"policy": {"optimizer": {"state_bits": 8}}}
-# Label, processes, changes, whether it is also measured with glibc's own settings.
+# Label, processes, changes, whether it is also measured with glibc's default settings.
 SETTINGS: list[tuple[str, int, dict[str, Any], bool]] = [
     ("sft, one micro-batch of 960 tokens", 1, {"objective": "sft", "irl": {"experts_per_step": 5}}, True),
     ("rloo, two micro-batches", 1, {"objective": "rloo", "batch": {"tokens_per_microbatch": 256}}, False),
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = check(Path(folder), label, processes, changes, unset)
             result["settings"].append(row)
             print(line(row), flush=True)
-            if options.output:  # after each: a run that is cut short keeps what it has
+            if options.output:  # after each setting, for a run that ends early
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(result, indent=1) + "\n")
                 options.output.with_suffix(".md").write_text(page(result))
@@ -118,7 +117,7 @@ def make_files(folder: Path) -> None:
     rng = random.Random(0)
     with open(folder / "train.jsonl", "w") as file:
         for _ in range(64):
-            # A digit is a token, and the expert's end is another.
+            # Each digit is one token; an expert solution has one more, its end token.
             digits = ["".join(rng.choices("0123456789", k=count)) for count in (PROMPT, EXPERT - 1)]
             file.write(json.dumps({"prompt": digits[0], "answer": "none", "solution": digits[1]}) + "\n")
 
@@ -150,14 +149,14 @@ def settings_of(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
 def check(folder: Path, label: str, processes: int, changes: dict[str, Any], unset: bool) -> dict[str, Any]:
     """Plan one setting and train with it: a row of the results."""
     config = build_config(settings_of(folder, changes))
-    found = plan(config, processes)
+    predicted = plan(config, processes)
     row: dict[str, Any] = {
         "setting": label,
         "processes": processes,
         "changes": changes,
-        "phase": found.peak.name,
-        "predicted_bytes": found.peak.total,
-        "predicted_rows": found.peak.rows,
+        "phase": predicted.peak.name,
+        "predicted_bytes": predicted.peak.total,
+        "predicted_rows": predicted.peak.rows,
         "measured_bytes": train(folder, describe(config), processes, RETURNED)["memory/peak_bytes"],
     }
     if unset:
@@ -166,20 +165,20 @@ def check(folder: Path, label: str, processes: int, changes: dict[str, Any], uns
 
 
 def train(folder: Path, text: str, processes: int, variables: dict[str, str], threads: int = 1) -> dict[str, Any]:
-    """Run `repirl train` in processes of its own.
+    """Run `repirl train` in separate processes.
 
     Args:
         folder: gets the configuration and the run.
         text: the configuration as YAML.
-        processes: how many train.
-        variables: of their environment, beside this process's own without those of malloc.
-        threads: of each process.
+        processes: their number.
+        variables: added to their environment, which is this process's without the ``MALLOC_`` variables.
+        threads: the number in each process.
 
     Returns:
         The last line of the run's metrics.
 
     Raises:
-        RuntimeError: with the run's output, where it fails.
+        RuntimeError: the run fails; the message has its output.
     """
     (folder / "config.yaml").write_text(text)
     subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
@@ -222,8 +221,8 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         INTRODUCTION,
         f"Made by `{result['command']}`; {described}.",
-        f"A process that has imported everything holds {imported} GiB here; the plan counts with "
-        f"{gib(PROCESS_BYTES)} GiB, to which it comes while it trains.",
+        f"After its imports, a process holds {imported} GiB here; the plan assumes {gib(PROCESS_BYTES)} GiB, which it "
+        "reaches during training.",
         "",
         "| setting | peak in | predicted, GiB | measured | ratio | unset | ratio |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -264,7 +263,7 @@ MEMORIES, PROCESSES = (24, 48, 80), (1, 2, 4, 8)
 
 
 def qwen3_page(command: str) -> str:
-    """The page that says which ways to train fit on how many GPUs of which size. Nothing is measured."""
+    """The page of which ways to train fit on how many GPUs of which size. Nothing is measured."""
     with tempfile.TemporaryDirectory() as folder:
         Qwen3Config(**QWEN3_4B).save_pretrained(folder)
         base = merge(PAPER, {"policy": {"model": folder}})
@@ -273,9 +272,9 @@ def qwen3_page(command: str) -> str:
         }
         fits = [find_fit(build_config(base), memory * GIB, 1, "cuda") for memory in MEMORIES]
     rows = []
-    for label, found in plans.items():
-        cells = [f"{gib(p.peak.total)} {p.peak.name}{marks(p.peak.total)}" for p in found]
-        rows.append(f"| {label} | {' | '.join(cells)} | {gib(sum(found[0].host.values()))} |")
+    for label, by_processes in plans.items():
+        cells = [f"{gib(p.peak.total)} {p.peak.name}{marks(p.peak.total)}" for p in by_processes]
+        rows.append(f"| {label} | {' | '.join(cells)} | {gib(sum(by_processes[0].host.values()))} |")
     rooms = ", ".join(gib(usable(memory * GIB, "cuda")) for memory in MEMORIES)
     lines = [
         "# What fits: Qwen3-4B's shape",
@@ -286,9 +285,9 @@ def qwen3_page(command: str) -> str:
         "prompts with 4 responses each and 512 experts a step. Float32 weights with `compute_dtype: bfloat16`,",
         "gradient checkpointing, micro-batches of 16384 tokens, the built-in engine with 16 sequences side by side.",
         "",
-        "The peak in GiB on each GPU, and the phase that makes it; it fits ●●● 24, 48 and 80 GiB, ●● 48 and 80, ● 80,",
-        f"of which {rooms} are filled at most: 5% and 1 GiB are left for the CUDA context, libraries and gaps. Host:",
-        "what lies in host memory for the GPU, where there is one.",
+        "The peak on each GPU in GiB, and its phase. ●●● fits GPUs of 24, 48 and 80 GiB, ●● those of 48 and 80, ●",
+        f"those of 80. At most {rooms} GiB of these are used: 5% and 1 GiB are left for the CUDA context,",
+        "libraries and fragmentation. Host: GiB of host memory, with one GPU.",
         "",
         f"| | {' | '.join(f'{n} GPU{chr(115) * (n > 1)}' for n in PROCESSES)} | host |",
         f"|---|{'---|' * len(PROCESSES)}---:|",

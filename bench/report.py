@@ -16,18 +16,18 @@ INTRODUCTION = """# Benchmarks of the fused ops
 
 Made by `python -m bench.report` from the JSON files below. `make bench` measures on your machine.
 
-Only rows of one table may be compared: they did the same task on the same inputs, taking turns. A contender is timed
-after its results (values, or gradients of hidden states and weights) were found equal to float64's within the dtype's
-rounding; one that cannot do a case says why.
+Compare only rows of one table: they are the same task on the same inputs, measured in turns. A contender is timed only
+if its results (values, or gradients of hidden states and weights) agree with float64 up to the dtype's rounding. Below
+a table are the contenders that cannot run the case, and why.
 
 * **ms**: median of the rounds, and their quartiles.
-* **products**: multiples of one bare matrix product of the same shape and dtype in the same rounds, the floor of a
-  forward pass. With gradients of both operands the floor is 3, with a frozen head 2. For given logits it is one copy
-  of them.
-* **MiB**: the most that a step holds beyond inputs and gradients. On a CPU it is resident memory.
+* **products**: the median as a multiple of one bare matrix product of the same shape and dtype in the same rounds. A
+  forward pass takes at least 1, with gradients of both operands 3, with a frozen head 2. For given logits, the unit is
+  one copy of them.
+* **MiB**: the peak memory of a step, without inputs and gradients. On a CPU it is resident memory.
 * **error**: the largest error of a result against float64, relative to its largest value; on 256 rows.
 
-A run that was ended early holds the cases that it got to.
+A run that ended early has only the cases that it finished.
 """
 
 ON_A_GPU = """## On a GPU
@@ -38,15 +38,16 @@ ON_A_GPU = """## On a GPU
     python bench/gpu.py --out OUT --wheels WHEELS              at most 480 s
     python bench/gpu.py --out OUT --wheels WHEELS --call 2     at most 180 s
 
-The first call measures what the card can copy and multiply, runs the ops' tests on it while the candidates compile, and
-then, most telling first: the headline cases beside their peers, the candidates at D = 4096, a profile and hardware
-counters of a step, the large shapes, the trainer's tests, a policy update beside TRL's, and further cases. The tests
-and the headline are reached even if every step takes as long as it may. The second call is the card's ceilings and the
-two largest cases beside Liger's kernel for Hopper. A step that fails, hangs or is cut short costs the others nothing.
+The first call measures how fast the GPU copies and multiplies, and runs the ops' tests while the candidates compile.
+Then it runs, the most important first: the headline cases beside their peers, the candidates at D = 4096, a profile and
+hardware counters of a step, the large shapes, the trainer's tests, a policy update beside TRL's, and further cases. The
+tests and the headline cases are reached even if every step takes its whole time limit. The second call measures how
+fast the GPU copies and multiplies, and the two largest cases beside Liger's kernel for Hopper. A step that fails, hangs
+or is ended early does not affect the others.
 
-`OUT` gets three files, whole at any moment: `gpu.json` (each step with its status, seconds, limit, results and, if it
-failed, the end of its log), `ops.json` (for `bench/results`, from which this page is made) and `logs.tar.gz`.
-`--steps WORD` runs a part, and `--device cpu` tries the script itself, in about a minute.
+`OUT` gets three files, each complete at any time: `gpu.json` (each step with its status, seconds, limit, results and,
+if it failed, the end of its log), `ops.json` (for `bench/results`, from which this page is made) and `logs.tar.gz`.
+`--steps WORD` runs only some steps, and `--device cpu` tests the script itself, in about a minute.
 
 `bench/candidates.py` holds other ways to run `linear_token_stats` on a Hopper GPU: loads by TMA, one flat loop, a
 warp-specialised kernel, cuBLAS in blocks that stay in the L2 cache, other slabs. Each is compared with float64, then
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def page(files: list[Path], folder: Path, others: Sequence[Path] = ()) -> str:
-    """The page that lies in ``folder``, with links to other pages of results; writes the plots beside the files."""
+    """The page for ``folder``, with links to other pages of results; writes the plots beside the files."""
     parts = [INTRODUCTION]
     if others:
         links = [f"* [{title(other)}]({os.path.relpath(other, folder)})" for other in others]
@@ -91,7 +92,7 @@ def page(files: list[Path], folder: Path, others: Sequence[Path] = ()) -> str:
 
 
 def title(page: Path) -> str:
-    """What a page is called in its first line, or else its name."""
+    """The heading in a page's first line, else the file's name."""
     first = page.read_text().splitlines()[0]
     return first.removeprefix("# ") if first.startswith("# ") else page.stem
 
@@ -112,7 +113,7 @@ def environment(result: dict[str, Any]) -> str:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One case: those that ran, fastest first, then the others and why they did not."""
+    """One case as Markdown: the contenders that ran, fastest first, then the others and why they did not."""
     unit = "copies" if measured["case"]["task"] == "logits" else "products"
     lines = [f"### {measured['name']}\n", f"{TASKS[measured['case']['task']].capitalize()}.\n"]
     if "yardstick" in measured:
@@ -129,7 +130,7 @@ def table(measured: dict[str, Any]) -> str:
         errors = ", ".join(f"{key} {error:.1e}" for key, error in row["errors"].items())
         lines.append(f"| {name} | {times} | {row['extra_bytes'] / 2**20:.0f} | {errors} |")
     reasons = [f"{row['contender']} ({row['reason']})" for row in measured["rows"] if "reason" in row]
-    return "\n".join(lines) + ("\n\nNot here: " + "; ".join(reasons) + "." if reasons else "") + "\n"
+    return "\n".join(lines) + ("\n\nNot measured: " + "; ".join(reasons) + "." if reasons else "") + "\n"
 
 
 def plot(result: dict[str, Any], image: Path) -> None:
@@ -140,7 +141,7 @@ def plot(result: dict[str, Any], image: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = [measured for measured in result["cases"] if any("median" in row for row in measured["rows"])]
-    # No date and no random ids: the same results make the same file.
+    # Without date and random ids, so that the same results make the same file.
     with matplotlib.rc_context({"svg.hashsalt": "repirl", "svg.fonttype": "none", "font.size": 8}):
         figure, axes = plt.subplots(len(cases), 2, figsize=(10, 2.2 * len(cases)), squeeze=False, layout="constrained")
         for measured, (left, right) in zip(cases, axes, strict=True):

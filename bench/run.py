@@ -1,8 +1,9 @@
-"""``python -m bench.run``: the ops beside every peer that is installed, on this machine.
+"""``python -m bench.run``: measures the ops beside every peer that is installed, on this machine.
 
-Each contender is first compared with float64; one that gives something else, or cannot run the case, is not timed and
-says why. Times are medians of rounds in which all take turns; ``products`` are multiples of one bare matrix product of
-the same shape and dtype in the same rounds. Memory is what a step needs beyond its inputs and gradients.
+Each contender is first compared with float64. One that gives other results, or cannot run the case, is not timed, and
+its row says why. Times are medians of rounds in which all contenders take turns; ``products`` are multiples of one bare
+matrix product of the same shape and dtype in the same rounds. Memory is what a step needs beyond its inputs and
+gradients.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = measure_case(case, contenders, device, options.seconds, memory_only=profile == "memory")
         result["cases"].append(measured)
         print(table(measured), flush=True)
-        if options.json:  # after each case: a run that is cut short keeps what it has
+        if options.json:  # after each case, for a run that ends early
             file = Path(options.json)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_name(file.name + ".partial")
@@ -77,13 +78,13 @@ def measure_case(
         try:
             row["errors"] = errors_of(contender, case, device, truth)
             able.append(contender)
-        except Exception as error:  # whatever a peer raises is a result: that it cannot run this
+        except Exception as error:  # whatever a peer raises: it cannot run this case
             row["reason"] = reason_of(error)
         rows[contender.name] = row
     measured = {"case": case._asdict(), "name": case.name, "rows": list(rows.values())}
     if not able:
         return measured
-    # Memory first: what does not fit is not timed.
+    # Memory first: a contender that does not fit is not timed.
     for name, extra in memory_of(able, case, device).items():
         rows[name]["reason" if isinstance(extra, str) else "extra_bytes"] = extra
     if memory_only:

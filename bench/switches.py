@@ -1,9 +1,9 @@
 """``python -m bench.switches``: what each switch for small memory saves, and what it costs in time.
 
-Two steps of the dual loop for each switch, and without any, in turns: a model of SmolLM2-135M's shape with random
-weights as policy, PRM and frozen reference (the reward is a log-ratio, so that all three are needed), float32, and data
-whose lengths are at the configuration's limits. Peaks are of resident memory, of the largest process; seconds are of
-the last step, the median of the rounds.
+Each run makes two steps of the dual loop with one switch, or with none; the runs take turns. Policy, PRM and frozen
+reference are models of SmolLM2-135M's shape with random weights, in float32 (the reward is a log-ratio, so that all
+three are needed). The lengths of the data are at the configuration's limits. Peaks are of resident memory, of the
+largest process; seconds are of the last step, the median of the rounds.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ SWITCHES: list[tuple[str, int, dict[str, Any]]] = [
 def measure(folder: Path, processes: int, changes: dict[str, Any]) -> dict[str, float]:
     """Peak bytes and seconds of one run's last step."""
     config = build_config(settings_of(folder, merge(BASE, changes)))
-    found = train(folder, describe(config), processes, RETURNED, threads=THREADS // processes)
-    return {"peak": found["memory/peak_bytes"]} | {k: v for k, v in found.items() if k.startswith("seconds/")}
+    metrics = train(folder, describe(config), processes, RETURNED, threads=THREADS // processes)
+    return {"peak": metrics["memory/peak_bytes"]} | {k: v for k, v in metrics.items() if k.startswith("seconds/")}
 
 
 def rows(result: dict[str, Any]) -> list[str]:
     """The table's rows: medians, and their ratios to those of the run without any switch."""
-    found = {
+    medians = {
         label: {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         for label, rounds in result["rounds"].items()
     }
-    plain, lines = found["none"], []
-    for label, values in found.items():
+    plain, lines = medians["none"], []
+    for label, values in medians.items():
         seconds = [r["seconds/step"] for r in result["rounds"][label]]
         cells = [
             f"`{label}`" if ":" in label else label,
@@ -84,12 +84,11 @@ def page(result: dict[str, Any]) -> str:
         "# What each switch saves, and costs",
         "",
         *(__doc__ or "").splitlines()[2:],
-        f"{THREADS} threads, shared out where there are several processes; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md",
-        "says why).",
+        f"{THREADS} threads in all, divided among the processes; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md says why).",
         "",
         f"Made by `{result['command']}`; {described}.",
         "",
-        "| switch | peak, GiB | of none's | seconds a step | of none's |",
+        "| switch | peak, GiB | ratio to none | seconds a step | ratio to none |",
         "|---|---:|---:|---:|---:|",
         *rows(result),
     ]

@@ -1,6 +1,6 @@
-"""Ours and each peer by itself, for pytest-benchmark: its options, saved runs and comparisons.
+"""Times our ops and each peer with pytest-benchmark, for its options, saved runs and comparisons.
 
-``python -m bench.run`` compares in interleaved rounds, with errors and memory; cases and contenders are the same.
+``python -m bench.run`` runs the same cases and contenders in interleaved rounds, and also measures errors and memory.
 """
 
 import pytest

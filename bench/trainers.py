@@ -1,19 +1,19 @@
 """``python -m bench.trainers``: a policy update here and in TRL's RLOOTrainer, on the same recorded rollouts.
 
-Both sides get the same weights, token ids, outcomes and AdamW, one after the other in processes of their own, round
-by round; what is compared are medians of the rounds. Both have to make the same update: the table gives the relative
-difference of the parameters' changes in the first step. (That is hardly more than the gradients' signs, as AdamW has
-it; in bfloat16 those of small gradients differ.) Phases:
+Both contenders get the same weights, token ids, outcomes and AdamW. They run one after the other, in separate
+processes, for several rounds; the table has medians of the rounds. Both must make the same update: the table gives the
+relative difference of the parameters' changes in the first step. (AdamW's first step depends almost only on the signs
+of the gradients; in bfloat16 the signs of small gradients differ.) Phases:
 
-* rollout: sampling with the model itself, ours and TRL's default `generate`; in tokens a second, as responses end by
-  themselves
+* rollout: sampling with our built-in engine and TRL's default `generate`; in tokens a second, as the lengths of
+  responses differ
 * old_logprob: log-probabilities of the recorded responses under the sampling weights, without gradients
 * policy: forward, backward, clipping and AdamW
 * PRM (ours only): scoring and updating a PRM of the policy's size on the same sequences, and its rewards
 
 Rollout and PRM are timed in one round of the first case. TRL pads a batch to its longest sequence; a case with equal
-lengths shows what is left without that. Memory is the high-water mark of the process (of the GPU's allocator there)
-above what the loaded model takes; on a CPU the copy of the changes, which both sides keep, is in it.
+lengths shows the difference without padding. Memory is the peak of the process (on a GPU, of its allocator) minus the
+memory after the model is loaded; on a CPU it includes the copy of the changes, which both contenders keep.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def packed(rollouts: list[dict[str, Any]]) -> PackedBatch:
 
 
 class Clock:
-    """Seconds by phase and step."""
+    """Measures seconds by phase and step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, {}
@@ -159,7 +159,7 @@ def changes(model: torch.nn.Module, before: dict[str, Tensor]) -> dict[str, Tens
 
 
 def configuration(options: argparse.Namespace, objective: str, budget: int) -> Config:
-    """What a user of ours would write for this."""
+    """Our configuration for this update."""
     side = {"optimizer": {"lr": OPTIMIZER.lr}, "gradient_checkpointing": options.checkpointing}
     return build_config(
         {
@@ -180,7 +180,7 @@ def configuration(options: argparse.Namespace, objective: str, budget: int) -> C
 
 
 def run_ours(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Updates of the policy, then the PRM's part."""
+    """Time updates of the policy, then those of the PRM."""
     longest = max(len(r["prompt"]) + len(x) for r in rollouts for x in r["responses"])
     budget = options.microbatch * longest
     config = configuration(options, "rloo", budget)
@@ -244,7 +244,7 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
     total = len(rollouts) * NUM_SAMPLES
 
     class Replay(RLOOTrainer):
-        """`_generate`, whose results are token ids and texts, gives the recorded ones."""
+        """RLOOTrainer whose `_generate` returns the recorded token ids, without texts."""
 
         def _generate(self, prompts: list[str]) -> tuple[list[list[int]], list[list[int]], list[str]]:
             chosen = [rollouts[int(p)] for p in prompts[::NUM_SAMPLES]]
@@ -258,7 +258,7 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
             return scored
 
     class Steps(TrainerCallback):
-        """Seconds of a whole step."""
+        """Measures the seconds of a whole step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.perf_counter()
@@ -267,7 +267,7 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
             if device.type == "cuda":
                 torch.cuda.synchronize()
             whole = time.perf_counter() - self.start
-            # The batch is prepared, and scored, inside the step.
+            # A step includes preparing and scoring the batch.
             clock.seconds.setdefault("policy", []).append(whole - clock.seconds["old_logprob"][-1])
             if state.global_step == 1:
                 update.update(changes(model, before))
@@ -315,13 +315,13 @@ def run_trl(options: argparse.Namespace, rollouts: list[dict[str, Any]]) -> dict
 
 
 def child(options: argparse.Namespace) -> None:
-    """One contender, one case; writes JSON, and the update that its first step made."""
+    """Run one contender in one case; write its figures as JSON, and the update of its first step."""
     if options.threads:
         torch.set_num_threads(options.threads)
     rollouts = json.loads(Path(options.recorded).read_text())
     result = (run_ours if options.child == "ours" else run_trl)(options, rollouts)
     torch.save(result.pop("update"), f"{options.out}.pt")
-    # The first step warms up: memory is fetched, kernels are chosen.
+    # The first step is a warm-up: memory is allocated, kernels are chosen.
     result["seconds"] = {phase: statistics.median(values[1:] or values) for phase, values in result["seconds"].items()}
     Path(options.out).write_text(json.dumps(result))
 
@@ -344,7 +344,7 @@ def run_child(name: str, case: str, folder: Path, options: argparse.Namespace, e
 
 
 def difference(folder: Path) -> float:
-    """How far the two updates are apart, relative to their size."""
+    """The norm of the difference of both updates, relative to that of TRL's."""
     ours, theirs = (torch.load(folder / f"{name}.json.pt", weights_only=True) for name in CONTENDERS)
     assert ours.keys() == theirs.keys()
     apart = sum(float((ours[name] - theirs[name]).double().pow(2).sum()) for name in ours)
@@ -352,7 +352,7 @@ def difference(folder: Path) -> float:
 
 
 def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of both contenders, one after the other."""
+    """Run all rounds of both contenders, one after the other: a row of the results."""
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for turn in range(options.rounds):
         first = turn == 0 and case == next(iter(CASES))
@@ -360,7 +360,7 @@ def measure_case(case: str, folder: Path, options: argparse.Namespace) -> dict[s
             extra = ["--rollout"] if first and not options.no_rollout else []
             extra += ["--prm"] if first and name == "ours" else []
             rounds[name].append(run_child(name, case, folder, options, extra))
-            # A run that is cut short has this in its log.
+            # In the log, for a run that ends early.
             print(f"{case}, round {turn + 1}, {name}: {json.dumps(rounds[name][-1])}", flush=True)
     equal = CASES[case][0]
     rollouts = json.loads((folder / f"rollouts_{'equal' if equal else 'spread'}.json").read_text())

@@ -1,6 +1,6 @@
 """Processes that share a GPU take turns: each loads its libraries while another one measures.
 
-``bench/gpu.py`` names a file in ``REPIRL_TURN``; where the variable is not set there is nobody to wait for.
+``bench/gpu.py`` sets ``REPIRL_TURN`` to a file's name; without this variable, a process does not wait.
 """
 
 import os
@@ -11,7 +11,7 @@ VARIABLE = "REPIRL_TURN"
 
 
 def wait_for_turn() -> None:
-    """Say that this process is ready, and wait until the GPU is its own, which it then is until it ends."""
+    """Signal that this process is ready, and wait for its turn; it has the GPU until it ends."""
     name = os.environ.get(VARIABLE)
     if name is None:
         return
