@@ -11,7 +11,8 @@ import pytest
 
 @pytest.fixture
 def make_wheel() -> Callable[..., Path]:
-    """``make_wheel(folder, name, {member: text}, metadata="", tag="py3-none-any")``: a wheel by hand, and its path."""
+    """``make_wheel(folder, name, {member: text}, metadata="", tag="py3-none-any")`` writes a wheel and returns its
+    path."""
     return _make_wheel
 
 

@@ -25,7 +25,7 @@ from bench import candidates
 ROOT = Path(candidates.__file__).parents[1]
 INTERPRETED = [name for name in candidates.candidates() if "gluon" not in name]
 
-# Runs all candidates that it is given, and prints what each recorded: one process, as imports take the longest.
+# Runs all given candidates in one process, because imports take the longest, and prints what each recorded.
 RUN_ALL = """
 import json, pathlib, sys
 from bench.candidates import main
@@ -82,7 +82,7 @@ DLOGITS_TILE = tiles.backward_tile("sm_90", candidates.torch.bfloat16, 8, False,
 
 
 def signature(kernel, constants: dict, given: dict[str, str]) -> dict[str, str]:
-    """As ``tiles.Variant`` has them; ``given`` are TMA descriptors and the like."""
+    """Argument types as in ``tiles.Variant``; ``given`` has those of TMA descriptors and other special arguments."""
     result = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -142,7 +142,7 @@ def test_the_gradient_in_quarters_compiles_without_a_spill(stores):
         "output": f"tensordesc<bf16[{tile.block_rows}, {tile.block_vocab // 4}]>" if stores else "*bf16",
     }
     kernel = candidates.quarters_dlogits_kernel
-    # What a launch finds out: the slab's first element, and that it is whole tiles wide.
+    # At a launch, Triton finds that these arguments are divisible by 16.
     divisible = ["stride_output"] if stores else ["output", "stride_output"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature(kernel, constants, given), constants, attributes)
@@ -150,7 +150,7 @@ def test_the_gradient_in_quarters_compiles_without_a_spill(stores):
     binary, usage = compiled(source, num_warps=tile.num_warps, num_stages=num_stages, enable_fp_fusion=False)
     check_resources(binary, usage)
     assert "wgmma" in binary.asm["ptx"]
-    # Eight values at a time, or by TMA: that is what this kernel is for.
+    # The kernel must store eight values at a time, or by TMA.
     assert "st.global.b16" not in binary.asm["ptx"]
     assert ("st.global.v4.b32" in binary.asm["ptx"]) == (not stores)
 
@@ -166,7 +166,7 @@ def test_the_statistics_of_a_block_compile_without_a_spill():
 
 @pytest.mark.skipif(candidates.gluon is None, reason="this Triton has no Gluon for Hopper")
 def test_the_specialised_forward_compiles():
-    """It promises no freedom from spills: Triton 3.9 spills 200 bytes in it, 3.6 none."""
+    """Spills are allowed here: Triton 3.9 spills 200 bytes, 3.6 none."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     rows, columns, depth, stages = 128, 256, 64, 4

@@ -1,4 +1,4 @@
-"""``bench/gpu.py`` without a GPU: its plans, its steps that can run, and what it makes of those that die or hang."""
+"""``bench/gpu.py`` without a GPU: its plans, the steps that can run, and what happens if a step dies or hangs."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def step(name: str, code: str, limit: float = 30.0, **others) -> gpu.Step:
 
 
 def run(tmp_path: Path, *stages: list[gpu.Step], words: tuple[str, ...] = ()) -> dict[str, dict]:
-    """The steps' outcomes, as they are written."""
+    """Run the stages, and return the steps' outcomes as they are written to gpu.json."""
     work = tmp_path / "work"
     work.mkdir()
     runner = gpu.Runner(options(tmp_path / "out", *words), work, [])
@@ -73,7 +73,7 @@ def gone(pids: list[int], seconds: float = 10.0) -> bool:
 
 
 def longest(stage: list[gpu.Step]) -> float:
-    """Seconds of a stage whose steps all take as long as they may."""
+    """Seconds of a stage whose steps all take their whole time limit."""
     turns = sum(step.limit for step in stage if step.takes_turns)
     return max([turns, *(step.limit for step in stage if not step.takes_turns)])
 
@@ -147,7 +147,7 @@ def test_an_unknown_step_is_refused(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The whole script, as on a GPU machine but for ``--device cpu``."""
+    """Results of the whole script, run as on a GPU machine except for ``--device cpu``."""
     if not triton_interprets():
         pytest.skip("needs Triton from 3.7 on, or NumPy before 2.4")
     out = tmp_path_factory.mktemp("gpu") / "out"
@@ -161,7 +161,7 @@ def results(tmp_path_factory):
 @pytest.mark.timeout(600)
 def test_every_step_runs_or_needs_a_gpu(results):
     steps, out, printed = results
-    # Of those that take turns, whichever is loaded first goes first.
+    # Sorted, because steps that take turns run in the order in which they finish loading.
     assert sorted(steps) == sorted(step.name for stage in gpu.plan(options(out)) for step in stage)
     for name, outcome in steps.items():
         if name in ("large", "training", "counters", "trainers"):
@@ -208,8 +208,8 @@ def test_the_profile_names_our_operators(results):
     ops = results[0]["profile"]["result"]["ops"]
     assert set(ops) == {"linear_token_stats", "linear_token_loss"}
     assert any("linear_token_stats" in row["name"] for row in ops["linear_token_stats"]["kernels"])
-    for found in ops.values():
-        assert sum(row["share"] for row in found["kernels"]) <= 1.0 + 1e-9
+    for op in ops.values():
+        assert sum(row["share"] for row in op["kernels"]) <= 1.0 + 1e-9
 
 
 # --- steps that go wrong --------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_turns_are_taken_one_at_a_time(tmp_path):
 
 
 def test_a_turns_limit_starts_with_the_turn(tmp_path):
-    """Neither loading, nor waiting for others, counts; the one that hangs does not keep the GPU."""
+    """The time for loading and for waiting does not count, and a step that hangs loses its turn."""
     stage = [
         step("first", TURN.format(load=0, work=2.5), limit=8.0, takes_turns=True),
         step("hangs", TURN.format(load=0, work=100), limit=2.0, takes_turns=True),
@@ -351,7 +351,7 @@ def test_nothing_outlives_the_script_and_nothing_is_lost(tmp_path, number):
     process.send_signal(number)
     assert process.wait(timeout=30) != 0
     assert gone([*pids, *parents])
-    for partial in (tmp_path / "out").glob("*.partial"):  # of a write that was going on
+    for partial in (tmp_path / "out").glob("*.partial"):  # left by an interrupted write
         partial.unlink()
     steps = written(tmp_path / "out")["steps"]
     assert steps["done"]["status"] == "ok"

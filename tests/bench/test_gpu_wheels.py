@@ -1,4 +1,4 @@
-"""What ``bench/gpu.py wheels`` gathers, from wheels made by hand in place of those of a registry."""
+"""What ``bench/gpu.py wheels`` gathers, with wheels made here in place of a registry's."""
 
 import subprocess
 import tarfile
@@ -13,7 +13,7 @@ PYDANTIC = "Requires-Dist: typing-extensions>=4.14\nRequires-Dist: pydantic-core
 
 @pytest.fixture
 def registry(monkeypatch, make_wheel):
-    """Stands for pip: makes a wheel for every requirement, and keeps the commands."""
+    """Replaces pip: makes a wheel for every requirement, and records the commands."""
     commands: list[list[str]] = []
 
     def pip(command, check):

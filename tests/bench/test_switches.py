@@ -1,4 +1,4 @@
-"""What the switches for small memory save and cost: every one is a configuration, and the table says what was found."""
+"""``bench/switches.py``: every switch is a valid configuration, and the table has what was measured."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_every_switch_changes_a_configuration(tmp_path, label, processes, change
 
 
 def test_the_table_is_written_after_every_run(tmp_path, monkeypatch):
-    """Medians of the rounds, as shares of the run without a switch; what is not measured yet is not in it."""
+    """Medians of the rounds, and their ratios to the run without a switch; it lists only what was measured so far."""
     output, seen = tmp_path / "switches.json", []
 
     def measured(folder, processes, changes):

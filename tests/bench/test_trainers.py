@@ -14,15 +14,15 @@ def test_both_trainers_make_the_same_update(tmp_path, capsys):
     arguments = ["--shape", "tiny", "--device", "cpu", "--rounds", "1", "--steps", "1", "--response", "24"]
     cases = ["spread lengths", "spread lengths, micro-batches of 4"]
     assert trainers.main([*arguments, "--threads", "1", "--json", str(out), "--cases", *cases]) == 0
-    found = json.loads(out.read_text())
-    assert [r["case"] for r in found["results"]] == cases
-    for result in found["results"]:
+    results = json.loads(out.read_text())["results"]
+    assert [r["case"] for r in results] == cases
+    for result in results:
         assert result["update_difference"] < 1e-4
         assert 0.1 < result["padding"] < 0.9
         for name in trainers.CONTENDERS:
             assert {"old_logprob", "policy"} <= set(result[name]["seconds"])
             assert all(value > 0 for values in result[name]["seconds"].values() for value in values)
-    first = found["results"][0]
+    first = results[0]
     assert "rollout" in first["ours"]["seconds"]
     assert "rollout" in first["trl"]["seconds"]
     assert "prm" in first["ours"]["seconds"]

@@ -1,6 +1,6 @@
-"""The numbered edge cases of ``tests/kernels/test_edge_cases.py`` on a GPU, by the Triton kernels and the reference.
+"""The numbered edge cases of ``tests/kernels/test_edge_cases.py`` on a GPU, with the Triton kernels and the reference.
 
-Where there is no GPU, ``TRITON_INTERPRET=1`` runs the same on the CPU in Triton's interpreter.
+Without a GPU, ``TRITON_INTERPRET=1`` runs them on the CPU in Triton's interpreter.
 """
 
 import os
@@ -24,7 +24,7 @@ test_edge_case_09_more_than_2_to_31_logits = None  # has its own tests in test_l
 
 @pytest.fixture(params=["triton", "reference"])
 def backend(request):
-    """In place of the CPU's backends; the tests make their tensors on the default device."""
+    """Replaces the fixture of the CPU's backends; the tests create their tensors on the default device."""
     with torch.device(DEVICE):
         yield request.param
 

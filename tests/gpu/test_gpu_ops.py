@@ -1,4 +1,4 @@
-"""The ops on a GPU with the Triton backend: against float64, at sizes and in ways that a CPU cannot show."""
+"""The Triton backend on a GPU: against float64, at large sizes, and in cases that only a GPU has."""
 
 import functools
 import math
@@ -121,7 +121,7 @@ def test_run_to_run(linear_op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_features", [256, 33])
 def test_a_row_alone_equals_that_row_in_a_batch(dtype, num_features):
-    """To the bit, where no vendor's product is involved: statistics, and the gradient of given logits."""
+    """Equal to the bit where no vendor's product is involved: statistics, and the gradient of given logits."""
     case = linear_case(500, 50257, num_features, dtype=dtype, device="cuda")
     logits, targets, upstream = logits_case(500, 50257, dtype)
     with torch.no_grad():
@@ -149,14 +149,14 @@ def test_masked_rows_change_nothing_for_the_others():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_skip_negligible(monkeypatch, dtype):
-    """Slabs without probability to speak of are left out of the products, and nothing else changes."""
+    """Slabs with negligible probability are left out of the products; nothing else changes."""
     monkeypatch.setattr(tiles, "slab_width", lambda *args: 512)
     case = linear_case(130, 2048, 72, dtype=dtype, device="cuda", bias=True)
     case.bias[1024:] -= 50
     case = case._replace(targets=case.targets % 1024)
     expected = run_linear(stats_op, case)
     skipped = run_linear(stats_op, case._replace(options={"skip_negligible": True}))
-    assert expected.dweight[1024:].any() or dtype == torch.float16  # where such gradients are 0 anyway
+    assert expected.dweight[1024:].any() or dtype == torch.float16  # in float16 such gradients are 0
     assert not skipped.dweight[1024:].any()
     assert torch.equal(skipped.stats, expected.stats)
     for actual, other in zip(skipped[1:], expected[1:], strict=True):
@@ -189,7 +189,7 @@ def test_autocast(linear_op, dtype):
 
 
 def test_compiled_whole_with_the_default_compiler():
-    """As in a training step: inductor around the op, a dynamic number of rows, one graph."""
+    """As in a training step: compiled by inductor, with a dynamic number of rows, in one graph."""
     weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16).mul_(0.3).requires_grad_()
 
     def loss(hidden, weight, targets):
@@ -210,7 +210,7 @@ def test_compiled_whole_with_the_default_compiler():
 
 
 def extra_memory(step) -> int:
-    """Bytes beyond what was there before, at the peak of ``step()``, after a first one for what is made only once."""
+    """Peak memory of ``step()`` in bytes above that before it; a first call allocates what is allocated only once."""
     step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -231,7 +231,7 @@ def large_head():
 
 
 def test_memory_of_the_statistics(large_head):
-    """No [N, V]: forward next to nothing, backward a slab and the float32 gradient of hidden."""
+    """No ``[N, V]``: forward allocates almost nothing, backward a slab and the float32 gradient of hidden."""
     hidden, weight, targets = large_head
     gradients = 2 * (hidden.numel() + weight.numel())
 
@@ -248,7 +248,7 @@ def test_memory_of_the_statistics(large_head):
 
 
 def test_memory_of_the_loss(large_head):
-    """The logits of one chunk, and the float32 sum of the weight's gradient where there are several chunks."""
+    """Only the logits of one chunk and, if there are several chunks, the float32 sum of the weight's gradient."""
     hidden, weight, targets = large_head
     chunk_bytes = 512 * 2**20
 

@@ -1,6 +1,6 @@
 """The trainer on a GPU: the same gradients as on a CPU, and the dual loop with every switch that only a GPU has.
 
-Where there is no GPU, ``TRITON_INTERPRET=1`` runs on the CPU what can run there.
+Without a GPU, ``TRITON_INTERPRET=1`` runs on the CPU the tests that do not need one.
 """
 
 import importlib.util
@@ -53,9 +53,9 @@ def loss(outputs, micro):
 
 
 def batch():
-    found = pack(PAIRS)
-    found.write("weight", torch.linspace(-1, 1, found.num_response_tokens))
-    return found
+    result = pack(PAIRS)
+    result.write("weight", torch.linspace(-1, 1, result.num_response_tokens))
+    return result
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}])
@@ -81,7 +81,7 @@ def test_activations_that_wait_in_host_memory_give_the_same_gradients(tmp_path):
 @pytest.mark.parametrize("kernel", ["torch", "whichever"])
 @pytest.mark.parametrize("num_key_heads", [4, 2])
 def test_variable_length_kernels_are_attention(kernel, num_key_heads):
-    """Beside the groups that run where there is no kernel, in float64: values and gradients."""
+    """Values and gradients equal those of attention without a kernel, in groups of sequences and in float64."""
     lengths = torch.tensor([0, 7, 70, 71, 200])
     layout = PackedLayout(lengths, DEVICE)
     shapes = [(200, heads, 64) for heads in (4, num_key_heads, num_key_heads)]
@@ -91,12 +91,12 @@ def test_variable_length_kernels_are_attention(kernel, num_key_heads):
     def packed(tensors):
         return packed_attention(None, *(x.transpose(0, 1)[None] for x in tensors), None, None, layout)[0][0]
 
-    found = _torch_kernel(*rounded, layout, None) if kernel == "torch" else packed(rounded)
+    actual = _torch_kernel(*rounded, layout, None) if kernel == "torch" else packed(rounded)
     expected = packed(exact)
     upstream = torch.randn_like(expected)
-    found.backward(upstream.bfloat16())
+    actual.backward(upstream.bfloat16())
     expected.backward(upstream)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-2)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=3e-2)
     for ours, theirs in zip(rounded, exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=6e-2)
 
@@ -108,7 +108,7 @@ def test_an_idle_model_leaves_the_gpu(tmp_path):
     first, second = (learner(path, DEVICE) for _ in range(2))
     first.update(batch(), objective(loss))
     before = {n: w.clone().cpu() for n, w in first.model.named_parameters()}
-    # A weight and two moments; what is small stays.
+    # Each weight has two moments; small tensors stay on the GPU.
     large = sum(3 * w.nbytes for w in before.values() if w.nbytes >= 1 << 16)
     assert large > 0
     held = torch.cuda.memory_allocated()
@@ -153,6 +153,6 @@ def test_the_dual_loop_runs_and_resumes(tmp_path, switch):
         assert "nonfinite" not in line
         assert math.isfinite(line["prm/loss"])
         assert line["policy/skipped_updates"] == line["prm/skipped_updates"] == 0
-        # The sampler and the trainer are one model.
+        # Sampler and trainer use the same model.
         if "bfloat16" not in switch:
             assert line["rollout/sampler_mismatch_max"] < 1e-3

@@ -1,4 +1,4 @@
-"""What the ops do before and around every backend: registrations, checks, shapes, the choice of a backend."""
+"""What the ops do for all backends: registrations, checks, shapes, the choice of a backend."""
 
 import itertools
 import warnings
@@ -14,7 +14,7 @@ needs_native = pytest.mark.skipif(not native.is_available(), reason="not built")
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 
 
-# What opcheck runs the operators with: the plainest options, and all of them.
+# Options for opcheck: few, most of them at once, and without entropy.
 OPTIONS = {
     "plain": Options(0.7, None, -100, 28, 0.0, True, False, ""),
     "smoothed": Options(1.0, 3.0, -100, 28, 0.1, True, True, ""),
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def saved_statistics(outputs, options):
-    """What the backward operators take of the forward ones' outputs."""
+    """The statistics that a backward operator takes from the forward operator's outputs."""
     stats = RowStats(*(output.detach() for output in outputs))
     return stats.logsumexp, stats.entropy if options.with_entropy else None, stats.logsumexp_low
 
@@ -197,7 +197,8 @@ def test_skip_negligible_leaves_out_what_is_below_the_resolution(monkeypatch, dt
     if not own_products:
         monkeypatch.setattr(native, "has_products", lambda dtype: False)
     monkeypatch.setattr(native, "_SLAB_ELEMENTS", 40 * 1024)
-    # A few likely tokens in the first columns, for all rows but every fifth; the rest is far below any resolution.
+    # All probability is on the first 60 columns, in every fifth row also on the target 8990. Elsewhere it is
+    # negligible.
     case = linear_case(40, 9000, 24, dtype=dtype, bias=True, scale=1.0)
     case.bias[60:] -= 40.0
     case = case._replace(targets=case.targets % 60)
@@ -209,7 +210,7 @@ def test_skip_negligible_leaves_out_what_is_below_the_resolution(monkeypatch, dt
     for name in ("dhidden", "dweight"):
         actual, expected = getattr(skipped, name), getattr(exact, name)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-2 * expected.abs().max().item())
-    # Columns that are likely nowhere get nothing at all, where they got something tiny before.
+    # Columns that are likely in no row get no gradient; without the option they get a tiny one.
     assert not skipped.dweight[3000:8000].any()
     if dtype != torch.float16:
         assert exact.dweight[3000:8000].any()

@@ -1,7 +1,7 @@
-"""What the tests of all backends share: plain PyTorch beside float64, and "at most twice as wrong".
+"""Shared by the tests of all backends: plain PyTorch, the same in float64, and the check "at most twice as wrong".
 
-Truth is plain PyTorch with autograd in float64. An op passes where its largest error is at most twice that of
-plain PyTorch in the op's own dtype, plus what rounding the result once may cost.
+Truth is plain PyTorch with autograd in float64. An op passes if its largest error is at most twice that of plain
+PyTorch in the op's own dtype, plus the error of rounding the result once.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ STATS = TokenStats._fields
 
 
 def triton_interprets() -> bool:
-    """Whether Triton is installed and its interpreter runs: before 3.7 it makes an integer of an array in a way that
-    NumPy 2.4 has taken away."""
+    """Whether Triton is installed and its interpreter runs: before 3.7 it turns an array into an integer in a way that
+    NumPy 2.4 no longer allows."""
     try:
         versions = [importlib.metadata.version(name) for name in ("triton", "numpy")]
     except importlib.metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ class LinearCase(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Statistics ``[4, N]`` and the gradients of hidden (or logits), weight and bias, where there are any."""
+    """Statistics ``[4, N]`` and the gradients of hidden (or logits), weight and bias, or None."""
 
     stats: Tensor
     dhidden: Tensor | None
@@ -93,7 +93,7 @@ def plain_stats(
     with_entropy: bool = True,
     with_argmax: bool = False,
 ) -> AnyTokenStats:
-    """What a codebase writes without fused ops: full logits, ``log_softmax``, in float32 or float64."""
+    """Statistics as a codebase without fused ops computes them: full logits, ``log_softmax``, in float32 or float64."""
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     z = z[:, :vocab_size]
     if softcap is not None:
@@ -108,18 +108,18 @@ def plain_stats(
     if label_smoothing:
         logprob = -F.cross_entropy(z, targets, reduction="none", label_smoothing=label_smoothing)
         target_logit = (1 - label_smoothing) * target_logit + label_smoothing * z.mean(dim=-1)
-    # The gradient of logsumexp is exp(z - L), which a large common offset would spoil even in float64.
+    # The gradient of logsumexp is exp(z - L), which with a large common offset would be inexact even in float64.
     z_max = z.detach().amax(dim=-1, keepdim=True)
     logsumexp = z_max.squeeze(-1) + torch.logsumexp(z - z_max, dim=-1)
     stats = TokenStats(logprob, logsumexp, target_logit, entropy)
     if not with_argmax:
         return stats
-    argmax = (z == z_max).to(torch.uint8).argmax(dim=-1)  # the first
+    argmax = (z == z_max).to(torch.uint8).argmax(dim=-1)  # the first of equal ones
     return TokenStatsWithArgmax(*stats, argmax, z_max.squeeze(-1))
 
 
 def stacked(stats: AnyTokenStats) -> Tensor:
-    """The four statistics ``[4, N]``; an entropy that was left out is 0."""
+    """The four statistics ``[4, N]``; an entropy that was not computed is 0."""
     return torch.stack([torch.zeros_like(stats.logprob) if column is None else column for column in stats[:4]])
 
 
@@ -147,7 +147,7 @@ class _StatsByLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, options):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.targets, ctx.options = targets, options
-        # A GPU's backward runs in a thread that does not know the dtype of autocast.
+        # On a GPU, the backward pass runs in another thread, which does not know the dtype of autocast.
         kind = hidden.device.type
         ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         result = linear_token_loss(hidden, weight, targets, lambda stats, rows: stats.logprob, bias=bias, **options)
@@ -176,7 +176,8 @@ class _StatsByLoss(torch.autograd.Function):
 def stats_by_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options
 ) -> AnyTokenStats:
-    """``linear_token_loss`` in the shape of ``linear_token_stats``: the loss is the upstream gradients' product."""
+    """``linear_token_loss`` with the interface of ``linear_token_stats``; its loss is statistics times upstream
+    gradients."""
     result = _StatsByLoss.apply(hidden, weight, bias, targets, options)
     return TokenStatsWithArgmax(*result) if options.get("with_argmax") else TokenStats(*result)
 
@@ -239,7 +240,7 @@ def assert_largest(
 
 
 def check_linear(op: Callable[..., TokenStats], case: LinearCase) -> None:
-    """The whole comparison for one case of the linear op, on poisoned memory."""
+    """The whole comparison for one case of the linear op, in poisoned memory (see below)."""
     with poisoned_memory():
         actual = run_linear(op, case)
     assert_outcome(actual, run_linear(plain_linear, case), run_linear(plain_linear, in_float64(case)))
@@ -255,7 +256,7 @@ def check_linear(op: Callable[..., TokenStats], case: LinearCase) -> None:
 
 
 def check_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor, upstream: Tensor, **options) -> None:
-    """The whole comparison for one case of ``token_stats``, on poisoned memory."""
+    """The whole comparison for one case of ``token_stats``, in poisoned memory (see below)."""
     with poisoned_memory():
         actual = run_logits(op, logits, targets, upstream, **options)
     plain = run_logits(plain_stats, logits, targets, upstream, **options)
@@ -271,7 +272,7 @@ def check_logits(op: Callable[..., TokenStats], logits: Tensor, targets: Tensor,
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """``torch.empty`` returns NaN: what an op forgets to write shows."""
+    """``torch.empty`` returns NaN, which shows where an op leaves memory unwritten."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

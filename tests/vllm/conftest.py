@@ -65,9 +65,9 @@ def save_model(folder: Path, *, tied: bool, architecture: str, num_key_value_hea
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
-    # What vLLM by default obeys: sampling would no longer be from the policy's distribution.
-    wishes = {"top_k": 1, "temperature": 0.1, "eos_token_id": [END, 2]}
-    (folder / "generation_config.json").write_text(json.dumps(wishes))
+    # By default vLLM applies these options, and would not sample from the policy's distribution.
+    generation_config = {"top_k": 1, "temperature": 0.1, "eos_token_id": [END, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(generation_config))
     return folder
 
 
@@ -80,7 +80,7 @@ def perturb(model: PreTrainedModel, seed: int, size: float = 0.02) -> None:
 
 @pytest.fixture(scope="session", name="make_policy")
 def make_policy_fixture():
-    """make_policy(folder, *, tied, ...): a learner with such a model, on the CPU in float32."""
+    """make_policy(folder, *, tied, ...): a learner with a model of `save_model`, on the CPU in float32."""
 
     def make_policy(folder: Path, *, tied: bool, architecture: str = "qwen3", num_key_value_heads: int = 2) -> Learner:
         options = {"architecture": architecture, "num_key_value_heads": num_key_value_heads}
@@ -113,7 +113,7 @@ def assert_whole_distribution():
 
 
 def _signal(process: subprocess.Popen, number: int) -> bool:
-    """Signal all processes of a server; whether there were any."""
+    """Signal all processes of a server; return whether there were any."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:
@@ -142,7 +142,7 @@ def running_server():
             yield process, port
         finally:
             _signal(process, signal.SIGCONT)
-            # Its engine and workers outlive it where it was killed; asked to end, they clear up their shared memory.
+            # If the server was killed, its engine and workers still run: SIGTERM lets them free their shared memory.
             _signal(process, signal.SIGTERM)
             process.wait(60)
             deadline = time.monotonic() + 20

@@ -44,7 +44,7 @@ def sample(world: World, model_path: str, tensor_parallel: int) -> dict:
             local = parameter.to_local()
             local += 0.02 * torch.randn(local.shape, generator=generator)
 
-    # One process alone drops a tensor, and all of them are told.
+    # Only one process drops a tensor; all of them must raise the error.
     load, problem = vllm_worker.load_weights, ""
     if rank == 1:
         dropped = "model.layers.0.mlp.gate_proj.weight"
@@ -59,9 +59,9 @@ def sample(world: World, model_path: str, tensor_parallel: int) -> dict:
     # Uneven shares, of which one may be empty.
     mine = [i for i in range(len(PROMPTS)) if (i < 4) == (rank == 0)]
     sampling = Sampling(10, 0.9, (1,))
-    found = engine.generate([PROMPTS[i] for i in mine], [100 + i for i in mine], sampling)
+    own = engine.generate([PROMPTS[i] for i in mine], [100 + i for i in mine], sampling)
     nothing = engine.generate([] if rank else PROMPTS[:1], [] if rank else [100], sampling)
-    responses = world.gather(found)
+    responses = world.gather(own)
     logprobs = policy.score(pack([(p, r.token_ids) for p, r in zip(PROMPTS, responses, strict=True)]), 0.9)["logprob"]
     sampled = torch.tensor([x for r in responses for x in r.logprobs])
     report = {
@@ -87,5 +87,5 @@ def main(result: Path, tensor_parallel: int, model_paths: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
-    # gloo's threads have been seen to abort an interpreter that ends.
+    # gloo's threads may abort an interpreter that exits.
     os._exit(0)

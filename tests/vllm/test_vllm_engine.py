@@ -1,4 +1,4 @@
-"""vLLM in this process: the policy's log-probabilities, and every way to sample from other weights is noticed."""
+"""vLLM in this process: it has the policy's log-probabilities, and sampling from other weights is always noticed."""
 
 import importlib.util
 import os
@@ -124,7 +124,7 @@ def test_bad_calls_are_named(sound):
 
 
 def drop(name):
-    """load_weights that never sees one tensor."""
+    """A load_weights that does not get the tensor `name`."""
     load = vllm_worker.load_weights
     return lambda worker, weights: load(worker, (pair for pair in weights if pair[0] != name))
 
@@ -156,7 +156,7 @@ def test_a_dropped_tensor_is_named(pair, perturb, monkeypatch, name):
 
 
 def test_a_change_of_one_step_that_is_dropped_is_noticed(pair, monkeypatch):
-    """As small as an update at a learning rate of 1e-6: no log-probability tells it."""
+    """The change is as small as an update at a learning rate of 1e-6: log-probabilities do not show it."""
     engine, policy = pair
     engine.update_weights(policy)
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_the_rest_of_the_process_is_left_alone(sound):
 
 
 def test_bfloat16_weights_are_held_exactly(tmp_path, make_policy, perturb):
-    """A policy in float32, an engine in bfloat16: what is pushed is rounded once."""
+    """With a policy in float32 and an engine in bfloat16, weights are rounded once, when they are pushed."""
     policy = make_policy(tmp_path, tied=True)
     options = VLLMConfig(kv_cache_gib=1 / 128)
     engine = VLLMEngine(policy.model.config, options, dtype=torch.bfloat16, max_model_len=64, max_sequences=4)
@@ -290,14 +290,14 @@ def test_fingerprints_of_parts_add_up():
     ]
     assert vllm_worker.add(parts)[0] == whole[0]
     assert vllm_worker.add(parts)[1] == pytest.approx(whole[1])
-    # A permutation, one bit, a lost part: each is another matrix.
+    # A permutation, a lost part and a change of one bit each give another fingerprint.
     assert vllm_worker.fingerprint(matrix.flip(0))[0] != whole[0]
     assert vllm_worker.fingerprint(matrix.flip(1))[0] != whole[0]
     assert vllm_worker.add(parts[1:])[0] != whole[0]
     other = matrix.clone()
     other[3, 4] = torch.nextafter(other[3, 4], torch.tensor(9.0))
     assert vllm_worker.fingerprint(other)[0] != whole[0]
-    # Zeros have no sign, and rows may be far apart in memory.
+    # -0.0 and subnormal numbers count as 0.0, and the memory layout does not matter.
     assert vllm_worker.fingerprint(torch.tensor([-0.0, 1e-40])) == (
         vllm_worker.fingerprint(torch.zeros(2))[0],
         pytest.approx(0),

@@ -17,7 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     ("tensor_parallel", "models"),
     [
         (1, [("llama", False, 2)]),
-        # One head of keys and values is less than there are processes: both hold it.
+        # There are fewer heads of keys and values (one) than processes: both hold it.
         (2, [("qwen2", True, 2), ("qwen3", False, 1)]),
     ],
 )

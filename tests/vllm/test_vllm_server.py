@@ -28,7 +28,7 @@ SAMPLING = Sampling(10, 1.0, (1,))
 
 
 def kill(process, number):
-    """To all processes of the server."""
+    """Send a signal to all processes of the server."""
     os.killpg(process.pid, number)
 
 
@@ -152,7 +152,7 @@ def test_a_server_that_hangs_or_dies_is_named_in_time(server, monkeypatch):
         assert time.monotonic() - start < 10
     kill(process, signal.SIGCONT)
     monkeypatch.setattr(engine, "timeout_seconds", 60.0)
-    # What it was asked while it hung comes to an end first.
+    # Requests that were sent while the server hung are finished first.
     for _ in range(20):
         with contextlib.suppress(EngineError):
             engine.update_weights(policy)
@@ -160,7 +160,7 @@ def test_a_server_that_hangs_or_dies_is_named_in_time(server, monkeypatch):
         time.sleep(1)
     assert difference(policy, engine.generate(PROMPTS, SEEDS, SAMPLING)) < 1e-4
 
-    # Far more than it can do until then.
+    # More than the server can finish before it is killed.
     many = [PROMPTS[0]] * 2000
     killer = threading.Timer(1.0, process.kill)
     killer.start()
@@ -179,7 +179,7 @@ def test_a_server_that_hangs_or_dies_is_named_in_time(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "content", "error", "message"),
     [
-        # As vLLM answers outside of its development mode, and without the worker extension.
+        # vLLM's answers outside of its development mode, and without the worker extension.
         (404, "", ConfigError, "VLLM_SERVER_DEV_MODE=1 vllm serve"),
         (500, "'CPUWorker' object has no attribute 'repirl_describe'", ConfigError, "--worker-extension-cls repirl"),
         (500, "out of memory", EngineError, "failed with status 500 while telling what it serves: out of memory"),

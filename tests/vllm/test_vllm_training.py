@@ -21,12 +21,12 @@ OPTIONS = {"prm": {"reward": "logprob"}, "irl": {"use_outcome": False}, "order":
 
 
 def lines(config):
-    found = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in found]
+    metrics = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in metrics]
 
 
 def config_of(tmp_path, name, engine, **changes):
-    # vLLM has no heads of 8 channels.
+    # vLLM does not support heads of 8 channels.
     if not (tmp_path / "model").exists():
         make_model(tmp_path / "model", head_dim=32)
     rollout = {"engine": engine, "vllm": {"kv_cache_gib": 0.02}, **changes.pop("rollout", {})}
@@ -42,7 +42,7 @@ def test_the_loop_runs_with_vllm_in_this_process(tmp_path, changes):
         # The engine samples with the policy's own weights of each step.
         assert line["rollout/sampler_mismatch_max"] < 1e-4
         assert line["policy/grad_norm"] > 0
-    # Other random numbers than those of the trainer's own engine, but the same greedy responses.
+    # vLLM draws other random numbers than the built-in engine, but greedy responses are the same.
     plain = config_of(tmp_path, "plain", "transformers", **changes)
     train(plain)
     assert lines(plain)[0] == whole[0]
@@ -91,6 +91,6 @@ def test_a_server_samples_beside_the_training(tmp_path, running_server):
     for ours, theirs in zip(results["prm"], results["none"], strict=True):
         for key in ("policy/loss", "prm/loss", "tokens", "eval/accuracy"):
             assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), rel=1e-3, abs=1e-6), key
-    # One step old from the second step on.
+    # From the second step on, the sampler's weights are one step old.
     assert results["step"][1]["rollout/sampler_mismatch_max"] < 1e-4
     assert results["step"][2]["rollout/sampler_mismatch_max"] > 1e-3
