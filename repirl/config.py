@@ -179,7 +179,7 @@ class Config(Section):
         """Rollouts can be judged, and the policy has a reward."""
         if not self.system.online:
             return
-        if self.rollout.samples_per_prompt < 2:
+        if self.rollout.samples_per_prompt < 2 and self.loss.baseline != "none":
             raise ValueError(
                 "rollout.samples_per_prompt is 1, but the leave-one-out baseline needs 2 or more responses a prompt"
             )
@@ -248,3 +248,20 @@ class Config(Section):
                     f"{name}.activation_offload moves what gradient checkpointing keeps: set "
                     f"{name}.gradient_checkpointing, too"
                 )
+        self._filter_fits()
+    def _filter_fits(self) -> None:
+        if self.rollout.filter is None:
+            return
+        if self.data.answer_column is None:
+            raise ValueError("rollout.filter keeps prompts by the outcomes of their responses: set data.answer_column")
+        if self.rollout.overlap != "none":
+            raise ValueError(
+                f"rollout.overlap is {self.rollout.overlap!r}, but rollout.filter samples until enough prompts pass, "
+                "from one version of the weights: leave one of the two out"
+            )
+        if self.rollout.filter.surplus == "keep" and self.loss.sampler_ratio_cap is None:
+            raise ValueError(
+                "rollout.filter.surplus is 'keep': some rollouts come from older weights, which "
+                "loss.sampler_ratio_cap corrects; it is null"
+            )
+

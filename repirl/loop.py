@@ -97,6 +97,9 @@ def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
     reporter.phase("rollout")
     rollouts, metrics = run.sampler.rollouts(turn, last=last)
     with run.timer("old_logprob"):
+    if rollouts is None:
+        # No prompt passed rollout.filter.
+        return metrics | {f"{name}/skipped": 1 for name in run.objectives}
         metrics |= score_rollouts(run, rollouts)
     for name in run.objectives:
         reporter.phase(name)

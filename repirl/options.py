@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from repirl.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
@@ -125,6 +125,35 @@ class IRLConfig(Section):
         None, description="largest exponent whose effective sample size is this share of the samples"
     )
     smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
+class FilterConfig(Section):
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="prompts whose responses have a lower mean outcome are dropped; null: those with 0 (DAPO)"
+    )
+    max_accuracy: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="prompts whose responses have a higher mean outcome are dropped; null: those with 1 (DAPO)"
+    )
+    truncated: Literal["keep", "drop"] = Field(
+        "keep", description="what happens to prompts with a response that reached max_response_tokens"
+    )
+    oversample: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="prompts that are sampled in a round for each prompt that is still missing (PRIME: 4)"
+    )
+    max_rounds: Positive = Field(
+        10, description="rounds a step; if prompts are still missing then, the batch has fewer of them"
+    )
+    surplus: Literal["drop", "keep"] = Field(
+        "drop",
+        description="what happens to prompts that pass beyond prompts_per_step; keep: the next step uses them, "
+        "responses of older weights included (PRIME; loss.sampler_ratio_cap corrects)",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> FilterConfig:
+        if self.min_accuracy is not None and self.max_accuracy is not None and self.min_accuracy > self.max_accuracy:
+            raise ValueError(f"min_accuracy is {self.min_accuracy}, above max_accuracy {self.max_accuracy}")
+        return self
+
+
     truncate: Annotated[float, Field(ge=1)] | None = Field(None, description="weights at most this times their mean")
     group: Literal["prompt", "batch"] = Field("prompt", description="which weights are normalised together")
     base_measure: Literal["uniform", "reference"] = Field(
@@ -140,6 +169,14 @@ class IRLConfig(Section):
 
 class LossConfig(Section):
     outcome_coefficient: NonNegativeFloat = Field(1.0, description="c_o, weight of the outcome reward (paper: 1)")
+    filter: FilterConfig | None = Field(
+        None, description="keep only prompts with suitable outcomes, and sample others for the rest; null: keep all"
+    )
+
+    @property
+    def keeps_surplus(self) -> bool:
+        """Whether a step may train on rollouts of earlier steps that it did not need."""
+        return self.filter is not None and self.filter.surplus == "keep"
     process_coefficient: NonNegativeFloat = Field(0.05, description="c_p (paper: 0.05 math, 0.1 code)")
     entropy_coefficient: NonNegativeFloat = Field(0.001, description="beta_H, entropy bonus (paper: 0.001)")
     gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount of process returns")
@@ -151,7 +188,57 @@ class LossConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
         "token_mean", description="how token losses are averaged"
     )
-    whiten: bool = Field(False, description="whiten advantages over the batch")
+    whiten: bool = Field(False, description="whiten advantages over the batch's tokens")
+    baseline: Literal["group", "position", "none"] = Field(
+        "group",
+        description="of process rewards: the group's mean, or its mean at the same position among the responses that "
+        "are long enough; none: no baseline, of outcomes neither (REINFORCE++)",
+    )
+    leave_one_out: bool = Field(
+        True, description="baselines leave out the response itself (RLOO); false: they are means of the group (GRPO)"
+    )
+    scale: Literal["none", "group", "batch"] = Field(
+        "none", description="outcome advantages are divided by the deviation of outcomes in the group (GRPO) or batch"
+    )
+    process_norm: Literal["none", "return", "std"] = Field(
+        "none",
+        description="process rewards are divided by the batch's largest return (PRIME), or their advantages by their "
+        "standard deviation",
+    )
+    process_std_floor: PositiveFloat = Field(0.1, description="with process_norm: std, the least divisor")
+    credit: Literal["sum", "min"] = Field(
+        "sum", description="min: process rewards are weighted by softmax(-r / credit_temperature) (PURE)"
+    )
+    credit_temperature: PositiveFloat = Field(0.1, description="with credit: min, T of that softmax (PURE: 0.1)")
+    entropy_in: Literal["bonus", "return"] = Field(
+        "bonus",
+        description="bonus: the entropy of each token's distribution in the loss, as in the paper; return: -beta_H "
+        "log pi_old as a process reward, whose gradient also counts the entropy of later tokens",
+    )
+
+    def check(self, *, has_prm: bool) -> None:
+        """Refuse options that do not fit together.
+
+        Args:
+            has_prm: whether there are process rewards at all.
+
+        Raises:
+            ValueError: names the options.
+        """
+        if self.outcome_coefficient == self.process_coefficient == 0:
+            raise ValueError(
+                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
+            )
+        if self.scale != "none" and self.outcome_coefficient == 0:
+            raise ValueError(f"loss.scale is {self.scale!r}, but loss.outcome_coefficient is 0: nothing is scaled")
+        if has_prm and self.process_coefficient > 0:
+            return
+        of_process_rewards = {"process_norm": "none", "credit": "sum"}
+        if self.entropy_in == "bonus" and self.baseline == "position":
+            raise ValueError("loss.baseline is 'position', but there is no process reward: leave it out")
+        for name, plain in of_process_rewards.items():
+            if (value := getattr(self, name)) != plain:
+                raise ValueError(f"loss.{name} is {value!r}, but there is no process reward: leave it out")
 
 
 class BatchConfig(Section):

@@ -41,7 +41,8 @@ class IRL(Objective):
         # (old_logprob) is more exact, but only the sampler has it if it samples from older weights, or from adapters
         # that it has rounded together with their base.
         merged = config.adapters is not None and config.rollout.engine != "transformers"
-        self.behaviour = "sampler_logprob" if config.rollout.overlap == "step" or merged else "old_logprob"
+        older = config.rollout.overlap == "step" or config.rollout.keeps_surplus
+        self.behaviour = "sampler_logprob" if older or merged else "old_logprob"
 
     @classmethod
     def needs_reference(cls, config: Config) -> bool:

@@ -30,8 +30,12 @@ class RLOO(Objective):
         return rollouts
 
     def prepare(self, batch: PackedBatch) -> Metrics:
-        """Reads `outcome` and the stream `reward`; writes `advantage` and `loss_weight`."""
+        """Reads `outcome`, `reward` and, for entropy in the return, `old_logprob`.
+
+        Writes `advantage` and `loss_weight`.
+        """
         config = self.config.loss
+        in_return = config.entropy_in == "return" and config.entropy_coefficient != 0
         advantage = rloo_advantages(
             batch.outcome if config.outcome_coefficient != 0 else None,
             batch.read("reward") if self.reads_rewards else None,
@@ -41,6 +45,15 @@ class RLOO(Objective):
             process_coefficient=config.process_coefficient if self.reads_rewards else 0.0,
             gamma=config.gamma,
             whiten=config.whiten,
+            baseline=config.baseline,
+            leave_one_out=config.leave_one_out,
+            scale=config.scale,
+            process_norm=config.process_norm,
+            process_std_floor=config.process_std_floor,
+            credit=config.credit,
+            credit_temperature=config.credit_temperature,
+            old_logprob=batch.read("old_logprob") if in_return else None,
+            entropy_coefficient=config.entropy_coefficient if in_return else 0.0,
         )
         batch.write("advantage", advantage)
         weights = aggregate_weights(
@@ -70,7 +83,7 @@ class RLOO(Objective):
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             sampler_ratio_cap=config.sampler_ratio_cap,
-            entropy_coefficient=config.entropy_coefficient,
+            entropy_coefficient=config.entropy_coefficient if config.entropy_in == "bonus" else 0.0,
             kl_coefficient=config.kl_coefficient,
             kl_estimator=config.kl_estimator,
         )

@@ -1,11 +1,13 @@
 """The sampler: everything between prompts and verified rollouts.
 
-It owns the engine, and keeps three things: which version of the policy's weights the engine has, the position in the
-prompts, and the rollouts that are sampled in the background while the training goes on.
+It owns the engine, and keeps four things: which version of the policy's weights the engine has, the position in the
+prompts, the rollouts that are sampled in the background while the training goes on, and the prompts that passed a
+filter but were not needed yet.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -23,6 +25,7 @@ from repirl.data.text import find_end_tokens
 from repirl.learner import Learner
 from repirl.models import forward_flops
 from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, sequence_seed
+from repirl.rollout.filter import Group, sample_filtered
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer
 
@@ -83,6 +86,10 @@ class Sampler:
         self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
         self._in_flight: InFlight | None = None
+        # Prompts that passed the filter beyond those of the last turn.
+        self._surplus: list[Group] = []
+        # [R] bool, whether the response tokens of the last batch come from the present weights.
+        self._fresh: Tensor | None = None
         # The thread in which the engine samples during the training; None: sampling and training alternate.
         overlaps = config.rollout.overlap != "none"
         self._background = ThreadPoolExecutor(1, "rollout") if overlaps else None
@@ -91,24 +98,31 @@ class Sampler:
 
     # Turn by turn.
 
-    def rollouts(self, turn: int, *, last: bool) -> tuple[PackedBatch, dict[str, float]]:
+    def rollouts(self, turn: int, *, last: bool) -> tuple[PackedBatch | None, dict[str, float]]:
         """Sample and verify the rollouts of a turn.
 
         With `rollout.overlap: step` this also starts to sample the next turn's rollouts, from the weights before this
-        turn's updates, unless this is the last turn.
+        turn's updates, unless this is the last turn. With `rollout.filter` it samples until enough prompts pass.
 
         Returns:
-            The rollouts, and the metrics to report.
+            The rollouts, None if no prompt passed the filter; and the metrics to report. The metrics "rollout/" are
+            means over all responses sampled for this turn, also those that were filtered out.
         """
         if self._in_flight is None:
             self._push()
         with self.timer("rollout"):
-            if self._in_flight is None:
-                self._begin(turn)
-            batch, metrics = self._finish(turn)
+            if self.config.rollout.filter is not None:
+                kept, sampled, metrics = self._filtered(turn)
+            else:
+                if self._in_flight is None:
+                    self._begin(turn, self.config.rollout.prompts_per_step)
+                kept = sampled = self._finish(turn)
+                metrics = {}
+            batch = self._pack(kept) if kept else None
+            metrics |= self._metrics(sampled, batch)
         if self.config.rollout.overlap == "step" and not last:
             self._push()
-            self._begin(turn + 1)
+            self._begin(turn + 1, self.config.rollout.prompts_per_step)
         self._rest()
         return batch, metrics
 
@@ -116,7 +130,7 @@ class Sampler:
         """Call this after the policy's updates of a turn. With `rollout.overlap: prm` it starts the next rollouts."""
         if self.config.rollout.overlap == "prm" and not last:
             self._push()
-            self._begin(turn + 1)
+            self._begin(turn + 1, self.config.rollout.prompts_per_step)
 
     def _push(self) -> None:
         with self.timer("push_weights"):
@@ -134,38 +148,81 @@ class Sampler:
         if self._in_flight is None:
             self.engine.sleep()
 
-    def _begin(self, turn: int) -> None:
-        """Start sampling K responses for each prompt of a turn, with the weights that the engine has now."""
+    def _filtered(self, turn: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+        """Sample in rounds; returns the prompts that are kept, all that were sampled, and the filter's metrics.
+
+        All processes see all outcomes, so they take the same decisions.
+        """
+        config = self.config.rollout
+        assert config.filter is not None
+
+        def sample(count: int, start: int) -> list[Group]:
+            self._begin(turn, count, start)
+            return self._finish(turn)
+
+        result = sample_filtered(config.filter, config.prompts_per_step, self._surplus, sample)
+        surplus = result.surplus if config.keeps_surplus else []
+        self._surplus = [dataclasses.replace(group, fresh=False) for group in surplus]
+        return result.kept, result.sampled, result.metrics
+
+    def _begin(self, turn: int, num_prompts: int, start: int = 0) -> None:
+        """Start sampling K responses for each of the next prompts, with the weights that the engine has now.
+
+        Args:
+            turn: the turn that will use them.
+            num_prompts: the number of prompts.
+            start: the number of prompts that were sampled for this turn before; the seeds continue there.
+        """
         assert self._cursor is not None
         config = self.config.rollout
-        rows = self._cursor.next(config.prompts_per_step)
-        num_samples = config.samples_per_prompt
-        seeds = [sequence_seed(self.config.seed, turn, g, i) for g in range(len(rows)) for i in range(num_samples)]
+        rows = self._cursor.next(num_prompts)
+        num_samples, numbers = config.samples_per_prompt, range(start, start + num_prompts)
+        seeds = [sequence_seed(self.config.seed, turn, g, i) for g in numbers for i in range(num_samples)]
         mine, future = self._submit(self._prompts_of(rows), seeds, config.temperature)
         self._in_flight = InFlight(turn, rows, mine, future)
 
-    def _finish(self, turn: int) -> tuple[PackedBatch, dict[str, float]]:
+    def _finish(self, turn: int) -> list[Group]:
+        """Wait for what `_begin` started, and judge it."""
         in_flight, self._in_flight = self._in_flight, None
         assert in_flight is not None
         assert in_flight.turn == turn
         prompts = self._prompts_of(in_flight.rows)
         judged = self._judge(prompts, in_flight.mine, in_flight.future.result(), self.verifier)
-        responses = [response for response, _ in judged]
-        batch = pack(
+        num_samples, groups = self.config.rollout.samples_per_prompt, []
+        for i, row in enumerate(in_flight.rows):
+            responses, outcomes = zip(*judged[i * num_samples : (i + 1) * num_samples], strict=True)
+            groups.append(Group(row, [*responses], [float("nan") if x is None else x for x in outcomes]))
+        return groups
+
+    def _pack(self, groups: list[Group]) -> PackedBatch:
+        prompts = self._prompts_of([group.row for group in groups])
+        responses = [response for group in groups for response in group.responses]
+        fresh = [group.fresh for group in groups for response in group.responses for _ in response.token_ids]
+        self._fresh = torch.tensor(fresh)
+        return pack(
             [(p.token_ids, r.token_ids) for p, r in zip(prompts, responses, strict=True)],
-            group_ids=[i // self.config.rollout.samples_per_prompt for i in range(len(prompts))],
-            outcome=[float("nan") if outcome is None else outcome for _, outcome in judged],
+            group_ids=[i for i, group in enumerate(groups) for _ in group.responses],
+            outcome=[outcome for group in groups for outcome in group.outcomes],
             streams={"sampler_logprob": [r.logprobs for r in responses]},
         )
-        metrics = {
-            "rollout/length": batch.num_response_tokens / batch.num_sequences,
-            "rollout/truncated": sum(not r.ended for r in responses) / len(responses),
-            "tokens": batch.num_tokens,
-            "tokens/response": batch.num_response_tokens,
-        }
+
+    def _metrics(self, groups: list[Group], batch: PackedBatch | None) -> dict[str, float]:
+        """The metrics of all sampled groups, and of the batch that is trained on."""
+        responses = [response for group in groups for response in group.responses]
+        metrics: dict[str, float] = {"tokens": 0, "tokens/response": 0}
+        if batch is not None:
+            metrics = {"tokens": batch.num_tokens, "tokens/response": batch.num_response_tokens}
+        if responses:
+            metrics |= {
+                "rollout/length": sum(len(r.token_ids) for r in responses) / len(responses),
+                "rollout/truncated": sum(not r.ended for r in responses) / len(responses),
+            }
         if self.config.data.answer_column is not None:
-            metrics |= self._verifier_metrics() | {"rollout/outcome": float(batch.outcome.mean())}
-        return batch, metrics
+            metrics |= self._verifier_metrics()
+            if responses:
+                outcomes = torch.tensor([outcome for group in groups for outcome in group.outcomes])
+                metrics["rollout/outcome"] = float(outcomes.mean())
+        return metrics
 
     def _verifier_metrics(self) -> dict[str, float]:
         verifier = self.verifier
@@ -266,6 +323,11 @@ class Sampler:
         config = self.config
         if config.rollout.engine != "transformers":
             return
+        if self._fresh is not None:
+            # Those of older weights may rightly differ.
+            mismatch = mismatch[self._fresh]
+            if mismatch.numel() == 0:
+                return
         precision = "bfloat16" if "bfloat16" in (config.dtype, config.computes_in) else "float32"
         if precision == "float32" and self.world.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             precision = "TensorFloat-32"
@@ -288,23 +350,28 @@ class Sampler:
     # Checkpoints, and the end.
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the prompts, and the rollouts in flight; the same on all processes.
+        """The position in the prompts, the filter's surplus, and the rollouts in flight; the same on all processes.
 
         This waits for the rollouts in flight. They are saved because a resumed run cannot sample them again: it may no
         longer have the weights that they come from.
         """
         cursor = self._cursor.state_dict() if self._cursor is not None else None
+        state: dict[str, Any] = {
+            "cursor": cursor,
+            "in_flight": None,
+            "surplus": [group.state() for group in self._surplus],
+        }
         if self._in_flight is None:
-            return {"cursor": cursor, "in_flight": None}
+            return state
         mine = zip(self._in_flight.mine, self._in_flight.future.result(), strict=True)
         everybody = sorted(self.world.gather([(i, astuple(r)) for i, r in mine]))
-        in_flight = {
+        state["in_flight"] = {
             "turn": self._in_flight.turn,
             "rows": self._in_flight.rows,
             "responses": [r for _, r in everybody],
             "made_with": self._made_with(),
         }
-        return {"cursor": cursor, "in_flight": in_flight}
+        return state
 
     def _made_with(self) -> dict[str, Any]:
         """The options that must not change while rollouts are in flight, with their values."""
@@ -321,6 +388,7 @@ class Sampler:
             if state is None or state["cursor"] is None:
                 raise ConfigError("the checkpoint is of a run without prompts; it had another objective")
             self._cursor.load_state_dict(state["cursor"])
+        self._load_surplus(state.get("surplus", []) if state is not None else [])
         in_flight = state["in_flight"] if state is not None else None
         if in_flight is None:
             return
@@ -335,6 +403,22 @@ class Sampler:
         future: Future[list[Response]] = Future()
         future.set_result([responses[i] for i in mine])
         self._in_flight = InFlight(in_flight["turn"], in_flight["rows"], mine, future)
+
+    def _load_surplus(self, surplus: list[dict[str, Any]]) -> None:
+        self._surplus = [Group.from_state(group) for group in surplus]
+        config = self.config.rollout
+        if not self._surplus:
+            return
+        if not config.keeps_surplus:
+            raise ConfigError(
+                f"the checkpoint holds {len(surplus)} prompts with rollouts for later steps (rollout.filter.surplus: "
+                "keep): go on with that option"
+            )
+        if config.samples_per_prompt != (before := len(self._surplus[0].responses)):
+            raise ConfigError(
+                f"rollout.samples_per_prompt is {config.samples_per_prompt}, but the checkpoint holds rollouts that "
+                f"were made with {before}: go on with that"
+            )
 
     def close(self) -> None:
         """Wait until sampling ends, then close the engine and the verifier."""
