@@ -30,7 +30,7 @@ def add_adapters(
     model: PreTrainedModel, config: AdapterConfig, names: list[str], dtype: torch.dtype, *, value_head: bool
 ) -> None:
     """Freeze a fused causal LM and add adapters of the given names to it, in place; value_head: also a one-output head
-    `value_head`, for a PRM that reads its reward there. `init_adapters` has to follow, once they have memory.
+    `value_head`, for a PRM that reads its reward there or a critic. `init_adapters` follows, once they have memory.
 
     ConfigError where `target_modules` name what is not in the model, or is no linear layer below its head.
     """
@@ -123,9 +123,9 @@ def is_shared(model: nn.Module) -> bool:
 
 
 def belongs(parameter_name: str, adapter: str) -> bool:
-    """Whether a parameter is trained with an adapter: its own ones, and the value head with the PRM's."""
+    """Whether a parameter is trained with an adapter: its own ones, and the value head with the PRM's or critic's."""
     is_value_head = parameter_name.startswith("value_head.")
-    return f".{adapter}." in parameter_name or (is_value_head and adapter == "prm")
+    return f".{adapter}." in parameter_name or (is_value_head and adapter in ("prm", "critic"))
 
 
 def has_value_head(model: nn.Module, adapter: str) -> bool:

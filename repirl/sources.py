@@ -44,6 +44,10 @@ def check_sources(config: Config) -> PreTrainedTokenizerBase:
         _check_use(config, prm.model, described, tokenizer)
         _check_role(prm.model, described, prm.reward)
         check_tokenizers(tokenizer, policy.model, prm.model, prm.gguf_file)
+    critic = config.critic
+    if critic.model is not None and "critic" in config.system.trains:
+        _check_use(config, critic.model, check_source(critic.model, critic.gguf_file, "value"), tokenizer)
+        check_tokenizers(tokenizer, policy.model, critic.model, critic.gguf_file)
     return tokenizer
 
 

@@ -39,9 +39,9 @@ def load_objectives(places: Mapping[str, str]) -> dict[str, type[Objective]]:
 class Objective(ABC):
     """The rules of an update. They do not depend on the model, the processes or the micro-batches.
 
-    In each turn `select` returns the batch to learn from. Then, for each update: if `reads_rewards`, the PRM writes the
-    stream `reward`; `prepare` adds streams and computes normalisers of the whole batch; the learner calls `loss` for
-    each micro-batch. So the gradient does not depend on how the batch is divided.
+    In each turn `select` returns the batch to learn from. Then, for each update: the learners that `reads_learners`
+    names write their streams (the PRM `reward`); `prepare` adds streams and computes normalisers of the whole batch;
+    the learner calls `loss` for each micro-batch. So the gradient does not depend on how the batch is divided.
 
     Args:
         config: the run's configuration.
@@ -60,13 +60,25 @@ class Objective(ABC):
         """Whether it reads the stream `reward`: the rewards of the current PRM."""
         return False
 
+    @property
+    def reads_learners(self) -> tuple[str, ...]:
+        """The learners whose current outputs `prepare` or `loss` reads as streams (`streams.STREAM_OF`)."""
+        return ("prm",) if self.reads_rewards else ()
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads `ref_logprob` of all sequences of its batch. Rollouts have it where `needs_reference` holds;
+        the others get it after `select`."""
+        return False
+
     @abstractmethod
     def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch | None:
         """Choose the batch for this turn's updates.
 
         Args:
-            rollouts: this turn's rollouts, verified and with the stream `old_logprob`; None in an offline system.
-            data: gives the expert trajectories.
+            rollouts: this turn's rollouts, verified and with the stream `old_logprob`; offline the fixed ones of the
+                data, None where the system has none.
+            data: gives the expert trajectories and the pairs.
 
         Returns:
             The batch, or None to skip this turn's updates, which is reported as NAME/skipped.

@@ -28,16 +28,24 @@ def rollouts(config: Config) -> Sequences:
     return Sequences(number, config.data.max_prompt_tokens, config.rollout.max_response_tokens)
 
 
-def experts(config: Config) -> Sequences:
-    """A turn's expert trajectories at their longest."""
-    return Sequences(config.experts_per_step, config.data.max_prompt_tokens, config.data.max_expert_tokens)
+def of_data(config: Config) -> tuple[Sequences, ...]:
+    """A turn's sequences that are not sampled, at their longest."""
+    prompt, response = config.data.max_prompt_tokens, config.data.max_expert_tokens
+    numbers = {
+        "experts": config.experts_per_step,
+        "pairs": 2 * config.dpo.pairs_per_step,
+        "trajectories": config.rollout.prompts_per_step * config.rollout.samples_per_prompt,
+        "steps": config.step_prm.responses_per_step,
+    }
+    return tuple(Sequences(number, prompt, response) for kind, number in numbers.items() if config.uses(kind))
 
 
 def trained_on(config: Config, name: str) -> tuple[Sequences, ...]:
-    """What an update of a learner is made on: the policy on rollouts where there are any, others on all there is."""
+    """What an update of a learner is made on: policy and critic on rollouts where there are any, a PRM on all there
+    is."""
     online = [rollouts(config)] * config.system.online
-    offline = [experts(config)] * ("experts" in config.system.data)
-    return tuple(online or offline) if name == "policy" else (*offline, *online)
+    offline = of_data(config)
+    return (*offline, *online) if name == "prm" else (tuple(online) or offline)
 
 
 def micro_batches(

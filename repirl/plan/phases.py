@@ -16,9 +16,10 @@ from repirl.plan.activations import (
     recomputed_bytes,
     saved_bytes,
 )
-from repirl.plan.batches import Sequences, experts, micro_batches, rollouts, trained_on
+from repirl.plan.batches import Sequences, micro_batches, of_data, rollouts, trained_on
 from repirl.plan.sides import Placement, Side
 from repirl.rollout.vllm import MAX_BATCHED_TOKENS
+from repirl.streams import STREAM_OF
 
 # Resident memory of a process that trains without a model: Python, PyTorch, transformers and what they load on first
 # use; torchao compiles its optimiser, which loads the compiler. Measured (bench/plan_check.py measures it again).
@@ -62,7 +63,7 @@ class Planner:
     def phases(self) -> list[Phase]:
         """All phases, in the order of a turn; those that come only in some turns last."""
         config = self.config
-        scored = (rollouts(config),) if config.system.online else (experts(config),)
+        scored = (rollouts(config),) if config.system.online else of_data(config)
         phases = [self._load()]
         if config.system.online:
             phases += [self._rollout(), self._score("old_logprob", self.by_name["policy"], scored)]
@@ -70,8 +71,9 @@ class Planner:
             phases.append(self._score("reference", self.by_name["reference"], scored))
         for name, kind in load_objectives(config.system.objectives).items():
             sequences = trained_on(config, name)
-            if name != "prm" and "prm" in self.by_name and kind(config).reads_rewards:
-                phases.append(self._score("reward", self.by_name["prm"], sequences))
+            for other in kind(config).reads_learners:
+                if other != name:
+                    phases.append(self._score(STREAM_OF[other], self.by_name[other], sequences))
             phases.append(self._update(self.by_name[name], sequences))
         if self.has_engine:
             phases.append(self._push_weights())

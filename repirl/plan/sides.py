@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from repirl.config import Config, ConfigError
-from repirl.options import AdapterConfig, PolicyConfig, PRMConfig
+from repirl.options import AdapterConfig, LearnerConfig
 from repirl.plan.activations import LINEAR, Precision, Shape, Sizes
 from repirl.systems import LABELS
 
@@ -81,7 +81,7 @@ class Side:
 
     name: str
     # The options that it is trained with; None for a frozen one.
-    section: PolicyConfig | PRMConfig | None
+    section: LearnerConfig | None
     shape: Shape
     precision: Precision
     reads_values: bool
@@ -141,10 +141,6 @@ def base_weights(config: Config, placement: Placement, shapes: Mapping[str, Shap
     return placement.computed * placement.local_weights(next(iter(shapes.values())).weights())
 
 
-def _reads_values(config: Config, name: str) -> bool:
-    return name == "prm" and config.prm.reward == "value"
-
-
 def _precision(
     placement: Placement, shape: Shape, adapted: int | None = None, adapters: tuple[str, ...] = (), rank: int = 0
 ) -> Precision:
@@ -156,7 +152,7 @@ def _precision(
 
 def _full_side(config: Config, placement: Placement, name: str, shape: Shape) -> Side:
     """A model of its own, all of whose weights are trained, or none."""
-    section, reads_values = config.trained_sections.get(name), _reads_values(config, name)
+    section, reads_values = config.trained_sections.get(name), config.reads_values(name)
     kept, computed, sharded = placement.kept, placement.computed, placement.sharded
     weights = shape.weights(reads_values)
     local = kept * placement.local_weights(weights)
@@ -181,7 +177,7 @@ def _full_side(config: Config, placement: Placement, name: str, shape: Shape) ->
 def _adapted_side(config: Config, placement: Placement, name: str, shape: Shape) -> Side:
     """Adapters on the base that all learners share, or as a frozen learner that base itself."""
     assert config.adapters is not None
-    section, reads_values = config.trained_sections.get(name), _reads_values(config, name)
+    section, reads_values = config.trained_sections.get(name), config.reads_values(name)
     kept, computed, sharded = placement.kept, placement.computed, placement.sharded
     targets = _targets(shape, config.adapters.target_modules)
     lora = _lora(shape, targets, config.adapters)

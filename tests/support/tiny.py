@@ -47,23 +47,37 @@ def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", 
     return folder
 
 
-def make_data(folder: Path, count: int = 24) -> dict[str, str]:
-    """Write train.jsonl and eval.jsonl; returns the options of the `data` section."""
+def make_data(folder: Path, count: int = 24) -> dict[str, Any]:
+    """Write train.jsonl, eval.jsonl, and of the training problems pairs.jsonl and trajectories.jsonl, a right and a wrong
+    response to each; returns the options of the `data` section."""
     stream = problems(0, (2, 3))
     for name in ("train", "eval"):
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for problem in islice(stream, count):
-                row = {
-                    "prompt": problem.prompt,
-                    "answer": problem.answer,
-                    "solution": expert_solution(problem).text,
-                }
-                file.write(json.dumps(row) + "\n")
+        chosen = list(islice(stream, count))
+        solutions = [expert_solution(problem).text for problem in chosen]
+        rows = [
+            {"prompt": p.prompt, "answer": p.answer, "solution": text}
+            for p, text in zip(chosen, solutions, strict=True)
+        ]
+        _write(folder / f"{name}.jsonl", rows)
+        if name == "train":
+            wrong = [text[: len(text) // 2] for text in solutions]
+            texts = [(p.prompt, right, bad) for p, right, bad in zip(chosen, solutions, wrong, strict=True)]
+            _write(folder / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in texts])
+            _write(
+                folder / "trajectories.jsonl",
+                [{"prompt": p, "response": t, "outcome": o} for p, a, b in texts for t, o in ((a, 1), (b, 0))],
+            )
     return {
         "train": str(folder / "train.jsonl"),
         "eval": str(folder / "eval.jsonl"),
+        "pairs": str(folder / "pairs.jsonl"),
+        "trajectories": str(folder / "trajectories.jsonl"),
         "solution_column": "solution",
     }
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def objective(loss: Callable[[dict[str, torch.Tensor], PackedBatch], torch.Tensor]) -> Loss:

@@ -102,7 +102,7 @@ def test_solutions_end_with_one_end_of_turn(ending):
     ("solution", "message"),
     [
         ("1<|im_end|>2", r"line 1: 'solution' goes on after the end token '<\|im_end\|>'"),
-        ("<eos>", "an empty solution"),
+        ("<eos>", "an empty response"),
     ],
 )
 def test_solutions_that_no_policy_could_write_are_refused(tmp_path, solution, message):
