@@ -1,7 +1,10 @@
 """Losses and rewards against loops; the two-pass gradient against autograd of losses written out."""
 
+import json
 import math
 from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +243,85 @@ def test_rows_that_do_not_count_may_hold_anything(estimator: str) -> None:
         assert (column[~counts].double() == nothing).all()
 
 
+VERL = json.loads((Path(__file__).parent / "verl_losses.json").read_text())
+# Its names for our aggregations, with the factor by which its weights are larger.
+VERL_AGGREGATIONS = {
+    "token-mean": ("token_mean", 1),
+    "seq-mean-token-mean": ("sequence_mean", 1),
+    "seq-mean-token-sum": ("constant_length", 6),
+    # This one is not divided by the number of sequences.
+    "seq-mean-token-sum-norm": ("constant_length", 8),
+}
+VERL_FORMS = {"vanilla": {"clip_dual": 3.0}, "gspo": {"ratio": "sequence"}, "cispo": {"form": "cispo"}}
+
+
+@pytest.mark.parametrize("case", VERL["losses"], ids=lambda case: f"{case['form']}-{case['aggregation']}")
+def test_policy_losses_of_verl(case: dict) -> None:
+    logprob, old, advantage = (torch.tensor(VERL[n]).double() for n in ("logprob", "old_logprob", "advantage"))
+    cu = cu_of(VERL["lengths"])
+    out = losses.policy_loss(
+        logprob.requires_grad_(),
+        old,
+        advantage,
+        clip_low=VERL["clip_low"],
+        clip_high=VERL["clip_high"],
+        cu_seqlens=cu,
+        **VERL_FORMS[case["form"]],
+    )
+    aggregation, factor = VERL_AGGREGATIONS[case["aggregation"]]
+    weights = factor * losses.aggregate_weights(cu, aggregation, constant_length=6)
+    loss = (weights * out.loss).sum()
+    assert float(loss.detach()) == pytest.approx(case["loss"], abs=1e-5)
+    loss.backward()
+    close(logprob.grad, torch.tensor(case["gradient"]), 1e-5)
+    assert float(out.clipped.double().mean()) == case["clip_fraction"]
+
+
+def test_the_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
+    """The fixture above has no ratio beyond 3; here are some, on both sides of every bound."""
+    ratio = torch.tensor([0.5, 1.0, 1.5, 2.9, 3.1, 9.0], dtype=torch.float64).repeat(2)
+    advantage = torch.tensor([2.0, -2.0], dtype=torch.float64).repeat_interleave(6)
+    logprob = ratio.log().requires_grad_()
+    out = losses.policy_loss(logprob, torch.zeros(12).double(), advantage, clip_high=0.28, clip_dual=3.0)
+    gain = [0.5, 1.0, 1.28, 1.28, 1.28, 1.28, -0.8, -1.0, -1.5, -2.9, -3.0, -3.0]
+    close(out.loss, -2 * torch.tensor(gain, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(out.loss.sum(), logprob)
+    kept = torch.tensor([1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0], dtype=torch.bool)
+    assert torch.equal(out.clipped, ~kept)
+    close(gradient, torch.where(kept, -ratio * advantage, 0.0))
+
+
+def test_a_ratio_of_sequences_counts_only_the_rows_that_count() -> None:
+    """As if the others were not there; and in the form cispo."""
+    inputs, cu = policy_inputs(), cu_of([20, 0, 25, 15])
+    counts = torch.arange(60) % 3 > 0
+    shorter = cu_of([int(counts[a:b].sum()) for a, b in pairwise(cu.tolist())])
+    for form in losses.FORMS:
+        options = {"ratio": "sequence", "form": form, "clip_low": 0.02, "clip_high": 0.05}
+        only = losses.policy_loss(**{name: x[counts] for name, x in inputs.items()}, cu_seqlens=shorter, **options)
+        masked = losses.policy_loss(**inputs, cu_seqlens=cu, row_mask=counts, **options)
+        close(masked.loss[counts], only.loss)
+        assert (masked.loss[~counts] == 0).all()
+        assert only.clipped.any()
+        for i, (a, b) in enumerate(pairwise(shorter.tolist())):
+            difference = (inputs["logprob"] - inputs["old_logprob"])[counts][a:b]
+            expected = difference.mean().exp() if i != 1 else difference
+            close(only.ratio[a:b], expected.expand(b - a))
+
+
+@pytest.mark.parametrize("options", [{"form": "cispo"}, {"clip_dual": 3.0}, {"ratio": "sequence"}])
+def test_other_policy_losses_are_one_graph(options: dict) -> None:
+    inputs = policy_inputs()
+    leaf = inputs["logprob"].requires_grad_()
+    options = options | {"cu_seqlens": cu_of([20, 0, 25, 15])}
+    compiled = torch.compile(losses.policy_loss, fullgraph=True, backend="aot_eager")
+    gradients = [
+        torch.autograd.grad(function(**inputs, **options).loss.sum(), leaf)[0]
+        for function in (losses.policy_loss, compiled)
+    ]
+    close(*gradients)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_policy_loss_is_one_graph(masked: bool) -> None:
     """Where it is traced no value can be read: it does not ask, whatever the coefficients of a call are."""
@@ -284,6 +366,12 @@ def test_policy_loss_under_transforms() -> None:
         ({"row_mask": torch.ones(3) > 0}, r"row_mask must have logprob's shape \(2,\), got \(3,\)"),
         ({"entropy_coefficient": math.nan}, "entropy_coefficient must be finite, got nan"),
         ({"kl_coefficient": math.inf}, "kl_coefficient must be finite, got inf"),
+        ({"form": "ppo"}, "form must be one of 'clip', 'cispo'; got 'ppo'"),
+        ({"ratio": "batch"}, "ratio must be one of 'token', 'sequence'; got 'batch'"),
+        ({"ratio": "sequence"}, "ratio 'sequence' needs cu_seqlens, got None"),
+        ({"ratio": "sequence", "cu_seqlens": torch.tensor([0, 3])}, r"logprob must have shape \[T\] = \(3,\)"),
+        ({"clip_dual": 1.0}, "clip_dual must be larger than 1 and finite"),
+        ({"clip_dual": 3.0, "form": "cispo"}, "clip_dual is 3.0, but the form 'cispo'"),
     ],
 )
 def test_policy_loss_errors(options: dict, message: str) -> None:
