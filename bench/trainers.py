@@ -170,7 +170,7 @@ def configuration(options: argparse.Namespace, objective: str, budget: int) -> C
             "compute_dtype": options.compute_dtype,
             "policy": {"model": options.model} | side,
             "prm": {"reward": "value"} | side,
-            # The sequence's sum of log-probabilities, averaged over sequences, as RLOOTrainer has it; no entropy bonus.
+            # The sequence's sum of log-probabilities, averaged over sequences, as in RLOOTrainer; no entropy bonus.
             "loss": {"aggregation": "constant_length", "entropy_coefficient": 0.0, "sampler_ratio_cap": None},
             "rollout": {"max_response_tokens": 1},
             "data": {"train": "unused", "solution_column": "unused"},
