@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, select_adapter
 from repirl.attention import PackedLayout
@@ -79,6 +79,8 @@ class Learner:
         self.adapter, self.shares_model = adapter, is_shared(model)
         # Whether the model has a head with one output (a value), not one over the vocabulary.
         self.reads_values = not hasattr(model, "lm_head") or (adapter is not None and has_value_head(model, adapter))
+        # Whether such a value is read at the state before each response token (a critic's), not at the token itself.
+        self.reads_states = False
         self.residency: Residency | None = None
         # Training mode, because activation checkpointing needs it. Without dropout, because rollouts and updates must
         # use the same distribution.
@@ -97,11 +99,8 @@ class Learner:
             return
         self.max_grad_norm = optimizer.max_grad_norm
         self.max_skipped_updates = optimizer.max_skipped_updates
-        self.optimizer = make_optimizer(list(self.trained.values()), optimizer)
-        names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-        self.scheduler = get_scheduler(
-            names[optimizer.schedule], self.optimizer, optimizer.warmup_steps, max(num_updates, 1)
-        )
+        self.optimizer = make_optimizer(self.trained, optimizer)
+        self.scheduler = make_scheduler(self.optimizer, self.trained, optimizer, num_updates)
 
     def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
         named = self.model.named_parameters()
@@ -226,6 +225,9 @@ class Learner:
         }
         if self.reads_values:
             arguments |= {"reads_values": True}
+            if self.reads_states:
+                # A prompt has at least one token, so this stays in the sequence.
+                arguments["response_index"] = arguments["response_index"] - 1
             outputs = {"value": self.model(**arguments)}
         else:
             arguments |= {"targets": batch.response_ids.to(device), "temperature": temperature or self.temperature}
@@ -342,15 +344,23 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make an AdamW optimiser. Weight decay applies only to parameters with two or more dimensions.
+
+    Args:
+        parameters: by name. A value head has groups of its own if the options treat it apart.
+        config: the options.
 
     Raises:
         ConfigError: `state_bits` is 8 and the package torchao is not installed.
     """
-    decayed = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    apart = config.head_lr is not None or config.head_updates > 0
+    groups: list[dict[str, Any]] = []
+    for is_head in (False, True):
+        part = [p for name, p in parameters.items() if (apart and is_value_head(name)) == is_head]
+        rate = (config.head_lr if is_head else None) or config.lr
+        groups.append({"params": [p for p in part if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": rate})
+        groups.append({"params": [p for p in part if p.ndim < 2], "weight_decay": 0.0, "lr": rate})
     # The fused version goes through the parameters once, and makes no copies of them on a GPU.
     factory: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
     if config.state_bits == 8:
@@ -361,6 +371,46 @@ def make_optimizer(parameters: list[torch.nn.Parameter], config: OptimizerConfig
         factory = AdamW8bit
     betas = (config.betas[0], config.betas[1])
     return factory([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    config: OptimizerConfig,
+    num_updates: int,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rates of an optimiser that `make_optimizer` made: linear warm-up, then the configured schedule.
+
+    In a warm-up of n updates, update k (from 0) has the share (k + 1) / (n + 1) of the peak: the first update has a
+    rate above 0, and the first one after the warm-up has the peak.
+
+    Args:
+        optimizer: its groups' rates are the peaks.
+        parameters: by name.
+        config: the options.
+        num_updates: the updates that the schedule spans.
+    """
+    warm, length = config.warmup_steps, max(num_updates - config.warmup_steps, 1)
+
+    def share(update: int) -> float:
+        if update < warm:
+            return (update + 1) / (warm + 1)
+        progress = min((update - warm) / length, 1.0)
+        shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        return shapes[config.schedule]
+
+    def of_the_rest(update: int) -> float:
+        return 0.0 if update < config.head_updates else share(update)
+
+    heads = {parameter for name, parameter in parameters.items() if is_value_head(name)}
+    rules: Any = [share if group["params"][0] in heads else of_the_rest for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rules)
+
+
+def is_value_head(name: str) -> bool:
+    """Whether a parameter of this name belongs to the head that reads a value: a token classifier's, or the one that a
+    PRM on a shared base has."""
+    return name.removeprefix("_orig_mod.").split(".")[0] in ("score", "value_head")
 
 
 def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:

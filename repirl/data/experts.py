@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ from transformers import PreTrainedTokenizerBase
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_prompt
+from repirl.data.prompts import Cursor, LengthLimit, PromptSet, read_prompt
+from repirl.data.responses import encode_response
 from repirl.data.sources import read_rows
-from repirl.data.text import EndTokens, encode_solution, find_end_tokens
+from repirl.data.text import EndTokens, find_end_tokens
 from repirl.data.values import Place
 from repirl.dataconfig import DataConfig, SourceConfig
+
+logger = logging.getLogger(__name__)
 
 # A larger cache of the reference's log-probabilities is computed anew rather than kept in checkpoints: with the same
 # values but for rounding, as other experts share a batch then.
@@ -69,15 +73,29 @@ def _encode(
     """Token ids of a solution; DataError where it is empty, or goes on after an end token."""
     if data.solution_remove is not None:
         solution = re.sub(data.solution_remove, "", solution)
-    ids = encode_solution(solution, ends, tokenizer)
-    if not solution.strip() or len(ids) == 1:
-        raise place.error(f"{column!r} holds an empty solution")
-    if inner := set(ids[:-1]).intersection(ends.ids):
-        raise place.error(
-            f"{column!r} goes on after the end token {tokenizer.decode([min(inner)])!r}, which ends every response: "
-            "cut it off, take it out with data.solution_remove, or set data.end_tokens"
+    return encode_response(solution, place, column, ends, tokenizer, "take it out with data.solution_remove")
+
+
+def check_matches(rows: list[Expert], prompts: PromptSet) -> None:
+    """Check that a run whose experts are those of its prompts has some, and log how many prompts have none.
+
+    Raises:
+        ConfigError: no prompt has an expert.
+    """
+    known = {row.prompt_ids for row in rows}
+    matched = sum(prompt.token_ids in known for prompt in prompts.prompts)
+    if matched == 0:
+        raise ConfigError(
+            f"irl.experts is 'matched', but none of the {len(prompts)} training prompts is the prompt of one of the "
+            f"{len(rows)} experts: they have to be the same text; or set irl.experts: all"
         )
-    return ids
+    if matched < len(prompts):
+        logger.warning(
+            "%d of %d training prompts have no expert: the PRM does not learn from their rollouts unless some are "
+            "verified as right",
+            len(prompts) - matched,
+            len(prompts),
+        )
 
 
 class Experts:
@@ -100,6 +118,10 @@ class Experts:
         self._reference = reference
         # Row -> log-probability of each of its response tokens.
         self._cache: dict[int, Tensor] = {}
+        # Prompt -> its rows.
+        self._rows_of: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(rows):
+            self._rows_of.setdefault(row.prompt_ids, []).append(index)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,9 +129,31 @@ class Experts:
     def next(self) -> PackedBatch:
         """The next experts, with the stream `prm_ref_logprob` where there is a reference."""
         indices = self._cursor.next(self.per_turn)
-        chosen = [self.rows[i] for i in indices]
         # Experts estimate no Z, so their groups are free; prompts' groups begin at 0.
-        groups = [-1 - i for i in indices]
+        return self._batch(indices, [-1 - i for i in indices])
+
+    def matching(self, rollouts: PackedBatch) -> PackedBatch | None:
+        """All experts of the prompts of these rollouts, in the groups of the rollouts; streams as of `next`.
+
+        A prompt is the same if its tokens are. The place in the data does not change.
+
+        Args:
+            rollouts: the sequences of a group have one prompt.
+
+        Returns:
+            The experts, group by group; None if no prompt has one.
+        """
+        indices, groups = list[int](), list[int]()
+        first_of_group = {int(group): i for i, group in reversed(list(enumerate(rollouts.group_ids)))}
+        for group, i in sorted(first_of_group.items()):
+            start, length = int(rollouts.cu_seqlens[i]), int(rollouts.prompt_lens[i])
+            rows = self._rows_of.get(tuple(rollouts.token_ids[start : start + length].tolist()), [])
+            indices += rows
+            groups += [group] * len(rows)
+        return self._batch(indices, groups) if indices else None
+
+    def _batch(self, indices: list[int], groups: list[int]) -> PackedBatch:
+        chosen = [self.rows[i] for i in indices]
         batch = pack([(e.prompt_ids, e.response_ids) for e in chosen], source=EXPERT, group_ids=groups)
         if self._reference is not None:
             first = {index: place for place, index in enumerate(indices) if index not in self._cache}

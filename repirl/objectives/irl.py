@@ -54,41 +54,55 @@ class IRL(Objective):
 
     def select(self, rollouts: PackedBatch | None, data: Data) -> PackedBatch | None:
         assert rollouts is not None
-        return training_batch(data.next_experts(), rollouts, self.config.irl.use_outcome)
+        matched = self.config.matches_experts
+        experts = data.matching_experts(rollouts) if matched else data.next_experts()
+        return training_batch(experts, rollouts, self.config.irl.use_outcome, matched=matched)
 
     def prepare(self, batch: PackedBatch) -> Metrics:
         self.num_tokens = batch.num_response_tokens
-        return write_coefficients(batch, self.config.irl, self.behaviour)
+        return write_coefficients(batch, self.config.irl, self.behaviour, matched=self.config.matches_experts)
 
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
         """The second pass: the sum of coefficient * reward, plus reward_l2 times the mean squared reward."""
         reward = read_rewards(outputs, micro, self.config.prm)
         coefficient = micro.read("coefficient").to(reward.device)
-        reward_l2 = self.config.irl.reward_l2
+        reward_l2 = self.config.irl.l2
         return irl_token_loss(reward, coefficient, reward_l2=reward_l2, num_tokens=self.num_tokens).sum(), {}
 
 
-def training_batch(experts: PackedBatch, rollouts: PackedBatch, use_outcome: bool) -> PackedBatch | None:
+def training_batch(
+    experts: PackedBatch | None, rollouts: PackedBatch, use_outcome: bool, *, matched: bool = False
+) -> PackedBatch | None:
     """Join experts and rollouts: first the experts, then the rollouts that estimate the partition function Z.
 
     Args:
-        experts: expert trajectories.
+        experts: expert trajectories; None if there are none.
         rollouts: this turn's verified rollouts.
         use_outcome: count correct rollouts as experts, so that only the failed ones estimate Z.
+        matched: leave out prompts (groups) that do not have both an expert and a rollout for Z. What a reward says of
+            the prompt alone then has no effect on the loss.
 
     Returns:
-        The batch; None if no rollout is left to estimate Z, because the loss would then have no minimum.
+        The batch; None if one of the two sides is empty, because the loss would then have no minimum.
     """
-    if not use_outcome:
-        return concatenate([experts, rollouts])
-    correct, failed = rollouts.select(rollouts.outcome > 0.5), rollouts.select(~(rollouts.outcome > 0.5))
-    if failed.num_sequences == 0:
+    sides, policy = [] if experts is None else [experts], rollouts
+    if use_outcome:
+        correct, policy = rollouts.select(rollouts.outcome > 0.5), rollouts.select(~(rollouts.outcome > 0.5))
+        correct.source.fill_(EXPERT)
+        sides.append(correct)
+    expert_groups = torch.cat([side.group_ids for side in sides]) if sides else torch.zeros(0, dtype=torch.int64)
+    if matched:
+        common = expert_groups[torch.isin(expert_groups, policy.group_ids)]
+        sides, expert_groups = [side.select(torch.isin(side.group_ids, common)) for side in sides], common
+        policy = policy.select(torch.isin(policy.group_ids, common))
+    if policy.num_sequences == 0 or expert_groups.numel() == 0:
         return None
-    correct.source.fill_(EXPERT)
-    return concatenate([experts, correct, failed])
+    return concatenate([*sides, policy])
 
 
-def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob") -> Metrics:
+def write_coefficients(
+    batch: PackedBatch, config: IRLConfig, behaviour: str = "old_logprob", *, matched: bool = False
+) -> Metrics:
     """The first pass: compute importance weights of the rollouts, and from them write the stream `coefficient`.
 
     Args:
@@ -96,6 +110,8 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
             `behaviour` names and, for base_measure `reference`, `ref_logprob`.
         config: the options of the importance weights.
         behaviour: the name of the stream that holds log mu.
+        matched: the experts are those of the rollouts' prompts, in their groups. With `group: prompt` the loss is then
+            the mean over prompts of log Z(x) minus the mean reward of the prompt's experts.
 
     Returns:
         Diagnostics of the importance weights.
@@ -118,7 +134,12 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
         log_weight, _ = pareto_smooth(log_weight, log_weights.bucket_ids)
     weights = self_normalize(log_weight, log_weights.bucket_ids, truncate=config.truncate)
     coefficients = irl_coefficients(
-        weights, log_weights, rollouts.response_cu_seqlens, experts.response_cu_seqlens, normalize=config.normalize
+        weights,
+        log_weights,
+        rollouts.response_cu_seqlens,
+        experts.response_cu_seqlens,
+        normalize=config.normalize,
+        expert_groups=experts.group_ids if matched and config.group == "prompt" else None,
     )
     # The batch has the experts first, so their coefficients come first, too.
     assert bool((batch.source.diff() >= 0).all())
@@ -130,6 +151,9 @@ def write_coefficients(batch: PackedBatch, config: IRLConfig, behaviour: str = "
         rollouts.response_cu_seqlens,
         expert_reward=experts.read("reward"),
         expert_cu_seqlens=experts.response_cu_seqlens,
+        contested=True,
     )
-    # pareto_k is NaN if no group has the 21 samples that the fit of the tail needs. That is no error: leave it out.
-    return {name: value for name, value in diagnostics.items() if name != "pareto_k" or not math.isnan(value)}
+    # Left out where it does not exist: pareto_k, if no group has the 21 samples that the fit of the tail needs; the
+    # effective sample size, if every group has one sample.
+    optional = ("pareto_k", "ess", "ess_fraction")
+    return {name: value for name, value in diagnostics.items() if name not in optional or not math.isnan(value)}
