@@ -284,7 +284,7 @@ def test_moments_of_8_bits_train_and_resume(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed")
     weight = torch.nn.Parameter(torch.zeros(64, 128))
     target = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
-    optimizer = make_optimizer([weight], OptimizerConfig(lr=5e-2, state_bits=8))
+    optimizer = make_optimizer({"weight": weight}, OptimizerConfig(lr=5e-2, state_bits=8))
     for _ in range(60):
         optimizer.zero_grad()
         ((weight - target) ** 2).sum().backward()
