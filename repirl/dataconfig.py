@@ -40,6 +40,51 @@ class ExpertFileConfig(SourceConfig):
     solution_column: str = Field("solution", description="column with one solution or a list of them")
 
 
+class PairFileConfig(SourceConfig):
+    prompt_column: str | None = Field(
+        "prompt", description="column with the prompt; null: the messages that both responses begin with"
+    )
+    chosen_column: str = Field("chosen", description="column with the better response")
+    rejected_column: str = Field("rejected", description="column with the worse response")
+
+
+class TrajectoryFileConfig(SourceConfig):
+    prompt_column: str = Field("prompt", description="column with the prompt")
+    response_column: str = Field("response", description="column with the response's text")
+    ids_column: str = Field(
+        "response_ids", description="column with the response's token ids; rows that have it are read without the text"
+    )
+    outcome_column: str | None = Field("outcome", description="column with 1 for right, 0 for wrong; null: not known")
+    logprob_column: str | None = Field(
+        None,
+        description="column with log mu of each token id, by the policy that sampled; null: that was the start policy",
+    )
+
+
+class StepFileConfig(SourceConfig):
+    format: Literal["auto", "trl", "math_shepherd", "prm800k"] = Field(
+        "auto",
+        description="of the rows: TRL's stepwise supervision, Math-Shepherd's, or PRM800K's; auto: by the first row",
+    )
+    prompt_column: str = Field("prompt", description="column with the prompt (trl)")
+    steps_column: str = Field("completions", description="column with the list of steps (trl)")
+    labels_column: str = Field(
+        "labels",
+        description="column with each step's label: true, false, a chance from 0 to 1, or null (trl); `repirl label` "
+        "writes hard labels into `labels` and soft ones into `soft_labels`",
+    )
+    finished: bool = Field(
+        True,
+        description="the last step ends the solution, an end token follows it; false: the separator does (a row's own "
+        "`finished` wins, and PRM800K's rows tell)",
+    )
+    tag: str = Field("ки", min_length=1, description="what follows each step (math_shepherd)")
+
+
+def _as_separator(value: Any) -> Any:
+    return {"newline": "\n", "blank_line": "\n\n"}.get(value, value) if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     train: Source = Field(None, description="prompts to sample on: a path or hub id, or the options of SourceConfig")
     eval: Source = Field(None, description="held-out prompts and answers, likewise")
@@ -48,6 +93,21 @@ class DataConfig(Section):
     solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
     solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
     experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
+    pairs: Annotated[PairFileConfig | None, BeforeValidator(_as_source)] = Field(
+        None, description="preference pairs: a path or hub id, or the options of PairFileConfig"
+    )
+    trajectories: Annotated[TrajectoryFileConfig | None, BeforeValidator(_as_source)] = Field(
+        None, description="fixed rollouts with their outcomes, likewise (`repirl sample` makes them)"
+    )
+    steps: Annotated[StepFileConfig | None, BeforeValidator(_as_source)] = Field(
+        None, description="responses with labelled steps, likewise (`repirl label` makes them)"
+    )
+    eval_steps: Annotated[StepFileConfig | None, BeforeValidator(_as_source)] = Field(
+        None, description="held-out responses with labelled steps, likewise"
+    )
+    step_separator: Annotated[str, BeforeValidator(_as_separator)] = Field(
+        "\n", min_length=1, description="what ends a step of a response: any text, or the words newline or blank_line"
+    )
     chat_template: bool = Field(False, description="wrap prompts with the tokenizer's chat template")
     system: str | None = Field(None, description="system message of the chat template")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -61,7 +121,9 @@ class DataConfig(Section):
         "null: the chat template's end of turn, the tokenizer's end token and those of the model's generation_config",
     )
     max_prompt_tokens: Positive = Field(1536, description="longest prompt (paper: 1536)")
-    max_expert_tokens: Positive = Field(3000, description="longest expert response (paper: 3000)")
+    max_expert_tokens: Positive = Field(
+        3000, description="longest response of experts (paper: 3000), pairs, fixed trajectories and labelled steps"
+    )
     overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from math_verify import parse
@@ -9,8 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from repirl.config import Config
 from repirl.data.experts import Expert
+from repirl.data.pairs import load_pairs
 from repirl.data.prompts import Prompt
+from repirl.data.steps import load_steps
 from repirl.data.text import find_end_tokens
+from repirl.data.trajectories import load_trajectories
 from repirl.options import VerifierConfig
 from repirl.verify.math import extract_answer, is_overlong
 from repirl.verify.process import Verifier
@@ -42,6 +46,60 @@ def preview(
     answers = [(prompt, prompt.answer) for prompt in prompts if prompt.answer is not None]
     if answers:
         lines += [f"first answer: {answers[0][1]!r}", _readable(config.verifier, answers)]
+    return lines
+
+
+def preview_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Lines about the preference pairs, and the first of them."""
+    rows, per_step = load_pairs(config.data, tokenizer, config.policy.model), config.dpo.pairs_per_step
+    lens = [len(row.chosen_ids) for row in rows], [len(row.rejected_ids) for row in rows]
+    chosen, rejected = (sum(part) / len(part) for part in lens)
+    first = rows[0]
+    return [
+        f"pairs: {len(rows)}, {chosen:.0f} tokens of chosen and {rejected:.0f} of rejected responses on average",
+        f"run: {config.steps} steps of {per_step} pairs = {config.steps * per_step / len(rows):.2f} epochs",
+        f"first prompt: {_text(first.prompt_ids, tokenizer)}",
+        f"chosen: {_text(first.chosen_ids, tokenizer)}",
+        f"rejected: {_text(first.rejected_ids, tokenizer)}",
+    ]
+
+
+def preview_trajectories(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Lines about the fixed rollouts, and the first of them."""
+    rows = load_trajectories(config.data, tokenizer, config.policy.model, config.rollout.temperature)
+    num_prompts, per_step = len({row.prompt_ids for row in rows}), config.rollout.prompts_per_step
+    outcomes = [row.outcome for row in rows if not math.isnan(row.outcome)]
+    right = f", {sum(outcome > 0.5 for outcome in outcomes) / len(outcomes):.1%} of them right" if outcomes else ""
+    first = rows[0]
+    return [
+        f"fixed rollouts: {len(rows)} responses to {num_prompts} prompts{right}",
+        f"run: {config.steps} steps of {per_step} prompts, at most {config.rollout.samples_per_prompt} responses each "
+        f"= {config.steps * per_step / num_prompts:.2f} epochs",
+        f"first prompt: {_text(first.prompt_ids, tokenizer)}",
+        f"response, outcome {first.outcome:g}: {_text(first.response_ids, tokenizer)}",
+    ]
+
+
+def preview_steps(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Lines about the responses with labelled steps, and the first of them with its labels."""
+    rows = load_steps(config.data, tokenizer, "train")
+    parts = {"labelled": rows}
+    if config.data.eval_steps is not None:
+        parts["held out"] = load_steps(config.data, tokenizer, "eval")
+    lines = []
+    for name, part in parts.items():
+        labels = [label for row in part for label in row.labels]
+        share = sum(labels) / len(labels)
+        lines.append(f"{name}: {len(labels)} steps of {len(part)} responses, {share:.1%} right")
+    per_step, first = config.step_prm.responses_per_step, rows[0]
+    lines.append(
+        f"run: {config.steps} steps of {per_step} responses = {config.steps * per_step / len(rows):.2f} epochs"
+    )
+    lines.append(f"first prompt: {_text(first.prompt_ids, tokenizer)}")
+    begin = 0
+    for end, label in zip(first.ends, first.labels, strict=True):
+        lines.append(f"label {label:g}: {_text(first.response_ids[begin : end + 1], tokenizer)}")
+        begin = end + 1
     return lines
 
 

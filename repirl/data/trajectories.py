@@ -33,7 +33,7 @@ class Trajectory:
 
 
 def load_trajectories(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: str | None = None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, model: str | None = None, temperature: float | None = None
 ) -> list[Trajectory]:
     """The rows of `data.trajectories`.
 
@@ -41,6 +41,7 @@ def load_trajectories(
         data: the options.
         tokenizer: the policy's.
         model: the policy's, whose generation_config says what else ends a response.
+        temperature: at which log mu is computed where the file does not hold it; rows that say another one are refused.
 
     Raises:
         DataError: for files, rows and lengths that do not fit, with the row.
@@ -61,6 +62,12 @@ def load_trajectories(
         if source.logprob_column is not None:
             value = place.value(row, source.logprob_column, "data.trajectories.logprob_column")
             logprobs = _logprobs(value, place, source.logprob_column, len(response_ids))
+        elif temperature is not None and row.get("temperature") not in (None, temperature):
+            raise place.error(
+                f"the response was sampled at temperature {shown(row['temperature'])}, but its log-probabilities would "
+                f"be computed at rollout.temperature, {temperature}: set that to the first, or name the column that "
+                "holds them (data.trajectories.logprob_column)"
+            )
         if fits(limit, data, place, prompt_ids, len(response_ids)):
             trajectories.append(Trajectory(prompt_ids, response_ids, outcome, logprobs))
     limit.report(source.path, len(trajectories))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from repirl.batch import PackedBatch
 from repirl.config import Config
 from repirl.configfile import build_config, merge
-from repirl.data.tasks.arithmetic import build_tokenizer, expert_solution, problems
+from repirl.data.tasks.arithmetic import (
+    Solution,
+    build_tokenizer,
+    expert_solution,
+    planted_error,
+    problems,
+)
 from repirl.distributed.shard import whole
 from repirl.learner import Learner, Loss
 
@@ -48,8 +55,8 @@ def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", 
 
 
 def make_data(folder: Path, count: int = 24) -> dict[str, Any]:
-    """Write train.jsonl, eval.jsonl, and of the training problems pairs.jsonl and trajectories.jsonl, a right and a wrong
-    response to each; returns the options of the `data` section."""
+    """Write train.jsonl, eval.jsonl, and of the training problems pairs.jsonl and trajectories.jsonl, a right and a
+    wrong response to each, and steps.jsonl, solutions with labelled steps; returns the options of `data`."""
     stream = problems(0, (2, 3))
     for name in ("train", "eval"):
         chosen = list(islice(stream, count))
@@ -67,12 +74,27 @@ def make_data(folder: Path, count: int = 24) -> dict[str, Any]:
                 folder / "trajectories.jsonl",
                 [{"prompt": p, "response": t, "outcome": o} for p, a, b in texts for t, o in ((a, 1), (b, 0))],
             )
+            rng = random.Random(0)
+            solved = [s for p in chosen for s in (expert_solution(p), planted_error(p, rng))]
+            _write(folder / "steps.jsonl", [labelled(s) for s in solved])
     return {
         "train": str(folder / "train.jsonl"),
         "eval": str(folder / "eval.jsonl"),
         "pairs": str(folder / "pairs.jsonl"),
         "trajectories": str(folder / "trajectories.jsonl"),
+        "steps": str(folder / "steps.jsonl"),
+        "step_separator": "; ",
         "solution_column": "solution",
+    }
+
+
+def labelled(solution: Solution) -> dict[str, Any]:
+    """A solution in TRL's format: steps are right up to the planted error."""
+    count, error = len(solution.lines), solution.error_step
+    return {
+        "prompt": solution.problem.prompt,
+        "completions": [line.removesuffix("; ") for line in solution.lines],
+        "labels": [error is None or i < error for i in range(count)],
     }
 
 

@@ -146,10 +146,10 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, options):
         batch.write("logprob", learner.score(batch)["logprob"])
         objective.prepare(batch)
         assert objective.value == pytest.approx(float(loss.detach()), rel=1e-5)
-        found = gradients(learner, batch, lambda outputs, micro, rules=objective: rules.loss(outputs, micro)[0])
-        assert found.keys() == expected.keys()
+        actual = gradients(learner, batch, lambda outputs, micro, rules=objective: rules.loss(outputs, micro)[0])
+        assert actual.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def rollouts():

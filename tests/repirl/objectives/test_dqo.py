@@ -93,8 +93,8 @@ def test_returns_are_the_published_ones(td_lambda):
     batch = published()
     gain = -BETA * (batch.read("logprob") - batch.read("ref_logprob"))
     gain[batch.response_cu_seqlens[1:] - 1] += batch.outcome
-    found = lambda_returns(gain, batch.read("state_value"), batch.response_cu_seqlens, td_lambda)
-    torch.testing.assert_close(found, torch.tensor(RETURNS[td_lambda]), atol=1e-5, rtol=0)
+    actual = lambda_returns(gain, batch.read("state_value"), batch.response_cu_seqlens, td_lambda)
+    torch.testing.assert_close(actual, torch.tensor(RETURNS[td_lambda]), atol=1e-5, rtol=0)
 
 
 def test_importance_weights_are_the_published_ones(tmp_path):
@@ -120,8 +120,8 @@ def test_the_kl_term_is_unbiased(tmp_path):
     estimate = (log_mu.exp() * PolicyDQO(configured(tmp_path))._kl(log_pi, batch)).sum()
     exact = (log_pi.exp() * (log_pi - log_ref)).sum()
     torch.testing.assert_close(estimate, exact, atol=1e-6, rtol=1e-6)
-    [found] = torch.autograd.grad(estimate, logits, retain_graph=True)
-    torch.testing.assert_close(found, torch.autograd.grad(exact, logits)[0], atol=1e-6, rtol=1e-6)
+    [actual] = torch.autograd.grad(estimate, logits, retain_graph=True)
+    torch.testing.assert_close(actual, torch.autograd.grad(exact, logits)[0], atol=1e-6, rtol=1e-6)
 
 
 def test_the_kl_term_is_added_and_reported(tmp_path):
@@ -138,16 +138,16 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, kind, reads_states):
     if kind == "value":
         torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
     objective = (CriticDQO if kind == "value" else PolicyDQO)(config)
-    found = []
+    actual = []
     for budget in (1, 1000):
         learner = Learner(model, OptimizerConfig(max_grad_norm=1e9), tokens_per_microbatch=budget)
         learner.reads_states = reads_states
         batch = published()
         objective.prepare(batch)
-        found.append(gradients(learner, batch, lambda outputs, micro: objective.loss(outputs, micro)[0]))
-    assert max(float(gradient.abs().max()) for gradient in found[0].values()) > 1e-3
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4)
+        actual.append(gradients(learner, batch, lambda outputs, micro: objective.loss(outputs, micro)[0]))
+    assert max(float(gradient.abs().max()) for gradient in actual[0].values()) > 1e-3
+    for name, gradient in actual[0].items():
+        torch.testing.assert_close(gradient, actual[1][name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_critic_reads_the_state_before_each_token(tmp_path):
