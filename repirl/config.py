@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from repirl.dataconfig import DataConfig
+from repirl.lossconfig import LossConfig
 from repirl.options import (
     AdapterConfig,
     BatchConfig,
@@ -18,7 +19,6 @@ from repirl.options import (
     EvalConfig,
     IRLConfig,
     LogConfig,
-    LossConfig,
     ParallelConfig,
     PolicyConfig,
     PRMConfig,
@@ -191,10 +191,7 @@ class Config(Section):
             )
         if self.loss.outcome_coefficient == 0 and not self.system.has_prm:
             raise ValueError(f"objective {self.objective!r} with loss.outcome_coefficient 0 has no reward at all")
-        if self.loss.outcome_coefficient == self.loss.process_coefficient == 0:
-            raise ValueError(
-                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
-            )
+        self.loss.check(has_prm=self.system.has_prm, max_response_tokens=self.rollout.max_response_tokens)
 
     def _rollout_options_fit(self) -> None:
         overlap = self.rollout.overlap
@@ -203,6 +200,10 @@ class Config(Section):
                 f"rollout.overlap is {overlap!r}, but engine {self.rollout.engine!r} computes where the training does: "
                 "only rollout.engine: vllm_server can sample meanwhile"
             )
+        self.rollout.check_filter(
+            has_answers=self.data.answer_column is not None,
+            corrects_ratios=self.loss.sampler_ratio_cap is not None,
+        )
         plain = VLLMConfig()
         others = {
             "transformers": (),
@@ -248,20 +249,3 @@ class Config(Section):
                     f"{name}.activation_offload moves what gradient checkpointing keeps: set "
                     f"{name}.gradient_checkpointing, too"
                 )
-        self._filter_fits()
-    def _filter_fits(self) -> None:
-        if self.rollout.filter is None:
-            return
-        if self.data.answer_column is None:
-            raise ValueError("rollout.filter keeps prompts by the outcomes of their responses: set data.answer_column")
-        if self.rollout.overlap != "none":
-            raise ValueError(
-                f"rollout.overlap is {self.rollout.overlap!r}, but rollout.filter samples until enough prompts pass, "
-                "from one version of the weights: leave one of the two out"
-            )
-        if self.rollout.filter.surplus == "keep" and self.loss.sampler_ratio_cap is None:
-            raise ValueError(
-                "rollout.filter.surplus is 'keep': some rollouts come from older weights, which "
-                "loss.sampler_ratio_cap corrects; it is null"
-            )
-

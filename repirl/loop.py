@@ -96,10 +96,10 @@ def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
     last = turn + 1 == run.config.steps
     reporter.phase("rollout")
     rollouts, metrics = run.sampler.rollouts(turn, last=last)
-    with run.timer("old_logprob"):
     if rollouts is None:
         # No prompt passed rollout.filter.
         return metrics | {f"{name}/skipped": 1 for name in run.objectives}
+    with run.timer("old_logprob"):
         metrics |= score_rollouts(run, rollouts)
     for name in run.objectives:
         reporter.phase(name)

@@ -1,6 +1,7 @@
 """The sections of a configuration: every option's type, default and meaning, and its source in the paper.
 
-`data` has a file of its own, `repirl.dataconfig`. Options that do not fit together are refused in `repirl.config`.
+`data` and `loss` have files of their own, `repirl.dataconfig` and `repirl.lossconfig`. Options that do not fit together
+are refused in `repirl.config`.
 """
 
 from __future__ import annotations
@@ -99,32 +100,6 @@ class VLLMConfig(Section):
     )
 
 
-class RolloutConfig(Section):
-    prompts_per_step: Positive = Field(128, description="prompts a step (paper: 128)")
-    samples_per_prompt: Positive = Field(4, description="K responses a prompt (paper: 4)")
-    max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
-    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
-    max_sequences: Positive = Field(256, description="responses decoded side by side")
-    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
-    )
-    vllm: VLLMConfig = Field(VLLMConfig(), description="options of the vLLM engines")
-    overlap: Literal["none", "prm", "step"] = Field(
-        "none",
-        description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "
-        "order: policy_first) or during the whole step, from weights one step old (loss.sampler_ratio_cap corrects)",
-    )
-
-
-class IRLConfig(Section):
-    weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
-        "trajectory", description="importance weights in the estimate of log Z; trajectory is the paper's"
-    )
-    temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
-    target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="largest exponent whose effective sample size is this share of the samples"
-    )
-    smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
 class FilterConfig(Section):
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="prompts whose responses have a lower mean outcome are dropped; null: those with 0 (DAPO)"
@@ -154,6 +129,65 @@ class FilterConfig(Section):
         return self
 
 
+class RolloutConfig(Section):
+    prompts_per_step: Positive = Field(128, description="prompts a step (paper: 128)")
+    samples_per_prompt: Positive = Field(4, description="K responses a prompt (paper: 4)")
+    max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    max_sequences: Positive = Field(256, description="responses decoded side by side")
+    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
+        "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
+    )
+    vllm: VLLMConfig = Field(VLLMConfig(), description="options of the vLLM engines")
+    overlap: Literal["none", "prm", "step"] = Field(
+        "none",
+        description="with a server, sample the next step's rollouts during the PRM's update (same results; needs "
+        "order: policy_first) or during the whole step, from weights one step old (loss.sampler_ratio_cap corrects)",
+    )
+    filter: FilterConfig | None = Field(
+        None, description="keep only prompts with suitable outcomes, and sample others for the rest; null: keep all"
+    )
+
+    def check_filter(self, *, has_answers: bool, corrects_ratios: bool) -> None:
+        """Refuse a filter that does not fit the other options.
+
+        Args:
+            has_answers: whether responses are judged.
+            corrects_ratios: whether the policy's loss corrects for rollouts from older weights.
+
+        Raises:
+            ValueError: names the options.
+        """
+        if self.filter is None:
+            return
+        if not has_answers:
+            raise ValueError("rollout.filter keeps prompts by the outcomes of their responses: set data.answer_column")
+        if self.overlap != "none":
+            raise ValueError(
+                f"rollout.overlap is {self.overlap!r}, but rollout.filter samples until enough prompts pass, from one "
+                "version of the weights: leave one of the two out"
+            )
+        if self.keeps_surplus and not corrects_ratios:
+            raise ValueError(
+                "rollout.filter.surplus is 'keep': some rollouts come from older weights, which "
+                "loss.sampler_ratio_cap corrects; it is null"
+            )
+
+    @property
+    def keeps_surplus(self) -> bool:
+        """Whether a step may train on rollouts of earlier steps that it did not need."""
+        return self.filter is not None and self.filter.surplus == "keep"
+
+
+class IRLConfig(Section):
+    weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
+        "trajectory", description="importance weights in the estimate of log Z; trajectory is the paper's"
+    )
+    temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
+    target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="largest exponent whose effective sample size is this share of the samples"
+    )
+    smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
     truncate: Annotated[float, Field(ge=1)] | None = Field(None, description="weights at most this times their mean")
     group: Literal["prompt", "batch"] = Field("prompt", description="which weights are normalised together")
     base_measure: Literal["uniform", "reference"] = Field(
@@ -165,80 +199,6 @@ class FilterConfig(Section):
     use_outcome: bool = Field(
         True, description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1)"
     )
-
-
-class LossConfig(Section):
-    outcome_coefficient: NonNegativeFloat = Field(1.0, description="c_o, weight of the outcome reward (paper: 1)")
-    filter: FilterConfig | None = Field(
-        None, description="keep only prompts with suitable outcomes, and sample others for the rest; null: keep all"
-    )
-
-    @property
-    def keeps_surplus(self) -> bool:
-        """Whether a step may train on rollouts of earlier steps that it did not need."""
-        return self.filter is not None and self.filter.surplus == "keep"
-    process_coefficient: NonNegativeFloat = Field(0.05, description="c_p (paper: 0.05 math, 0.1 code)")
-    entropy_coefficient: NonNegativeFloat = Field(0.001, description="beta_H, entropy bonus (paper: 0.001)")
-    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount of process returns")
-    clip_low: Annotated[float, Field(ge=0, le=1)] = Field(0.2, description="PPO clip below 1")
-    clip_high: NonNegativeFloat = Field(0.2, description="PPO clip above 1")
-    sampler_ratio_cap: PositiveFloat | None = Field(2.0, description="cap of pi_old / mu; null: no correction")
-    kl_coefficient: NonNegativeFloat = Field(0.0, description="weight of KL(policy, reference)")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of that KL")
-    aggregation: Literal["token_mean", "sequence_mean", "constant_length"] = Field(
-        "token_mean", description="how token losses are averaged"
-    )
-    whiten: bool = Field(False, description="whiten advantages over the batch's tokens")
-    baseline: Literal["group", "position", "none"] = Field(
-        "group",
-        description="of process rewards: the group's mean, or its mean at the same position among the responses that "
-        "are long enough; none: no baseline, of outcomes neither (REINFORCE++)",
-    )
-    leave_one_out: bool = Field(
-        True, description="baselines leave out the response itself (RLOO); false: they are means of the group (GRPO)"
-    )
-    scale: Literal["none", "group", "batch"] = Field(
-        "none", description="outcome advantages are divided by the deviation of outcomes in the group (GRPO) or batch"
-    )
-    process_norm: Literal["none", "return", "std"] = Field(
-        "none",
-        description="process rewards are divided by the batch's largest return (PRIME), or their advantages by their "
-        "standard deviation",
-    )
-    process_std_floor: PositiveFloat = Field(0.1, description="with process_norm: std, the least divisor")
-    credit: Literal["sum", "min"] = Field(
-        "sum", description="min: process rewards are weighted by softmax(-r / credit_temperature) (PURE)"
-    )
-    credit_temperature: PositiveFloat = Field(0.1, description="with credit: min, T of that softmax (PURE: 0.1)")
-    entropy_in: Literal["bonus", "return"] = Field(
-        "bonus",
-        description="bonus: the entropy of each token's distribution in the loss, as in the paper; return: -beta_H "
-        "log pi_old as a process reward, whose gradient also counts the entropy of later tokens",
-    )
-
-    def check(self, *, has_prm: bool) -> None:
-        """Refuse options that do not fit together.
-
-        Args:
-            has_prm: whether there are process rewards at all.
-
-        Raises:
-            ValueError: names the options.
-        """
-        if self.outcome_coefficient == self.process_coefficient == 0:
-            raise ValueError(
-                "loss.outcome_coefficient and loss.process_coefficient are both 0: the policy has no reward"
-            )
-        if self.scale != "none" and self.outcome_coefficient == 0:
-            raise ValueError(f"loss.scale is {self.scale!r}, but loss.outcome_coefficient is 0: nothing is scaled")
-        if has_prm and self.process_coefficient > 0:
-            return
-        of_process_rewards = {"process_norm": "none", "credit": "sum"}
-        if self.entropy_in == "bonus" and self.baseline == "position":
-            raise ValueError("loss.baseline is 'position', but there is no process reward: leave it out")
-        for name, plain in of_process_rewards.items():
-            if (value := getattr(self, name)) != plain:
-                raise ValueError(f"loss.{name} is {value!r}, but there is no process reward: leave it out")
 
 
 class BatchConfig(Section):

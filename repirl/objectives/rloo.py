@@ -1,6 +1,9 @@
-"""Policy update: leave-one-out advantages and the clipped policy loss.
+"""Policy update: advantages with a baseline from the other responses, and the clipped policy loss.
 
-Source: Ahmadian et al. 2024 (RLOO); for outcome plus process rewards rePIRL (Wu et al., ICML 2026), algorithm 1.
+The options of `loss` make it RLOO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO and others: see the presets.
+
+Source: Ahmadian et al. 2024 (RLOO); for outcome plus process rewards rePIRL (Wu et al., ICML 2026), algorithm 1. The
+options have their sources in `repirl_kernels.advantages` and `repirl_kernels.losses`.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ class RLOO(Objective):
     def prepare(self, batch: PackedBatch) -> Metrics:
         """Reads `outcome`, `reward` and, for entropy in the return, `old_logprob`.
 
-        Writes `advantage` and `loss_weight`.
+        Writes `advantage` and `loss_weight`. The outcome that the PRM learns from is left as the verifier gave it.
         """
-        config = self.config.loss
+        config, max_tokens = self.config.loss, self.config.rollout.max_response_tokens
+        outcome = None
+        if config.outcome_coefficient != 0:
+            outcome = batch.outcome - overlong_penalty(batch.response_cu_seqlens, max_tokens, config.overlong_tokens)
         in_return = config.entropy_in == "return" and config.entropy_coefficient != 0
         advantage = rloo_advantages(
-            batch.outcome if config.outcome_coefficient != 0 else None,
+            outcome,
             batch.read("reward") if self.reads_rewards else None,
             batch.response_cu_seqlens,
             batch.group_ids,
@@ -56,11 +62,7 @@ class RLOO(Objective):
             entropy_coefficient=config.entropy_coefficient if in_return else 0.0,
         )
         batch.write("advantage", advantage)
-        weights = aggregate_weights(
-            batch.response_cu_seqlens,
-            config.aggregation,
-            constant_length=self.config.rollout.max_response_tokens,
-        )
+        weights = aggregate_weights(batch.response_cu_seqlens, config.aggregation, constant_length=max_tokens)
         batch.write("loss_weight", weights)
         return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
 
@@ -86,6 +88,10 @@ class RLOO(Objective):
             entropy_coefficient=config.entropy_coefficient if config.entropy_in == "bonus" else 0.0,
             kl_coefficient=config.kl_coefficient,
             kl_estimator=config.kl_estimator,
+            clip_dual=config.clip_dual,
+            form=config.form,
+            ratio=config.ratio,
+            cu_seqlens=micro.response_cu_seqlens.to(logprob.device),
         )
         log_ratio = (logprob.detach() - old_logprob).double()
         tokens = {"clip_fraction": terms.clipped, "approx_kl": log_ratio.expm1() - log_ratio}
@@ -95,3 +101,24 @@ class RLOO(Objective):
             tokens["kl_reference"] = terms.kl
         figures = {name: (x.sum(dtype=torch.float64), micro.num_response_tokens) for name, x in tokens.items()}
         return (terms.loss * micro.read("loss_weight").to(logprob.device)).sum(), figures
+
+
+def overlong_penalty(cu_seqlens: Tensor, max_response_tokens: int, overlong_tokens: int) -> Tensor:
+    """What is subtracted from the outcomes of long responses: from 0 to 1, linear in the last `overlong_tokens` tokens.
+
+        penalty_i = max(0, length_i - (max_response_tokens - overlong_tokens)) / overlong_tokens
+
+    Args:
+        cu_seqlens: [S + 1], where each response begins, and where the last one ends.
+        max_response_tokens: the length of the longest response.
+        overlong_tokens: 0 for no penalty.
+
+    Returns:
+        [S] float32.
+
+    Source: DAPO, Yu et al. 2025, equation 13.
+    """
+    lengths = cu_seqlens.diff().float()
+    if overlong_tokens == 0:
+        return torch.zeros_like(lengths)
+    return (lengths - (max_response_tokens - overlong_tokens)).clamp(min=0) / overlong_tokens

@@ -2,10 +2,11 @@
 
 import math
 
+import exact_mdp as mdp
 import pytest
 import torch
 from packed_cases import GROUPS, LENGTHS, cu_of, rollouts, split
-from repirl_kernels import advantages
+from repirl_kernels import advantages, losses, packed
 from torch import Tensor
 
 
@@ -147,6 +148,31 @@ def test_entropy_in_the_return() -> None:
         process_part(reward, cu, GROUPS, process_coefficient=0.0, **options),
         process_part(-0.3 * old_logprob, cu, GROUPS, gamma=0.9, baseline="position"),
     )
+
+
+def test_entropy_in_the_return_has_the_exact_gradient() -> None:
+    """Of E[c_p sum_t r_t + b sum_t H_t], on a process that can be enumerated; as a bonus it has not."""
+    states, actions, cu = mdp.packed(torch.arange(mdp.NUM_TRAJECTORIES))
+    logits, reward, beta = mdp.random_table(4).requires_grad_(), mdp.random_table(5), 0.7
+    table = logits.log_softmax(-1)
+    entropy = -(table.exp() * table).sum(-1)
+    probability = mdp.trajectory_sums(table).exp()
+    soft_return = (probability * mdp.trajectory_sums(0.5 * reward + beta * entropy[:, None])).sum()
+    (expected,) = torch.autograd.grad(-soft_return, logits, retain_graph=True)
+    logprob, ids = table[states, actions], packed.sequence_ids(cu)
+    groups = torch.arange(mdp.NUM_TRAJECTORIES)
+    alone = {"outcome_coefficient": 0.0, "process_coefficient": 0.5, "baseline": "none"}
+    errors = []
+    for in_return in (True, False):
+        options = {"old_logprob": logprob, "entropy_coefficient": beta} if in_return else {}
+        advantage = advantages.rloo_advantages(None, reward[states, actions], cu, groups, **alone, **options)
+        bonus = {} if in_return else {"entropy": entropy[states], "entropy_coefficient": beta}
+        loss = losses.policy_loss(logprob, logprob.detach(), advantage, **bonus).loss
+        total = (probability.detach()[ids] * loss).sum()
+        (actual,) = torch.autograd.grad(total, logits, retain_graph=True)
+        errors.append(float((actual - expected).norm() / expected.norm()))
+    assert errors[0] < 1e-12
+    assert errors[1] > 0.05
 
 
 def test_min_credit_of_pure() -> None:
