@@ -19,6 +19,10 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="AdamW's decay rates of both moments")
     eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay of matrices")
+    head_lr: PositiveFloat | None = Field(
+        None, description="peak learning rate of a value head, which starts at 0 (prm.reward: value); null: lr"
+    )
+    head_updates: NonNegative = Field(0, description="first updates, in which a value head moves alone")
     warmup_steps: NonNegative = Field(0, description="updates of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     max_grad_norm: PositiveFloat = Field(1.0, description="global gradient-norm clip")
@@ -32,7 +36,9 @@ class PolicyConfig(Section):
     model: str = Field(description="folder or hub id of a causal language model")
     gguf_file: str | None = Field(None, description="a GGUF file in that folder to load instead of safetensors")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the policy's optimiser")
-    updates_per_step: Positive = Field(1, description="n_policy: updates on each step's rollouts (algorithm 1)")
+    updates_per_step: NonNegative = Field(
+        1, description="n_policy: updates on each step's rollouts (algorithm 1); 0: only the PRM is trained"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
@@ -47,12 +53,32 @@ class PRMConfig(Section):
     )
     gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount in `soft_q`")
     beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
+    reference: Literal["start", "policy"] = Field(
+        "start",
+        description="what `implicit` rewards are relative to: the frozen start of the policy, or the policy that sampled",
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the PRM's optimiser")
     updates_per_step: Positive = Field(1, description="n_prm: PRM updates before the policy's (algorithm 1)")
+    warmup_turns: NonNegative = Field(0, description="first turns, in which only the PRM is trained")
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
     )
+
+
+class CriticConfig(Section):
+    model: str | None = Field(None, description="start of the critic V(s); the policy's base if not given")
+    gguf_file: str | None = Field(None, description="a GGUF file in that folder")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the critic's optimiser")
+    updates_per_step: Positive = Field(1, description="updates of the critic before the policy's")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    activation_offload: bool = Field(
+        False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
+    )
+
+
+# The options of a learner that is trained.
+LearnerConfig = PolicyConfig | PRMConfig | CriticConfig
 
 
 class VerifierConfig(Section):
@@ -194,11 +220,136 @@ class IRLConfig(Section):
         "uniform", description="b in p(tau) = b exp(R)/Z; uniform is the paper's derivation"
     )
     normalize: Literal["sequence", "token"] = Field("sequence", description="sums of rewards, or means per token")
-    reward_l2: NonNegativeFloat = Field(0.0, description="coefficient of the mean squared token reward")
-    experts_per_step: Positive | None = Field(None, description="expert trajectories a step; null: prompts_per_step")
-    use_outcome: bool = Field(
-        True, description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1)"
+    reward_l2: NonNegativeFloat | None = Field(
+        None,
+        description="coefficient of the mean squared token reward; null: 0.01 with use_outcome, where the loss has no "
+        "minimum without it, else 0",
     )
+    experts: Literal["matched", "all"] | None = Field(
+        None,
+        description="all experts of the step's prompts, or experts_per_step of all; null: matched where experts come "
+        "with the training prompts (data.solution_column)",
+    )
+    experts_per_step: Positive | None = Field(
+        None, description="expert trajectories a step, unless they are matched; null: prompts_per_step"
+    )
+    gate: PositiveFloat | Literal["auto"] | None = Field(
+        "auto",
+        description="the policy follows the PRM only in turns in which experts' rewards are this many standard errors "
+        "above those of new rollouts; null: always; auto: 2 where the policy has no outcome reward",
+    )
+    use_outcome: bool = Field(
+        True,
+        description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1); false: the PRM "
+        "learns from experts alone, whatever reward the policy has",
+    )
+
+    @property
+    def l2(self) -> float:
+        """The coefficient of the mean squared token reward."""
+        return self.reward_l2 if self.reward_l2 is not None else 0.01 * self.use_outcome
+
+
+class PrimeConfig(Section):
+    loss: Literal["cross_entropy", "dpo"] = Field(
+        "cross_entropy",
+        description="of the PRM: cross-entropy of its summed rewards against the outcome, or PRIME's pairing of each "
+        "response with the mean of the other outcome in its group",
+    )
+    reward: Literal["token", "whole"] = Field(
+        "token", description="of the policy: each token's reward, or the response's sum at its last token"
+    )
+
+
+class DiscriminatorConfig(Section):
+    loss: Literal["bce", "wgan"] = Field(
+        "bce", description="logistic loss of each token, or mean reward of rollouts minus that of experts"
+    )
+    subtract_logprob: bool = Field(
+        False,
+        description="with bce: the discriminator's logit is r_t - log mu_t, as in AIRL; otherwise it is r_t, as in GAIL",
+    )
+    reward_clip: PositiveFloat | None = Field(None, description="policy's rewards at most this far from 0; null: any")
+
+
+class IQConfig(Section):
+    alpha: PositiveFloat | None = Field(
+        0.5, description="r_t^2 / (4 alpha) is added to -log pi; null: nothing is, which is behaviour cloning"
+    )
+    gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount in r_t = Q_t - gamma V_{t+1}")
+
+
+class DPOConfig(Section):
+    loss: Literal["sigmoid", "ipo", "sigmoid_norm"] = Field(
+        "sigmoid",
+        description="DPO's (Rafailov 2023); IPO's square of mean log-ratios (Azar 2023); DPO's of mean log-ratios",
+    )
+    beta: PositiveFloat = Field(0.1, description="scale of the implicit reward; in ipo 1/(2 beta) is the target")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of pairs that are taken to be the wrong way round (cDPO, Mitchell 2023)"
+    )
+    sft_coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of - log pi of the chosen responses, the mean of each one's tokens (RPO, Pang 2024)"
+    )
+    reference_free: bool = Field(False, description="a uniform reference in place of the frozen initial policy")
+    pairs_per_step: Positive = Field(64, description="pairs a step, of data.pairs")
+
+    def check(self) -> None:
+        """ValueError for options that do not go together."""
+        if self.loss == "ipo" and self.label_smoothing != 0:
+            raise ValueError(
+                f"dpo.label_smoothing is {self.label_smoothing}, but dpo.loss 'ipo' has no labels to smooth: leave it "
+                "out"
+            )
+
+
+class DQOConfig(Section):
+    beta: PositiveFloat = Field(0.03, description="scale of k_t = beta (log pi - log pi_ref), weight of the KL term")
+    td_lambda: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.95, description="lambda of the returns; 1 is OREO (Wang 2024), 0 the one-step residual"
+    )
+    importance_weights: bool = Field(
+        False, description="multiply a response's losses by min(e, pi / mu), the ratio of the whole response"
+    )
+    kl_coefficient: NonNegativeFloat = Field(
+        0.0, description="weight of KL(policy, reference) beside the Q loss (OREO: 0.01)"
+    )
+
+
+class StepPRMConfig(Section):
+    responses_per_step: Positive = Field(64, description="responses with labelled steps an update, of data.steps")
+
+
+class LabelConfig(Section):
+    method: Literal["math-shepherd", "omega"] = Field(
+        "math-shepherd",
+        description="from which steps `repirl label` samples completions: from every one (Wang 2024), or by binary "
+        "search for first errors in a tree (OmegaPRM, Luo 2024)",
+    )
+    samples: Positive = Field(8, description="completions from each step (both papers: 8)")
+    response_column: str | None = Field(
+        None,
+        description="column of data.train with one response or a list of them; null: rollout.samples_per_prompt are "
+        "sampled",
+    )
+    steps_column: str | None = Field(None, description="column with a response as a list of steps instead")
+    num_prompts: Positive | None = Field(None, description="first prompts of data.train that are used; null: all")
+    prompts_per_batch: Positive = Field(16, description="prompts whose completions are sampled side by side")
+    searches: Positive = Field(100, description="omega: most binary searches a prompt (paper: 100)")
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="omega: base of alpha^(1 - MC(s)) in Q")
+    beta: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="omega: base of beta^(tokens / length_scale) in Q"
+    )
+    length_scale: Positive = Field(500, description="omega: L, the tokens of a rollout that count as long")
+    exploration: NonNegativeFloat = Field(0.125, description="omega: c_puct, weight of rarely visited states")
+
+    def check(self) -> None:
+        """ValueError for options that do not go together."""
+        if self.response_column is not None and self.steps_column is not None:
+            raise ValueError(
+                "label.response_column and label.steps_column are both set: responses are texts that are split into "
+                "steps, or lists of steps; leave one out"
+            )
 
 
 class BatchConfig(Section):

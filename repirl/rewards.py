@@ -14,15 +14,17 @@ def read_rewards(outputs: dict[str, Tensor], batch: PackedBatch, config: PRMConf
 
     Args:
         outputs: the PRM's outputs for the batch, from `Learner.score` or from a forward pass with gradients.
-        batch: the batch. Rewards of kind `implicit` read its stream `prm_ref_logprob`.
-        config: the kind of reward, gamma and beta.
+        batch: the batch. Rewards of kind `implicit` read its stream `prm_ref_logprob`, or `old_logprob` where they are
+            relative to the policy that sampled.
+        config: the kind of reward, gamma, beta and the reference.
 
     Returns:
         [R] float32, differentiable with respect to `outputs`.
     """
     reference = None
     if config.reward == "implicit":
-        reference = batch.read("prm_ref_logprob").to(outputs["logprob"].device)
+        stream = "prm_ref_logprob" if config.reference == "start" else "old_logprob"
+        reference = batch.read(stream).to(outputs["logprob"].device)
     return token_rewards(
         config.reward,
         **{name: outputs.get(name) for name in ("value", "logprob", "logsumexp", "target_logit")},

@@ -18,10 +18,15 @@ class System:
         summary: one line about the system, for users.
         objectives: for each learner that is trained ("policy", "prm", ...), the "module:class" of its
             `objectives.Objective`. Learners are updated in this order.
-        data: the kinds of data that the system needs ("prompts", "answers", "experts").
+        data: the kinds of data that the system needs ("prompts", "answers", "experts", "pairs", "trajectories",
+            and "outcomes" of the latter, "steps").
         online: whether a turn samples from the policy.
+        gated: whether the policy can wait for a PRM that learns from experts (`irl.gate`).
         reads: the frozen learners that the system needs ("prm"). The frozen reference is not listed: whether it is
             needed depends on options (`Objective.needs_reference`).
+        optional: the kinds of data that it makes use of where they are given ("experts").
+        sections: sections of options that only the systems which name them here read.
+        prm_rewards: the readings of the PRM (`prm.reward`) that the system is defined for; empty: all of them.
     """
 
     summary: str
@@ -29,6 +34,10 @@ class System:
     data: tuple[str, ...]
     online: bool
     reads: tuple[str, ...] = ()
+    gated: bool = False
+    optional: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+    prm_rewards: tuple[str, ...] = ()
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -50,12 +59,79 @@ SYSTEMS: dict[str, System] = {
         objectives={"prm": "repirl.objectives.irl:IRL", "policy": "repirl.objectives.rloo:RLOO"},
         data=("prompts", "experts"),
         online=True,
+        gated=True,
     ),
     "rloo": System(
         "policy on outcome rewards with a leave-one-out baseline (Ahmadian et al. 2024)",
         objectives={"policy": "repirl.objectives.rloo:RLOO"},
         data=("prompts", "answers"),
         online=True,
+    ),
+    "prime": System(
+        "PRM by cross-entropy of its summed implicit rewards against outcomes, policy on both (PRIME, Cui et al. 2025)",
+        objectives={"prm": "repirl.objectives.prime:OutcomePRM", "policy": "repirl.objectives.prime:PrimePolicy"},
+        data=("prompts", "answers"),
+        online=True,
+        sections=("prime",),
+        prm_rewards=("implicit",),
+    ),
+    "airl": System(
+        "PRM that tells tokens of experts from those of rollouts, policy on its logits (Fanconi et al. 2025)",
+        objectives={"prm": "repirl.objectives.airl:AIRL", "policy": "repirl.objectives.airl:ClippedRLOO"},
+        data=("prompts", "experts"),
+        online=True,
+        gated=True,
+        sections=("discriminator",),
+    ),
+    "iq-learn": System(
+        "inverse soft-Q learning on expert trajectories, the policy's logits as Q (Wulfmeier et al. 2024)",
+        objectives={"policy": "repirl.objectives.iq:IQLearn"},
+        data=("experts",),
+        online=False,
+        sections=("iq",),
+    ),
+    "dpo": System(
+        "policy on preference pairs (DPO, Rafailov et al. 2023; IPO, Azar et al. 2023)",
+        objectives={"policy": "repirl.objectives.dpo:DPO"},
+        data=("pairs",),
+        online=False,
+        sections=("dpo",),
+    ),
+    "online-dpo": System(
+        "DPO on pairs of each turn: a right rollout or an expert's solution, and a wrong rollout of the same prompt",
+        objectives={"policy": "repirl.objectives.dpo:OnlineDPO"},
+        data=("prompts", "answers"),
+        online=True,
+        optional=("experts",),
+        sections=("dpo",),
+    ),
+    "dqo": System(
+        "policy's logits as soft Q, a critic as V, on fixed rollouts (DQO, Ji et al. 2024; OREO, Wang et al. 2024)",
+        objectives={"critic": "repirl.objectives.dqo:CriticDQO", "policy": "repirl.objectives.dqo:PolicyDQO"},
+        data=("trajectories", "outcomes"),
+        online=False,
+        sections=("critic", "dqo"),
+    ),
+    "online-dqo": System(
+        "DQO on each turn's rollouts",
+        objectives={"critic": "repirl.objectives.dqo:CriticDQO", "policy": "repirl.objectives.dqo:PolicyDQO"},
+        data=("prompts", "answers"),
+        online=True,
+        sections=("critic", "dqo"),
+    ),
+    "prm-offline": System(
+        "PRM by inverse reinforcement learning from experts and fixed rollouts, without sampling",
+        objectives={"prm": "repirl.objectives.irl:IRL"},
+        data=("experts", "trajectories"),
+        online=False,
+    ),
+    "math-shepherd": System(
+        "PRM on labelled steps (Math-Shepherd, Wang et al. 2024; `repirl label` makes the labels)",
+        objectives={"prm": "repirl.objectives.steps:StepLabels"},
+        data=("steps",),
+        online=False,
+        sections=("step_prm",),
+        prm_rewards=("value",),
     ),
     "sft": System(
         "supervised fine-tuning on expert trajectories (behaviour cloning)",

@@ -37,13 +37,6 @@ def two_pass_gradient(table: Tensor, expert_rows: Tensor, policy_rows: Tensor, s
     return gradient.index_put_((p_states, p_actions), c.policy, accumulate=True)
 
 
-def expected_counts(probability: Tensor) -> Tensor:
-    """Expected visits of every (state, action), under trajectory probabilities [341]."""
-    counts = torch.zeros(mdp.NUM_STATES, mdp.V, dtype=torch.float64)
-    share = probability[:, None].expand(-1, mdp.LONGEST)[mdp.ALIVE]
-    return counts.index_put_((mdp.STATES[mdp.ALIVE], mdp.ACTIONS[mdp.ALIVE]), share, accumulate=True)
-
-
 def test_the_enumeration_is_complete() -> None:
     policy = mdp.random_table(0).log_softmax(-1)
     assert mdp.NUM_STATES == 85
@@ -63,7 +56,7 @@ def test_importance_sampling_converges_at_the_monte_carlo_rate(kind: str) -> Non
     sampler = mdp.random_table(2, 0.4).log_softmax(-1)
     total = mdp.trajectory_sums(reward)
     exact_log_z = total.logsumexp(0)
-    exact_gradient = expected_counts(total.softmax(0))
+    exact_gradient = mdp.expected_counts(total.softmax(0))
     log_mu = mdp.trajectory_sums(sampler)
     generator = torch.Generator().manual_seed(0)
     sizes, repetitions = [64, 256, 1024], 200
@@ -120,7 +113,7 @@ def test_prm_training_reaches_the_maximum_entropy_solution() -> None:
     optimizer.step(closure)
     learned = mdp.trajectory_sums(table.detach()).softmax(0)
     close(learned, expert_distribution, 1e-5)
-    close(expected_counts(learned), expected_counts(expert_distribution), 1e-5)
+    close(mdp.expected_counts(learned), mdp.expected_counts(expert_distribution), 1e-5)
     # At the optimum the loss is the experts' entropy: nothing is left to explain but their own spread.
     entropy = -(expert_distribution * expert_distribution.log()).sum()
     close(closure().detach(), entropy, 1e-6)
@@ -191,7 +184,7 @@ def test_policy_optimisation_reaches_the_soft_optimal_policy(beta: float) -> Non
         # A natural-gradient step, which is soft policy iteration: rarely visited states learn as fast.
         (gradient,) = torch.autograd.grad(policy_gradient(logits, reward, beta), logits)
         policy = logits.detach().log_softmax(-1)
-        visits = expected_counts(mdp.trajectory_sums(policy).exp())
+        visits = mdp.expected_counts(mdp.trajectory_sums(policy).exp())
         logits = (policy - gradient / visits / beta).requires_grad_()
     close(logits.detach().log_softmax(-1).exp(), optimal.exp(), 1e-9)
     close(exact_return(logits.detach(), reward, beta), value[0], 1e-9)

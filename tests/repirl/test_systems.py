@@ -24,9 +24,11 @@ def test_rows_are_whole(tmp_path, name):
     found = load_objectives(system.objectives)
     assert tuple(found) == system.trains
     assert all(issubclass(kind, Objective) for kind in found.values())
-    assert set(system.data) <= {"prompts", "answers", "experts"}
+    assert set(system.data) <= {"prompts", "answers", "experts", "pairs", "trajectories", "outcomes", "steps"}
     assert system.online == ("prompts" in system.data)
-    config = build_config(tiny_values(tmp_path, objective=name))
+    changes = {} if "policy" in (*system.trains, *system.reads) else {"data": {"eval": None}}
+    changes |= {"prm": {"reward": system.prm_rewards[0]}} if system.prm_rewards else {}
+    config = build_config(tiny_values(tmp_path, objective=name, **changes))
     assert config.system is system
     assert set(config.trained_sections) == set(system.trains)
     assert [kind(config).config is config for kind in found.values()] == [True] * len(found)

@@ -44,6 +44,13 @@ def trajectory_sums(table: Tensor) -> Tensor:
     return (table[STATES, ACTIONS] * ALIVE).sum(1)
 
 
+def expected_counts(probability: Tensor) -> Tensor:
+    """Expected visits of every (state, action), under trajectory probabilities [341]."""
+    counts = torch.zeros(NUM_STATES, V, dtype=torch.float64)
+    share = probability.double()[:, None].expand(-1, LONGEST)[ALIVE]
+    return counts.index_put_((STATES[ALIVE], ACTIONS[ALIVE]), share, accumulate=True)
+
+
 def packed(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """states [T], actions [T], cu_seqlens of the given trajectories."""
     alive = ALIVE[rows]
