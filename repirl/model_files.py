@@ -64,10 +64,14 @@ LFS_START = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file. path: the file."""
+    """A tensor of a safetensors file. path: the file. dtype: by its name there. start: its first byte in the file, of
+    `size` bytes."""
 
     path: str
     shape: tuple[int, ...]
+    dtype: str
+    start: int
+    size: int
 
 
 def load_message(what: str, name: str, gguf_file: str | None, error: BaseException) -> str:
@@ -300,14 +304,22 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         tensors = {key: value for key, value in header.items() if key != "__metadata__"}
         end = max((value["data_offsets"][1] for value in tensors.values()), default=0)
-        shapes = {key: StoredTensor(str(path), tuple(map(int, v["shape"]))) for key, v in tensors.items()}
+        stored = {key: _stored(path, value, 8 + length) for key, value in tensors.items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise damaged("its header does not describe tensors") from error
     if end != size - 8 - length:
         raise damaged(f"it has {size} bytes, and by its header it should have {8 + length + end} (cut off?)")
     if not tensors:
         raise damaged("it holds no tensors")
-    return shapes
+    return stored
+
+
+def _stored(path: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    """What a header's entry says; data_start: where the data begins in the file."""
+    start, end = map(int, entry["data_offsets"])
+    return StoredTensor(
+        str(path), tuple(map(int, entry["shape"])), str(entry["dtype"]), data_start + start, end - start
+    )
 
 
 def shown(names: list[str], count: int = 4) -> str:
