@@ -17,6 +17,7 @@ from repirl.checkpoint.rng import set_rng_state
 from repirl.config import ConfigError
 from repirl.distributed.world import World
 from repirl.learner import Learner
+from repirl.model_files import shown
 
 
 def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> tuple[int, dict[str, Any]]:
@@ -65,3 +66,9 @@ def _read(state: dict[str, Any], folder: Path) -> None:
         raise ConfigError(
             f"checkpoint {str(folder)!r} does not fit the configured models: {reason(error).splitlines()[-1]}"
         ) from error
+    stored = {key for key in Reader(folder).read_metadata().state_dict_metadata if key.startswith("model.")}
+    if lost := sorted(stored - {f"model.{name}" for name in state["model"]}):
+        # Nothing else would say that these weights are left out.
+        raise ConfigError(
+            f"checkpoint {str(folder)!r} does not fit the configured models: it holds {shown(lost)}, and they do not"
+        )
