@@ -18,17 +18,17 @@ from repirl.rollout.transformers import TransformersEngine
 
 
 def test_phases_and_rows(tmp_path):
-    found = phases(plan(configured(tmp_path)))
-    assert list(found) == ["load", "rollout", "old_logprob", "reference", "prm", "reward", "policy", "checkpoint"]
+    planned = phases(plan(configured(tmp_path)))
+    assert list(planned) == ["load", "rollout", "old_logprob", "reference", "prm", "reward", "policy", "checkpoint"]
     shape = load_shape(str(tmp_path / "model"))
     count = sum(map(math.prod, shape.weights()))
-    policy = found["policy"].rows
+    policy = planned["policy"].rows
     assert policy["policy weights"] == policy["gradients"] == policy["reference weights"] == 4 * count
     assert policy["policy moments"] == 8 * count
-    assert "policy moments" not in found["load"].rows
-    assert policy["process"] == found["load"].rows["process"] > 0
+    assert "policy moments" not in planned["load"].rows
+    assert policy["process"] == planned["load"].rows["process"] > 0
     # 2 (keys, values) x 2 heads x 64 features x 4 layers x 4 bytes, for 64 sequences of 256 tokens.
-    assert found["rollout"].rows["KV cache"] == 2 * 2 * 64 * 4 * 4 * 64 * 256
+    assert planned["rollout"].rows["KV cache"] == 2 * 2 * 64 * 4 * 4 * 64 * 256
     assert list(phases(plan(configured(tmp_path, objective="rloo", irl={"base_measure": "uniform"})))) == [
         "load",
         "rollout",
@@ -41,10 +41,10 @@ def test_phases_and_rows(tmp_path):
 
 def test_a_gpu_holds_no_process_and_no_padding(tmp_path):
     config = configured(tmp_path, compute_dtype="bfloat16", parallel={"cpu_offload": True})
-    found = plan(config, device="cuda")
-    assert all("process" not in phase.rows for phase in found.phases)
-    assert all("policy weights" not in phase.rows for phase in found.phases)
-    assert found.host["weights, gradients, moments"] > 0
+    planned = plan(config, device="cuda")
+    assert all("process" not in phase.rows for phase in planned.phases)
+    assert all("policy weights" not in phase.rows for phase in planned.phases)
+    assert planned.host["weights, gradients, moments"] > 0
     with pytest.raises(ConfigError, match=r"ranks is 3.*parallel.replicate, 2"):
         plan(configured(tmp_path, parallel={"replicate": 2}), ranks=3)
 
@@ -53,17 +53,17 @@ def test_an_engine_of_its_own_holds_weights_and_cache_while_it_is_awake(tmp_path
     engine = {"engine": "vllm", "vllm": {"kv_cache_gib": 0.5}}
     small = {"batch": {"tokens_per_microbatch": 256}, "irl": {"base_measure": "uniform"}}
     config = configured(tmp_path, objective="rloo", rollout=engine, compute_dtype="bfloat16", **small)
-    found = plan(config, device="cuda")
+    planned = plan(config, device="cuda")
     count = sum(map(math.prod, load_shape(str(tmp_path / "model")).weights()))
     for name in ("rollout", "push_weights"):
-        rows = phases(found)[name].rows
+        rows = phases(planned)[name].rows
         assert (rows["engine weights"], rows["KV cache"]) == (2 * count, GIB // 2)
-    assert "engine weights" not in phases(found)["policy"].rows
-    assert found.host["sleeping engine"] == 2 * count
+    assert "engine weights" not in phases(planned)["policy"].rows
+    assert planned.host["sleeping engine"] == 2 * count
     server = plan(configured(tmp_path, objective="rloo", rollout={"engine": "vllm_server"}), device="cuda")
     assert "KV cache" not in phases(server)["rollout"].rows
     # Half a cache is what is missing.
-    room = phases(found)["rollout"].total - GIB // 4
+    room = phases(planned)["rollout"].total - GIB // 4
     assert find_fit(config, int((room + GIB) / 0.95) + 1, device="cuda").switches == ["rollout.vllm.kv_cache_gib 0.25"]
 
 
@@ -91,6 +91,13 @@ def test_each_switch_lowers_what_it_says(tmp_path, changes, phase, smaller):
     assert before.rows[smaller] > 0
     assert after.rows.get(smaller, 0) < 0.7 * before.rows[smaller]
     assert after.total < before.total
+
+
+def test_a_filter_samples_more_prompts_at_once(tmp_path):
+    rollout = {"prompts_per_step": 4, "max_sequences": 1000}
+    before = phases(plan(configured(tmp_path, rollout=rollout), device="cuda"))["rollout"].rows["KV cache"]
+    changes = {"rollout": rollout | {"filter": {"oversample": 2.5}}}
+    assert phases(plan(configured(tmp_path, **changes), device="cuda"))["rollout"].rows["KV cache"] == 2.5 * before
 
 
 def test_activation_offload_moves_layer_inputs_to_the_host(tmp_path):

@@ -229,9 +229,14 @@ def run_on_rank(_group, values):
 
 
 def test_two_processes_filter_as_one_does(tmp_path):
-    one = build_config(values_of(tmp_path, "one", KEEPS))
+    """Also with other options of the policy's loss, which are about whole responses and whole groups."""
+    loss = {"ratio": "sequence", "scale": "group", "overlong_tokens": 8, "aggregation": "sequence_mean"}
+    changes = {"loss": loss | {"leave_one_out": False, "clip_low": 0.02, "clip_high": 0.02}, "steps": 3}
+    changes["policy"] = {"updates_per_step": 2}
+    one = build_config(values_of(tmp_path, "one", KEEPS, **changes))
     train_on_parity(one)
-    two = values_of(tmp_path, "two", KEEPS)
+    assert any(line["policy/clip_fraction"] > 0 for line in lines(one))
+    two = values_of(tmp_path, "two", KEEPS, **changes)
     with rank_processes(2) as ranks:
         ranks.run(2, run_on_rank, two)
     for ours, theirs in zip(lines(build_config(two)), lines(one), strict=True):
