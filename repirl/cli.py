@@ -269,7 +269,8 @@ def batch_arithmetic(config: Config) -> str:
             f"prompts: {len(prompts)} loaded, {prompts.num_dropped} dropped as overlong, longest {longest} tokens",
             f"step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {responses} responses, "
             f"at most {sum(lengths)} tokens in {len(deal_out(lengths, budget)[0])} micro-batches of {budget}",
-            f"run: {config.steps} steps = {config.steps * rollout.prompts_per_step} prompts = "
+            f"run: {config.steps} steps = {'at least ' * (rollout.filter is not None)}"
+            f"{config.steps * rollout.prompts_per_step} prompts = "
             f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
         ]
     if "experts" in config.system.data:
