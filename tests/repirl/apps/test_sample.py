@@ -1,0 +1,80 @@
+"""Fixed rollouts made by `repirl sample`, and what systems make of them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import tiny_config, tiny_values
+
+from repirl.apps.sample import sample
+from repirl.cli import main
+from repirl.config import ConfigError
+from repirl.configfile import build_config, merge
+from repirl.run import build
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_sampled_is_read_back_and_is_the_policys(tmp_path, capsys):
+    """The log-probabilities that the trainer computes of the file's rollouts are the sampler's."""
+    path, config = tmp_path / "out" / "rollouts.jsonl", tmp_path / "run.yaml"
+    changes = {"objective": "dqo", "rollout": {"temperature": 0.7}, "data": {"trajectories": str(path)}}
+    changes["verifier"] = {"kind": "custom", "function": "judges:even_length"}
+    config.write_text(yaml.safe_dump(tiny_values(tmp_path, **changes)))
+    assert main(["sample", "--config", str(config), "--output", str(path), "--prompts", "5"]) == 0
+    rows = rows_of(path)
+    assert len(rows) == 15
+    right = sum(row["outcome"] for row in rows) / 15
+    assert f"15 responses to 5 prompts, {right:.1%} of them right" in capsys.readouterr().out
+    assert all(len(row["response_ids"]) == len(row["logprobs"]) for row in rows)
+    assert [path.name] == [file.name for file in path.parent.iterdir()]
+
+    run = build(build_config(tiny_values(tmp_path, **changes)))
+    batch = run.next_trajectories()
+    mu = {tuple(row["response_ids"]): row["logprobs"] for row in rows}
+    sequences = zip(
+        batch.response_ids.split(batch.response_cu_seqlens.diff().tolist()),
+        batch.read("old_logprob").split(batch.response_cu_seqlens.diff().tolist()),
+        strict=True,
+    )
+    for ids, logprob in sequences:
+        torch.testing.assert_close(logprob, torch.tensor(mu[tuple(ids.tolist())]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(batch.read("old_logprob"), batch.read("ref_logprob"))
+    assert run.data.trajectories.num_prompts == 5
+    # With the column of log-probabilities no frozen policy has to say them.
+    given = merge(changes, {"data": {"trajectories": {"path": str(path), "logprob_column": "logprobs"}}})
+    given["objective"], given["data"]["eval"] = "prm-offline", None
+    run = build(build_config(tiny_values(tmp_path, **given)))
+    assert run.reference is None
+    assert run.next_trajectories().read("old_logprob").max() <= 0
+
+
+def test_sampling_repeats_and_does_not_depend_on_the_batch(tmp_path):
+    values = [tiny_config(tmp_path, rollout={"prompts_per_step": count, "samples_per_prompt": 2}) for count in (2, 5)]
+    for config, name in zip(values, "ab", strict=True):
+        counts = sample(config, tmp_path / f"{name}.jsonl", num_prompts=5)
+        assert (counts.prompts, counts.responses, counts.judged) == (5, 10, 10)
+    first, second = rows_of(tmp_path / "a.jsonl"), rows_of(tmp_path / "b.jsonl")
+    for one, two in zip(first, second, strict=True):
+        assert one["response_ids"] == two["response_ids"]
+        assert one["logprobs"] == pytest.approx(two["logprobs"], abs=1e-4)
+
+
+def test_without_answers_there_are_no_outcomes(tmp_path):
+    changes = {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}}
+    config = tiny_config(tmp_path, data={"answer_column": None, "eval": None}, **changes)
+    assert sample(config, tmp_path / "a.jsonl", num_prompts=1).judged == 0
+    assert {row["outcome"] for row in rows_of(tmp_path / "a.jsonl")} == {None}
+
+
+def test_what_cannot_be_sampled_is_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    (tmp_path / "a.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--output .*a.jsonl' exists: choose another file"):
+        sample(config, tmp_path / "a.jsonl")
+    no_prompts = tiny_config(tmp_path, objective="dpo", data={"train": None})
+    with pytest.raises(ConfigError, match=r"set data\.train"):
+        sample(no_prompts, tmp_path / "b.jsonl")
