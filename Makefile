@@ -5,6 +5,7 @@
 #                          .venv-integrations on top of .venv
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
+# make study     where the training systems differ, within an hour on two cores; options: make study STUDY="--only exact"
 # make lint      ruff (rules and format), clang-format and mypy
 # make format    rewrite what the two formatters of make lint would change
 
@@ -18,7 +19,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 # auto: see tests/conftest.py.
 WORKERS ?= auto
 
-.PHONY: install demo test test-integrations test-vllm bench lint format clean
+.PHONY: install demo study test test-integrations test-vllm bench lint format clean
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 demo: install
 	$(BIN)/repirl demo
+
+study: install
+	$(BIN)/python -m bench.study $(STUDY)
 
 # A worker begins with its part of the tests in their order, so that a file's tests stay together, and takes over half of
 # what another one still has to do when it is done.
