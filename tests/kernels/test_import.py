@@ -50,12 +50,12 @@ def test_the_loss_is_one_graph_without_the_compilers_decorator(backend):
     def loss(hidden, weight):
         return linear_token_loss(hidden, weight, targets, lambda stats, rows: -stats.logprob, backend=backend).loss
 
-    found = []
+    gradients = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
         function(*leaves).backward()
-        found.append([leaf.grad for leaf in leaves])
-    torch.testing.assert_close(found[0], found[1])
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_one_version():
@@ -112,7 +112,7 @@ def test_lora_on_the_head_trains_as_the_readme_says():
     exec(block, namespace)
     logprob = namespace["lora_head_stats"](model.lm_head, hidden, targets).logprob
     torch.testing.assert_close(logprob, expected)
-    gradients = [torch.autograd.grad(found.sum(), leaves, retain_graph=True) for found in (logprob, expected)]
+    gradients = [torch.autograd.grad(output.sum(), leaves, retain_graph=True) for output in (logprob, expected)]
     torch.testing.assert_close(*gradients)
     model.lm_head.merge()
     torch.testing.assert_close(linear_token_stats(hidden, model.lm_head.weight, targets).logprob, expected)

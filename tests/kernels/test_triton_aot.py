@@ -29,13 +29,13 @@ PLAIN = Flags(has_bias=False, has_softcap=False, entropy=True, extras=False)
 
 def problems(resources: Resources) -> list[str]:
     """What is wrong with one compiled variant."""
-    found = []
+    problems = []
     if resources.spills:
-        found.append(f"spills {resources.stack_bytes} bytes of stack, {resources.local_bytes} local")
+        problems.append(f"spills {resources.stack_bytes} bytes of stack, {resources.local_bytes} local")
     limit = tiles.SHARED_MEMORY_LIMIT[resources.arch]
     if resources.shared_bytes > limit:
-        found.append(f"needs {resources.shared_bytes} bytes of shared memory of {limit}")
-    return [f"{resources.arch} {resources.kernel} {resources.label}: {problem}" for problem in found]
+        problems.append(f"needs {resources.shared_bytes} bytes of shared memory of {limit}")
+    return [f"{resources.arch} {resources.kernel} {resources.label}: {problem}" for problem in problems]
 
 
 def compile_by_index(arch: str, index: int) -> Resources:

@@ -90,8 +90,8 @@ def test_weights_that_files_lack_never_stay_random(folder, change, message):
 def test_what_a_model_has_besides_is_left_out_and_named(folder, caplog):
     expected = load(folder).state_dict()
     rewrite(folder, with_more(vision__weight=torch.zeros(2)))
-    found = load(folder).state_dict()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    loaded = load(folder).state_dict()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
     assert "'vision.weight', which the model does not have; left out" in caplog.text
     # Buffers of older versions are no weights.
     caplog.clear()

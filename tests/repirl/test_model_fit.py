@@ -156,8 +156,8 @@ def test_adapters_of_layers_that_hold_weights_the_other_way_round(tmp_path):
     plain = GPT2LMHeadModel(config)
     plain.load_state_dict(dict(merged_weights(model, "policy")), strict=False)
     plain.tie_weights()
-    found = plain.eval()(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    actual = plain.eval()(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_adapters_that_would_leave_out_the_experts_are_refused(tmp_path):

@@ -68,8 +68,8 @@ def test_gradient_does_not_depend_on_packing_or_micro_batches(tmp_path):
     for budget, order in [(10_000, [0, 1, 2, 3, 4]), (1, [4, 2, 0, 1, 3]), (9, [1, 3, 0, 4, 2])]:
         ours = learner(path, budget=budget)
         batch = pack(PAIRS).select(order)
-        found = gradients(ours, batch, lambda out, mb: -out["logprob"].sum() / 18)
-        grads.append(torch.cat([grad.flatten() for grad in found.values()]))
+        actual = gradients(ours, batch, lambda out, mb: -out["logprob"].sum() / 18)
+        grads.append(torch.cat([grad.flatten() for grad in actual.values()]))
     for other in grads[1:]:
         torch.testing.assert_close(other, grads[0], atol=1e-6, rtol=1e-4)
 
@@ -202,9 +202,9 @@ def test_flash_attn_is_called_where_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     packed_kernel.cache_clear()
     try:
-        found = packed_kernel()(q, k, v, layout, 0.3)
+        actual = packed_kernel()(q, k, v, layout, 0.3)
     finally:
         packed_kernel.cache_clear()
     batched = (x.transpose(0, 1)[None] for x in (q, k, v))
     expected, _ = packed_attention(torch.nn.Module(), *batched, None, scaling=0.3, packed_layout=layout)
-    torch.testing.assert_close(found, expected[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(actual, expected[0], atol=1e-6, rtol=1e-5)

@@ -102,10 +102,10 @@ def training_rewards(config, pairs):
     return run, rewards.split(batch.response_cu_seqlens.diff().tolist())
 
 
-def assert_close(found, expected):
-    assert [f.shape for f in found] == [e.shape for e in expected]
-    assert all(f.dtype == torch.float32 and f.device.type == "cpu" for f in found)
-    torch.testing.assert_close(torch.cat(list(found)), torch.cat(list(expected)), **CLOSE)
+def assert_close(actual, expected):
+    assert [f.shape for f in actual] == [e.shape for e in expected]
+    assert all(f.dtype == torch.float32 and f.device.type == "cpu" for f in actual)
+    torch.testing.assert_close(torch.cat(list(actual)), torch.cat(list(expected)), **CLOSE)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "adapters"])
@@ -115,10 +115,10 @@ def test_rewards_of_an_export_are_those_of_training(tmp_path, reward, adapters):
     pairs = ids_of(made.config)
     run, expected = training_rewards(made.config, pairs)
     prm = load_prm(made.out / "prm", device="cpu")
-    found = prm.rewards(pairs)
-    assert_close(found, expected)
+    actual = prm.rewards(pairs)
+    assert_close(actual, expected)
     # Of a PRM that has learned something.
-    assert float(torch.cat(found).std()) > 1e-3
+    assert float(torch.cat(actual).std()) > 1e-3
     assert prm.description.temperature == run.learners["prm"].temperature
     # In float32 at most rounding depends on what else there is, and on how it is cut.
     assert_close([prm.rewards([pair])[0] for pair in pairs], expected)
@@ -210,11 +210,11 @@ def test_a_plain_model_is_a_prm_by_its_logprobs(value):
     prm = load_prm(value.out / "policy", device="cpu", description=PRMDescription(reward="logprob", temperature=0.7))
     pairs = ids_of(value.config)
     model = AutoModelForCausalLM.from_pretrained(value.out / "policy")
-    for (prompt, response), found in zip(pairs, prm.rewards(pairs), strict=True):
+    for (prompt, response), rewards in zip(pairs, prm.rewards(pairs), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / 0.7
         torch.testing.assert_close(
-            found, logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0], **CLOSE
+            rewards, logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0], **CLOSE
         )
     # In half precision it is the same model, roughly.
     half = load_prm(

@@ -172,14 +172,14 @@ def test_sharded_adapters_train_as_those_of_one_process(tmp_path, compute_dtype)
     scores = policy.score(batch) | prm.score(batch) | {"reference": reference.score(batch)["logprob"]}
     atol = 2e-5 if compute_dtype == "float32" else 5e-2
     with rank_processes(2) as ranks:
-        for metrics, weights, found, merged in ranks.run(
+        for metrics, weights, actual, merged in ranks.run(
             2, sharded_adapters, tiny_values(tmp_path, compute_dtype=compute_dtype), str(path)
         ):
             assert metrics == pytest.approx(expected, rel=atol, abs=atol)
             for name, weight in policy.model.named_parameters():
                 torch.testing.assert_close(weights[name], weight.detach(), atol=atol, rtol=atol)
             for name, values in scores.items():
-                torch.testing.assert_close(found[name], values, atol=4 * atol, rtol=4 * atol)
+                torch.testing.assert_close(actual[name], values, atol=4 * atol, rtol=4 * atol)
             for name, weight in policy.weights():
                 torch.testing.assert_close(merged[name], weight, atol=atol, rtol=atol)
 

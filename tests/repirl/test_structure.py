@@ -22,12 +22,12 @@ LONG_FILES = {"repirl/report/html.py"}
 @cache
 def sources() -> dict[str, Path]:
     """Module name -> file."""
-    found = {}
+    modules = {}
     for package, folder in PACKAGES.items():
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = file
-    return found
+            modules[".".join([package, *parts]).removesuffix(".__init__")] = file
+    return modules
 
 
 @cache
@@ -68,12 +68,12 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
         if node in done:
             return []
         for other in sorted(graph[node]):
-            if found := visit(other, [*path, node]):
-                return found
+            if circle := visit(other, [*path, node]):
+                return circle
         done.add(node)
         return []
 
-    return next((found for node in graph if (found := visit(node, []))), [])
+    return next((circle for node in graph if (circle := visit(node, []))), [])
 
 
 def test_circle_finds_circles():

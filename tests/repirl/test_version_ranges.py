@@ -132,10 +132,14 @@ def test_releases_beyond_the_bounds_are_tried(environment, tmp_path):
     newer = [with_specifier(r, f">={lower_bound(r)}") for r in EXTRA]
     report = pip(environment, "--upgrade", "--dry-run", "--report", "-", *newer)
     assert report.returncode == 0, report.stderr
-    found = {
+    versions = {
         item["metadata"]["name"].lower(): item["metadata"]["version"] for item in json.loads(report.stdout)["install"]
     }
-    beyond = [f"{r.name} {found[r.name]}" for r in EXTRA if r.name in found and not r.specifier.contains(found[r.name])]
+    beyond = [
+        f"{r.name} {versions[r.name]}"
+        for r in EXTRA
+        if r.name in versions and not r.specifier.contains(versions[r.name])
+    ]
     if not beyond:
         pytest.skip("the bounds admit all that is out")
     done = pip(environment, "--upgrade", *newer)

@@ -44,14 +44,14 @@ def merged(config, **changes):
     return build_config(merge(config.model_dump(mode="json"), changes))
 
 
-def phases(found):
+def phases(planned):
     """A plan's phases by name."""
-    return {phase.name: phase for phase in found.phases}
+    return {phase.name: phase for phase in planned.phases}
 
 
 def peak_of(call):
     """The most that PyTorch's CPU allocator had handed out at once during `call`, beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    changes = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))

@@ -112,8 +112,8 @@ def record(names: list[str]) -> dict[str, Any]:
         folder = Path(temporary)
         make_model(folder / "model")
         base = base_values(folder, make_data(folder))
-        found = threads.map(lambda name: record_run(folder, name, merge(base, RUNS[name])), names)
-        return dict(zip(names, found, strict=True))
+        records = threads.map(lambda name: record_run(folder, name, merge(base, RUNS[name])), names)
+        return dict(zip(names, records, strict=True))
 
 
 def differences(now: Any, before: Any, path: str = "") -> list[str]:
@@ -138,9 +138,9 @@ def main() -> int:
         Path(options.to).write_text(json.dumps(now, indent=1) + "\n")
     if options.against:
         before = json.loads(Path(options.against).read_text())
-        found = differences(now, {name: before.get(name) for name in options.only})
-        print("\n".join(found[:50]) or f"{len(now)} runs are equal to the bit")
-        return bool(found)
+        changed = differences(now, {name: before.get(name) for name in options.only})
+        print("\n".join(changed[:50]) or f"{len(now)} runs are equal to the bit")
+        return bool(changed)
     return 0
 
 

@@ -25,9 +25,9 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def read(path, default="train", **options):
-    found = list(read_rows(SourceConfig(path=str(path), **options), default))
-    assert [number for number, _, _ in found] == list(range(len(found)))
-    return [row for _, _, row in found]
+    places = list(read_rows(SourceConfig(path=str(path), **options), default))
+    assert [number for number, _, _ in places] == list(range(len(places)))
+    return [row for _, _, row in places]
 
 
 def write_csv(path, delimiter=","):

@@ -48,11 +48,11 @@ def test_every_end_token_ends_a_response(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, two]}))
     chat = DataConfig(chat_template=True)
     assert find_end_tokens(chat, tokenizer).ids == (turn, end)
-    found = find_end_tokens(chat, tokenizer, str(tmp_path))
-    assert (found.ids, found.turn) == ((turn, end, two), turn)
+    ends = find_end_tokens(chat, tokenizer, str(tmp_path))
+    assert (ends.ids, ends.turn) == ((turn, end, two), turn)
     # Without the template a prompt is no turn of a chat, but its end of turn ends a response as well.
-    found = find_end_tokens(DataConfig(), tokenizer, str(tmp_path))
-    assert (found.ids, found.turn) == ((end, turn, two), end)
+    ends = find_end_tokens(DataConfig(), tokenizer, str(tmp_path))
+    assert (ends.ids, ends.turn) == ((end, turn, two), end)
     # One end token, as most have: nothing else.
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     for model in (None, str(tmp_path), str(make_model(tmp_path / "model"))):
@@ -65,8 +65,8 @@ def test_every_end_token_ends_a_response(tmp_path):
 def test_end_tokens_can_be_set(tmp_path):
     tokenizer = chat_tokenizer()
     turn, end = ids_of(tokenizer, "<|im_end|>", "<eos>")
-    found = find_end_tokens(DataConfig(chat_template=True, end_tokens=["<eos>", turn, "<eos>"]), tokenizer, "nowhere")
-    assert (found.ids, found.turn) == ((end, turn), end)
+    ends = find_end_tokens(DataConfig(chat_template=True, end_tokens=["<eos>", turn, "<eos>"]), tokenizer, "nowhere")
+    assert (ends.ids, ends.turn) == ((end, turn), end)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_end_tokens_that_are_none_are_refused(token, message):
         find_end_tokens(DataConfig(end_tokens=[token]), build_tokenizer())
 
 
-@pytest.mark.parametrize("found", ["2", [1, None], 999, -1, True, 1.5])
-def test_a_generation_config_with_other_end_tokens_is_refused(tmp_path, found):
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+@pytest.mark.parametrize("eos_token_id", ["2", [1, None], 999, -1, True, 1.5])
+def test_a_generation_config_with_other_end_tokens_is_refused(tmp_path, eos_token_id):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
     with pytest.raises(ConfigError, match=r"generation_config.json.*set data.end_tokens"):
         find_end_tokens(DataConfig(), build_tokenizer(), str(tmp_path))
 

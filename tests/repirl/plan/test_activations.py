@@ -72,8 +72,8 @@ def arguments(layout, lengths, reads_values=False):
     positions = torch.cat([torch.arange(n) for n in lengths])
     ids = torch.randint(0, 100, positions.shape)
     index = (positions >= PROMPT).nonzero()[:, 0]
-    found = {"input_ids": ids, "position_ids": positions, "packed_layout": layout, "response_index": index}
-    return found | ({} if reads_values else {"targets": ids[index]})
+    inputs = {"input_ids": ids, "position_ids": positions, "packed_layout": layout, "response_index": index}
+    return inputs | ({} if reads_values else {"targets": ids[index]})
 
 
 def precision_of(dtype, adapted):

@@ -45,10 +45,10 @@ def test_a_frozen_prm_has_weights_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setitem(SYSTEMS, "frozen", row)
     config = configured(tmp_path)
     config = merged(config, objective="frozen", prm={"model": config.policy.model}, irl={"base_measure": "uniform"})
-    found = plan(config)
-    assert list(phases(found)) == ["load", "rollout", "old_logprob", "reward", "policy", "checkpoint"]
+    planned = plan(config)
+    assert list(phases(planned)) == ["load", "rollout", "old_logprob", "reward", "policy", "checkpoint"]
     shape = load_shape(config.policy.model)
-    for name, phase in phases(found).items():
+    for name, phase in phases(planned).items():
         assert phase.rows["PRM weights"] == 4 * sum(map(math.prod, shape.weights(reads_values=True))), name
         assert "PRM moments" not in phase.rows
     side = make_planner(config, 1, "cpu").by_name["prm"]
@@ -63,7 +63,7 @@ def test_a_frozen_prm_has_weights_and_nothing_else(tmp_path, monkeypatch):
 def test_a_system_without_a_policy_holds_none(tmp_path, monkeypatch):
     row = System("a PRM alone", objectives={"prm": "repirl.objectives.sft:SFT"}, data=("experts",), online=False)
     monkeypatch.setitem(SYSTEMS, "alone", row)
-    found = phases(plan(configured(tmp_path, objective="alone")))
-    assert list(found) == ["load", "prm", "checkpoint"]
-    assert not any("policy" in name or "reference" in name for phase in found.values() for name in phase.rows)
-    assert found["prm"].rows["PRM moments"] > 0
+    planned = phases(plan(configured(tmp_path, objective="alone")))
+    assert list(planned) == ["load", "prm", "checkpoint"]
+    assert not any("policy" in name or "reference" in name for phase in planned.values() for name in phase.rows)
+    assert planned["prm"].rows["PRM moments"] > 0

@@ -37,8 +37,8 @@ def test_a_long_plain_run_prints_every_twentieth_step_and_every_evaluation():
     with ProgressDisplay(100, "run", console=Console(file=out, width=80)) as display:
         for step in range(1, 101):
             display.update(step, {"eval/accuracy": 0.5} if step == 7 else {"policy/loss": 0.0})
-    found = [int(re.match(r"run (\d+)/100", line)[1]) for line in out.getvalue().splitlines()]
-    assert found == sorted([*range(5, 101, 5), 7])
+    shown = [int(re.match(r"run (\d+)/100", line)[1]) for line in out.getvalue().splitlines()]
+    assert shown == sorted([*range(5, 101, 5), 7])
 
 
 def test_an_error_inside_leaves_the_terminal_with_its_cursor():

@@ -71,17 +71,17 @@ def with_own_weights(config):
     return patch
 
 
-def run_with_own_weights(config, resume=False):
+def run_with_own_weights(config, resume=False, changed=()):
     patch = with_own_weights(config)
     try:
-        train(config, resume=resume)
+        train(config, resume=resume, changed=changed)
     finally:
         patch.undo()
 
 
 def lines(folder):
-    found = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in found]
+    metrics = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in metrics]
 
 
 def config_of(tmp_path, name, overlap, **changes):
@@ -126,8 +126,8 @@ def test_what_is_evaluated_has_the_present_weights(tmp_path):
     run_with_own_weights(config)
     plain = tiny_config(tmp_path, output_dir=str(tmp_path / "plain"), **OPTIONS | changes)
     train(plain)
-    found = [line["eval/accuracy"] for line in lines(tmp_path / "own") if "eval/accuracy" in line]
-    assert len(found) == 3
+    accuracies = [line["eval/accuracy"] for line in lines(tmp_path / "own") if "eval/accuracy" in line]
+    assert len(accuracies) == 3
     assert lines(tmp_path / "own") == lines(tmp_path / "plain")
     learned = weights_of(engines[-1])
     # Evaluating a checkpoint begins with the weights of policy.model.
@@ -207,7 +207,7 @@ def test_rollouts_in_flight_are_gone_on_with_as_they_were_made(tmp_path, monkeyp
         run_with_own_weights(config)
     rollout = config.rollout.model_copy(update=changes)
     with pytest.raises(ConfigError, match=message):
-        run_with_own_weights(config.model_copy(update={"rollout": rollout}), resume=True)
+        run_with_own_weights(config.model_copy(update={"rollout": rollout}), resume=True, changed=["rollout"])
 
 
 @pytest.mark.parametrize("overlap", ["prm", "step"])
