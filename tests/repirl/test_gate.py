@@ -143,7 +143,7 @@ def test_a_policy_without_updates_is_only_read(tmp_path):
         ({"policy": {"updates_per_step": 0}, "irl": {"gate": 2.0}}, "irl.gate is set"),
         ({"prm": {"warmup_turns": 4}}, "prm.warmup_turns is 4 of 4 steps"),
         ({"objective": "rloo", "policy": {"updates_per_step": 0}}, "objective 'rloo' trains nothing else"),
-        ({"irl": {"experts_per_step": 5}}, "irl.experts_per_step is 5, but all experts of a step's prompts"),
+        ({"irl": {"experts": "matched", "experts_per_step": 5}}, "irl.experts_per_step is 5, but irl.experts"),
         ({"policy": {"optimizer": {"head_lr": 1e-3}}}, "policy.optimizer has head_lr"),
         ({"prm": {"reward": "logit", "optimizer": {"head_updates": 3}}}, "prm.optimizer has head_lr or head_updates"),
     ],

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -16,8 +17,9 @@ import yaml
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
 from shared import CPU
-from tiny import gradients, make_model, tiny_config, tiny_values
+from tiny import gradients, make_model, make_step_prm, tiny_config, tiny_values
 
+from repirl.apps.label import label
 from repirl.apps.start import Start, make_base, make_data
 from repirl.batch import pack
 from repirl.config import ConfigError
@@ -190,6 +192,82 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
     assert_same_run(lines(tmp_path / "many"), lines(tmp_path / "one"), 1e-3)
     # There is something to compare: the second update starts from other weights than sampled.
     assert any(line.get("policy/approx_kl", 0) > 1e-4 for line in lines(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "prime", "prm": {"reward": "implicit"}, "prime": {"loss": "dpo", "reward": "whole"}},
+        {"objective": "prime", "prm": {"reward": "implicit", "reference": "policy"}, "order": "policy_first"},
+        {"objective": "airl", "discriminator": {"subtract_logprob": True, "reward_clip": 1.0}},
+        {"objective": "iq-learn"},
+        {"objective": "dpo", "dpo": {"sft_coefficient": 0.1}},
+        {"objective": "online-dpo"},
+        {"objective": "dqo", "dqo": {"importance_weights": True, "kl_coefficient": 0.1}},
+        {"objective": "online-dqo"},
+        {"objective": "prm-offline", "data": {"eval": None}},
+        {"objective": "math-shepherd", "data": {"eval": None}, "step_prm": {"responses_per_step": 5}},
+        {"irl": {"gate": 0.5}, "prm": {"updates_per_step": 2, "optimizer": {"head_lr": 1e-2, "head_updates": 1}}},
+    ],
+)
+def test_other_systems_are_the_same_on_two_ranks(ranks, tmp_path, changes):
+    options = changes | {"steps": 2, "verifier": {"kind": "custom", "function": "judges:even_length"}}
+    config = tiny_config(tmp_path, output_dir=str(tmp_path / "one"), **options)
+    train(config)
+    ranks[2].run(2, run_on_rank, tiny_values(tmp_path, output_dir=str(tmp_path / "two"), **options), False)
+    assert_same_run(lines(tmp_path / "two"), lines(tmp_path / "one"), 1e-3)
+    for name in config.system.trains:
+        assert lines(tmp_path / "one")[-1][f"{name}/grad_norm"] > 0
+
+
+def test_a_frozen_prm_rewards_steps_the_same_on_two_ranks(ranks, tmp_path):
+    options = {"objective": "rloo-prm", "steps": 2, "loss": {"outcome_coefficient": 0.0, "process_coefficient": 1.0}}
+    options["prm"] = {"model": str(make_step_prm(tmp_path))}
+    train(tiny_config(tmp_path, output_dir=str(tmp_path / "one"), **options))
+    ranks[2].run(2, run_on_rank, tiny_values(tmp_path, output_dir=str(tmp_path / "two"), **options), False)
+    assert_same_run(lines(tmp_path / "two"), lines(tmp_path / "one"), 1e-3)
+    for one, two in zip(lines(tmp_path / "one")[1:], lines(tmp_path / "two")[1:], strict=True):
+        assert two["policy/step_reward"] == pytest.approx(one["policy/step_reward"], rel=1e-5)
+        assert one["policy/grad_norm"] > 0
+
+
+def label_on_rank(_group, values, output, method):
+    config = build_config(merge(values, {"label": {"method": method}}))
+    return label(config, f"{output}-{method}.jsonl")[0]
+
+
+def test_two_ranks_label_as_one_does(ranks, tmp_path):
+    values = tiny_values(
+        tmp_path,
+        objective="math-shepherd",
+        data={"eval": None},
+        label={"samples": 2, "num_prompts": 5, "prompts_per_batch": 3},
+        rollout={"samples_per_prompt": 2, "max_response_tokens": 10},
+    )
+    for method in ("math-shepherd", "omega"):
+        counts = label_on_rank(None, values, tmp_path / "one", method)
+        for other in ranks[2].run(2, label_on_rank, values, tmp_path / "two", method):
+            assert replace(other, seconds=0) == replace(counts, seconds=0)
+        files = [(tmp_path / f"{name}-{method}.jsonl").read_bytes() for name in ("one", "two")]
+        assert files[0] == files[1]
+        assert files[0] or method == "omega"
+
+
+def refusal_on_rank(_group, values):
+    with pytest.raises(ConfigError) as error:
+        train(build_config(values), resume=True)
+    return str(error.value)
+
+
+def test_all_ranks_refuse_another_experiment(ranks, tmp_path):
+    values = tiny_values(tmp_path, objective="sft", steps=1, eval={"every": 0})
+    ranks[2].run(2, run_on_rank, values, False)
+    values |= {"steps": 2, "seed": 5}
+    (tmp_path / "train.jsonl").write_text("\n".join((tmp_path / "train.jsonl").read_text().splitlines()[::-1]))
+    first, second = ranks[2].run(2, refusal_on_rank, values)
+    assert first == second
+    assert "seed 0 -> 5; content of data.experts (24 rows, " in first
+    assert first.endswith("--changed seed,data.experts")
 
 
 def checkpointed_weights(_group, values):
