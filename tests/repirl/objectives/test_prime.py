@@ -3,10 +3,13 @@
 import pytest
 import torch
 from repirl_kernels import returns_to_go, rloo_advantages, segment_sum
-from tiny import tiny_config
+from tiny import make_model, tiny_config
 
 from repirl.batch import pack
-from repirl.objectives.prime import OutcomePRM, opposing_means
+from repirl.configfile import merge
+from repirl.loop import train
+from repirl.objectives.prime import OutcomePRM, PrimePolicy, opposing_means
+from repirl.run import build, needs_reference
 
 # PRIME-RL/PRIME 18ad596 (training/verl: core_algos.py, dp_prime.py; rewards by token, update after, batch_norm) and
 # verl-project/verl-recipe 48ea0a7 (recipe/prime), on the same q = log pi_phi - log pi_ref of two groups of 4.
@@ -173,3 +176,69 @@ def test_the_recipe_loses_the_last_tokens_reward():
     cut = [[*row[:-1], 0.0] for row in LOGRATIO]
     close(advantages(BETA * flat(cut), whiten=True), flat(RECIPE_ADVANTAGES))
     assert (advantages(BETA * flat(LOGRATIO), whiten=True) - flat(RECIPE_ADVANTAGES)).abs().max() > 0.5
+
+
+JUDGE = {"kind": "custom", "function": "judges:even_length"}
+
+
+def policys_first_batch(tmp_path, monkeypatch, **changes):
+    """The batch of the policy's first update, after `prepare`, and the run's configuration."""
+    batches, prepare = [], PrimePolicy.prepare
+
+    def keep(self, batch):
+        batches.append(batch)
+        return prepare(self, batch)
+
+    monkeypatch.setattr(PrimePolicy, "prepare", keep)
+    prm = {"reward": "implicit", "beta": BETA}
+    config = tiny_config(tmp_path, **merge({"objective": "prime", "steps": 1, "verifier": JUDGE, "prm": prm}, changes))
+    train(config)
+    monkeypatch.setattr(PrimePolicy, "prepare", prepare)
+    return batches[0], config
+
+
+def test_update_after_pays_the_policy_by_the_prm_before_its_update(tmp_path, monkeypatch):
+    """At the start the PRM is its own reference: its rewards are 0, and after its first update they are not."""
+    after, _ = policys_first_batch(tmp_path, monkeypatch, order="policy_first", output_dir=str(tmp_path / "after"))
+    assert after.read("reward").abs().max() < 1e-6
+    assert after.read("advantage").abs().max() > 0.1
+    before, _ = policys_first_batch(tmp_path, monkeypatch, order="prm_first", output_dir=str(tmp_path / "before"))
+    assert before.read("reward").abs().max() > 1e-5
+
+
+def test_the_reference_may_be_the_policy_that_sampled(tmp_path, monkeypatch):
+    other = make_model(tmp_path / "other", tied=False)
+    prm = {"reference": "policy", "model": str(other)}
+    rollouts, config = policys_first_batch(tmp_path, monkeypatch, prm=prm, order="policy_first")
+    assert not needs_reference(config)
+    assert "prm_ref_logprob" not in rollouts.streams
+    logprob = build(config.model_copy(update={"output_dir": str(tmp_path / "new")})).learners["prm"].score(rollouts)
+    expected = BETA * (logprob["logprob"] - rollouts.read("old_logprob"))
+    torch.testing.assert_close(rollouts.read("reward"), expected, atol=1e-6, rtol=1e-5)
+    assert expected.abs().max() > 1e-2
+
+
+def test_whole_rewards_stand_at_the_last_token(tmp_path):
+    rollouts = batch()
+    rollouts.write("reward", flat(LOGRATIO))
+    config = tiny_config(tmp_path, objective="prime", prm={"reward": "implicit"}, prime={"reward": "whole"})
+    for _ in range(2):  # A second update of the turn reads the same rewards.
+        PrimePolicy(config).prepare(rollouts)
+        expected = [[0.0] * (len(row) - 1) + [sum(row)] for row in LOGRATIO]
+        close(rollouts.read("reward").double(), flat(expected))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prm": {"reward": "value"}}, "prm.reward is 'value', but objective 'prime' is defined for implicit"),
+        ({"data": {"answer_column": None, "eval": None}}, "objective 'prime' learns from outcomes"),
+        ({"prm": {"reference": "policy"}, "rollout": {"temperature": 0.7}}, "set rollout.temperature: 1"),
+        ({"objective": "repirl", "prm": {"reference": "policy"}}, "a PRM scores experts"),
+        ({"objective": "rloo", "prime": {"loss": "dpo"}}, "options of 'prime' are set, but objective 'rloo'"),
+        ({"irl": {"gate": 2.0}}, "irl.gate is set"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **merge({"objective": "prime", "prm": {"reward": "implicit"}}, changes))
