@@ -6,16 +6,20 @@ a value at token t belongs to the action a_t = token_ids[t] taken in the state o
 
 The streams (log-probabilities in nats):
 
-| stream            | holds                                  | written by       | read by                       |
-|-------------------|----------------------------------------|------------------|-------------------------------|
-| `sampler_logprob` | log mu, as the sampler says            | rollout/sampler  | objectives rloo, irl          |
-| `old_logprob`     | log pi_old, as the trainer says        | loop             | objectives rloo, irl          |
-| `ref_logprob`     | log pi_ref at the policy's temperature | run.Reference    | objectives rloo (KL), irl (b) |
-| `prm_ref_logprob` | log pi_ref at the PRM's temperature    | run.Reference    | rewards (`implicit`)          |
-| `reward`          | r_t of the PRM                         | loop             | objectives irl, rloo          |
-| `coefficient`     | dL/dr_t of the IRL loss                | objectives irl   | objectives irl                |
-| `advantage`       | A_t                                    | objectives rloo  | objectives rloo               |
-| `loss_weight`     | share of a token in the batch's loss   | objectives rloo  | objectives rloo               |
+| stream            | holds                                    | written by            | read by                                                |
+|-------------------|------------------------------------------|-----------------------|--------------------------------------------------------|
+| `sampler_logprob` | log mu, as the sampler says              | rollout/sampler       | objectives rloo, irl                                   |
+| `old_logprob`     | log pi_old, as the trainer says          | loop                  | objectives rloo, irl, dqo; rewards (reference: policy) |
+| `ref_logprob`     | log pi_ref at the policy's temperature   | run.Reference         | objectives rloo (KL), irl (b), dpo, dqo                |
+| `prm_ref_logprob` | log pi_ref at the PRM's temperature      | run.Reference         | rewards (`implicit`)                                   |
+| `reward`          | r_t of the PRM                           | streams               | gate, objectives irl, rloo, prime                      |
+| `logprob`         | log pi of the present policy             | streams               | objectives airl, dpo, dqo                              |
+| `state_value`     | V(s_t) of the present critic             | streams               | objectives dqo                                         |
+| `step_label`      | labels at ends of steps, else NaN        | data/steps            | objectives steps                                       |
+| `coefficient`     | dL/dr_t, or dL/d log pi, of two passes   | objectives irl, dpo   | objectives irl, dpo                                    |
+| `opposing_reward` | mean R of the other outcome in the group | objectives prime      | objectives prime                                       |
+| `advantage`       | A_t                                      | objectives rloo       | objectives rloo                                        |
+| `loss_weight`     | share of a token in the batch's loss     | objectives rloo, airl | objectives rloo, airl                                  |
 """
 
 from __future__ import annotations
