@@ -4,22 +4,22 @@ Axes: T tokens of S sequences lie end to end without padding; R of the T tokens 
 (the tokens that the policy or the expert chose). Streams are named [T] tensors aligned with the tokens;
 a value at token t belongs to the action a_t = token_ids[t] taken in the state of all tokens before it.
 
-The streams (log-probabilities in nats):
+The streams (log-probabilities in nats; a single word is a file in objectives/):
 
-| stream            | holds                                    | written by            | read by                                                |
-|-------------------|------------------------------------------|-----------------------|--------------------------------------------------------|
-| `sampler_logprob` | log mu, as the sampler says              | rollout/sampler       | objectives rloo, irl                                   |
-| `old_logprob`     | log pi_old, as the trainer says          | loop                  | objectives rloo, irl, dqo; rewards (reference: policy) |
-| `ref_logprob`     | log pi_ref at the policy's temperature   | run.Reference         | objectives rloo (KL), irl (b), dpo, dqo                |
-| `prm_ref_logprob` | log pi_ref at the PRM's temperature      | run.Reference         | rewards (`implicit`)                                   |
-| `reward`          | r_t of the PRM                           | streams               | gate, objectives irl, rloo, prime                      |
-| `logprob`         | log pi of the present policy             | streams               | objectives airl, dpo, dqo                              |
-| `state_value`     | V(s_t) of the present critic             | streams               | objectives dqo                                         |
-| `step_label`      | labels at ends of steps, else NaN        | data/steps            | objectives steps                                       |
-| `coefficient`     | dL/dr_t, or dL/d log pi, of two passes   | objectives irl, dpo   | objectives irl, dpo                                    |
-| `opposing_reward` | mean R of the other outcome in the group | objectives prime      | objectives prime                                       |
-| `advantage`       | A_t                                      | objectives rloo       | objectives rloo                                        |
-| `loss_weight`     | share of a token in the batch's loss     | objectives rloo, airl | objectives rloo, airl                                  |
+| stream            | holds                                    | written by      | read by                        |
+|-------------------|------------------------------------------|-----------------|--------------------------------|
+| `sampler_logprob` | log mu, as the sampler says              | rollout/sampler | rloo, irl                      |
+| `old_logprob`     | log pi_old, as the trainer says          | repirl.loop     | rloo, irl, dqo, repirl.rewards |
+| `ref_logprob`     | log pi_ref at the policy's temperature   | repirl.run      | rloo (KL), irl (b), dpo, dqo   |
+| `prm_ref_logprob` | log pi_ref at the PRM's temperature      | repirl.run      | repirl.rewards (`implicit`)    |
+| `reward`          | r_t of the PRM                           | repirl.streams  | irl, rloo, prime, repirl.gate  |
+| `logprob`         | log pi of the present policy             | repirl.streams  | airl, dpo, dqo                 |
+| `state_value`     | V(s_t) of the present critic             | repirl.streams  | dqo                            |
+| `step_label`      | labels at ends of steps, else NaN        | data/steps      | steps                          |
+| `coefficient`     | dL/dr_t or dL/d log pi, of two passes    | irl, dpo        | irl, dpo                       |
+| `opposing_reward` | mean R of the other outcome in the group | prime           | prime                          |
+| `advantage`       | A_t                                      | rloo            | rloo                           |
+| `loss_weight`     | share of a token in the batch's loss     | rloo, airl      | rloo, airl                     |
 """
 
 from __future__ import annotations
