@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from repirl import __version__
+from repirl.interrupt import Interrupted, Signals, end_at_next_signal, end_with_torchrun
 from repirl.systems import LABELS
 
 # What the extra `train` brings, by the names under which it is imported.
@@ -46,7 +47,7 @@ OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 2 for what the user can mend, 1 for what else ended a run in an expected way (one
-    message, no traceback, either way); 130 when interrupted."""
+    message, no traceback, either way); 130 when interrupted, 143 when told to end (repirl.interrupt)."""
     if missing := missing_packages():
         print(
             f"repirl: not installed: {', '.join(missing)}; the command line needs the extra `train`: "
@@ -59,18 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
+    end_with_torchrun()
     try:
-        _check_spelling(options, overrides)
-        return options.run(options, overrides)
+        with Signals(defer=False):
+            _check_spelling(options, overrides)
+            return options.run(options, overrides)
     except ConfigError as error:
         print(f"repirl: {error}", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"repirl: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("repirl: interrupted; go on with --resume", file=sys.stderr)
-        return 130
+    except Interrupted as interruption:
+        end_at_next_signal()
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"repirl: {interruption}", file=sys.stderr)
+        return interruption.exit_code
 
 
 def _check_spelling(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -163,7 +168,12 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from repirl.distributed.world import leave_world
     from repirl.loop import train
 
-    train(config, resume=options.resume)
+    try:
+        train(config, resume=options.resume)
+    except Interrupted as interruption:
+        if interruption.is_complete:
+            leave_world()
+        raise
     if int(os.environ.get("RANK", 0)) == 0:
         print_summary(config)
     leave_world()

@@ -9,11 +9,11 @@ from __future__ import annotations
 from repirl.batch import PackedBatch
 from repirl.config import Config, ConfigError
 from repirl.evaluate import evaluate
-from repirl.learner import TrainingError
+from repirl.interrupt import Interrupted, Signals, end_with_torchrun
+from repirl.lock import locked
 from repirl.objectives import Metrics
 from repirl.report.reporter import Reporter
 from repirl.rewards import read_rewards
-from repirl.rollout.engine import MismatchError
 from repirl.run import Run, build, check_output_dir
 from repirl.work import peak_flops_of, peak_memory_bytes
 
@@ -31,22 +31,17 @@ def train(config: Config, *, resume: bool = False) -> int:
     Raises:
         ConfigError: the configuration does not fit the data, the models or the checkpoint.
         RunError: training cannot go on: too many updates that are not finite, or an engine that does not work.
+        Interrupted: a signal asked the run to end. The turn was finished and saved, unless a second signal came.
     """
-    goes_on = check_output_dir(config, resume)
-    run = build(config)
-    if len(set(run.world.gather([goes_on]))) > 1:
-        raise ConfigError(f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run")
-    try:
-        _train(run, resume=goes_on)
-    except (TrainingError, MismatchError):
-        # All processes get these errors together, so they can still complete a checkpoint that is being written.
-        run.checkpointer.finish()
-        run.abort()
-        raise
-    except BaseException:
-        run.abort()
-        raise
-    run.close()
+    end_with_torchrun()
+    with locked(config.output_dir):
+        goes_on = check_output_dir(config, resume)
+        with build(config) as run:
+            if len(set(run.world.gather([goes_on]))) > 1:
+                raise ConfigError(
+                    f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run"
+                )
+            _train(run, resume=goes_on)
     return config.steps
 
 
@@ -55,23 +50,29 @@ def _train(run: Run, *, resume: bool) -> None:
     start = run.resume() if resume else 0
     peak_flops = peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
-        for turn in range(start, config.steps):
-            if turn == 0 and run.held_out and config.eval.every:
-                reporter.log(0, _evaluate(run) | timer.step_metrics(run.world, peak_flops))
-            metrics = online_turn(run, turn, reporter) if run.config.system.online else offline_turn(run)
-            done = turn + 1
-            if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
-                with timer("eval"):
-                    metrics |= _evaluate(run)
-            metrics |= timer.step_metrics(run.world, peak_flops)
-            metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
-            reporter.log(done, metrics)
-            # Log first, so that every turn in a checkpoint has its line in the log. The time for saving is therefore
-            # reported with the next turn.
-            with timer("checkpoint"):
-                if config.checkpoint.every and (done % config.checkpoint.every == 0 or done == config.steps):
-                    run.save(done, metrics.get("eval/accuracy"))
-                run.checkpointer.poll()
+        if start == 0 and run.held_out and config.eval.every:
+            reporter.log(0, _evaluate(run) | timer.step_metrics(run.world, peak_flops))
+        with Signals(defer=True) as signals:
+            for turn in range(start, config.steps):
+                metrics = online_turn(run, turn, reporter) if run.config.system.online else offline_turn(run)
+                done = turn + 1
+                if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
+                    with timer("eval"):
+                        metrics |= _evaluate(run)
+                metrics |= timer.step_metrics(run.world, peak_flops)
+                metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
+                reporter.log(done, metrics)
+                signal = signals.requested(run.world)
+                # Log first, so that every turn in a checkpoint has its line in the log. The time for saving is
+                # therefore reported with the next turn.
+                with timer("checkpoint"):
+                    every, is_last = config.checkpoint.every, signal is not None or done == config.steps
+                    if every and (done % every == 0 or is_last):
+                        run.save(done, metrics.get("eval/accuracy"))
+                    run.checkpointer.poll()
+                if signal is not None and done < config.steps:
+                    run.checkpointer.finish()
+                    raise Interrupted(signal, run.account(done), is_complete=True)
         # Wait for the last checkpoint here, so that an error while it is written is an error of the run.
         run.checkpointer.finish()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ from repirl.data.prompts import PromptSet, load_prompts
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
-from repirl.learner import Learner, enable_checkpointing
+from repirl.interrupt import Interrupted
+from repirl.learner import Learner, TrainingError, enable_checkpointing
 from repirl.models import check_window, load_model, quiet_transformers
 from repirl.objectives import Objective, load_objectives
 from repirl.options import PolicyConfig, PRMConfig
+from repirl.report.log import LogError
 from repirl.rollout.choose import make_engine
+from repirl.rollout.engine import MismatchError
 from repirl.rollout.sampler import Sampler
 from repirl.sources import check_sources
 from repirl.verify.process import Verifier
@@ -100,6 +104,29 @@ class Run:
                 part.load_state_dict(state.get(name))
         return step
 
+    def account(self, done: int) -> str:
+        """What a run that ends early after `done` turns says of what was saved."""
+        turns = f"turn {done} of {self.config.steps} is done"
+        if not self.config.checkpoint.every:
+            return f"{turns}; nothing was saved, because checkpoint.every is 0"
+        return f"{turns} and saved in {self.config.output_dir!r}; go on with --resume"
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or (isinstance(error, Interrupted) and error.is_complete):
+            self.close()
+            return
+        if isinstance(error, (TrainingError, MismatchError, LogError)):
+            # All processes get these errors together, so they can still complete a checkpoint that is being written.
+            self.checkpointer.finish()
+        self.abort()
+        if isinstance(error, TrainingError):
+            error.args = (f"{error}; {self.checkpointer.newest()}",)
+        if isinstance(error, Interrupted):
+            error.message = f"the turn was given up; {self.checkpointer.newest()}"
+
     def close(self) -> None:
         """Complete what is still being written, end the sampler, and remove what idle models left on disk."""
         self.checkpointer.finish()
@@ -153,7 +180,7 @@ class _Builder:
         self.dtype, self.compute_dtype = getattr(torch, config.dtype), getattr(torch, config.computes_in)
         self.residency: Residency | None = None
         if config.offload_idle:
-            self.residency = Residency(Path(config.output_dir) / "offload", f"rank_{world.rank}")
+            self.residency = Residency(Path(config.output_dir) / "offload")
 
     def build(self, names: tuple[str, ...]) -> dict[str, Learner]:
         for name in names:

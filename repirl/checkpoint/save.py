@@ -57,6 +57,17 @@ class Checkpointer:
             on_device = (torch.cuda.set_device, (world.device,)) if world.device.type == "cuda" else (None, ())
             self._thread = ThreadPoolExecutor(1, "checkpoint", *on_device)
 
+    def newest(self) -> str:
+        """For messages: the newest complete checkpoint, and how to go on from there."""
+        checkpoints = list_checkpoints(self.folder)
+        if not checkpoints:
+            return f"there is no complete checkpoint in {str(self.folder)!r} to go on from"
+        newest = f"of the checkpoints the newest complete one is {checkpoints[-1].name}, go on from there with --resume"
+        before = [path.name for path in checkpoints if not _skips_updates(path)]
+        if before and before[-1] != checkpoints[-1].name:
+            newest += f" (updates were skipped since {before[-1]}: rename the later ones to go on from that one)"
+        return newest
+
     def choose(self) -> Path:
         """The checkpoint to go on from. Damaged newer ones are renamed to step_N.damaged, so that they do not stand in
         the way of a run that goes on. ConfigError as newest_sound."""
@@ -176,6 +187,9 @@ class Checkpointer:
     def _prune(self) -> None:
         checkpoints = list_checkpoints(self.folder)
         kept = set(checkpoints[-self.config.keep_last :])
+        # After a divergence updates are skipped until the run ends; checkpoints from before it are kept meanwhile.
+        if _skips_updates(checkpoints[-1]):
+            kept |= set([path for path in checkpoints if not _skips_updates(path)][-self.config.keep_last :])
         scores = {path: score for path in checkpoints if (score := _score(path)) is not None}
         # Among equals the older one is kept: it took fewer steps.
         ranked = sorted(scores, key=lambda path: -scores[path])
@@ -205,13 +219,9 @@ class Checkpointer:
                 shutil.rmtree(self.folder / f"step_{step}.tmp", ignore_errors=True)
             # The first process that ends takes the others with it, the one that is removing files too.
             self.world.barrier()
-            checkpoints = list_checkpoints(self.folder)
-            newest = (
-                f"{checkpoints[-1].name}, go on from there with --resume" if checkpoints else "none before this one"
-            )
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}. "
-                f"The newest complete one is {newest}"
+                f"the checkpoint of step {step} could not be written into {str(self.folder)!r}: {problems[0]}; "
+                f"{self.newest()}"
             ) from cause
         return result
 
@@ -271,6 +281,15 @@ def _score(path: Path) -> float | None:
         return json.loads((path / "trainer.json").read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _skips_updates(path: Path) -> bool:
+    """Whether the last update of some learner before this checkpoint was skipped; damage as in `_score`."""
+    try:
+        learners = json.loads((path / "trainer.json").read_text())["learners"]
+        return any(counters["num_skipped_in_a_row"] > 0 for counters in learners.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _flush(paths: Sequence[Path]) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from repirl.config import RunError
 
 # Smaller storages stay on the device: moving them would save too little.
 _SMALLEST_BYTES = 1 << 16
@@ -35,16 +39,19 @@ class Resident(Protocol):
 class Residency:
     """Keeps the tensors of at most one learner on the device.
 
-    `use` moves the other learners' tensors away: from a GPU into pinned host memory, from a CPU into files. Storages
-    are emptied and filled again in place, so all references to them stay valid, also FSDP's views.
+    `use` moves the other learners' tensors away: from a GPU into pinned host memory, from a CPU into a file for each
+    learner. The files have no names, so they end with the process, and no other process can meet them. Storages are
+    emptied and filled again in place, so all references to them stay valid, also FSDP's views.
 
     Args:
         folder: where the files go.
-        name: the beginning of the files' names; different for each process.
+
+    Raises:
+        RunError: in all methods, where a file cannot be written or read. What was to be moved away is still there then.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._away: dict[int, list[Parked]] = {}
         self._learners: list[Resident] = []
 
@@ -56,6 +63,9 @@ class Residency:
             if not isinstance(parameter, DTensor) and not parameter.untyped_storage().resizable():
                 parameter.data = parameter.data.clone()
         self._learners.append(learner)
+        if learner.device.type == "cpu":
+            with self._explained():
+                self._folder.mkdir(parents=True, exist_ok=True)
         self._park(learner)
 
     def use(self, learner: Resident | None) -> None:
@@ -63,30 +73,51 @@ class Residency:
         for other in self._learners:
             if other is not learner and id(other) not in self._away:
                 self._park(other)
-        for parked in self._away.pop(id(learner), []):
-            parked.restore()
+        if learner is not None:
+            self._restore(learner)
 
     def use_all(self) -> None:
         """Bring all learners' tensors to the device, to save or load them."""
         for learner in self._learners:
-            for parked in self._away.pop(id(learner), []):
-                parked.restore()
+            self._restore(learner)
 
     def close(self) -> None:
-        """Bring all learners' tensors to the device, and remove the files."""
+        """Bring all learners' tensors to the device, and remove the folder."""
         self.use_all()
         with suppress(OSError):
-            # Other processes' files may still be there.
+            # It may hold what is not ours.
             self._folder.rmdir()
 
     def _park(self, learner: Resident) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        number = self._learners.index(learner)
-        host_memory = None if learner.device.type == "cpu" else HostMemory()
-        self._away[id(learner)] = [
-            Parked(storage, self._folder / f"{self._name}_{number}_{i}.bin", host_memory)
-            for i, storage in enumerate(_storages(learner))
-        ]
+        away: HostMemory | IO[bytes] = HostMemory()
+        with self._explained():
+            if learner.device.type == "cpu":
+                away = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+            parked = [Parked(storage, away) for storage in _storages(learner)]
+            if not isinstance(away, HostMemory):
+                away.flush()
+        # Only now that all are written.
+        for part in parked:
+            part.empty()
+        self._away[id(learner)] = parked
+
+    def _restore(self, learner: Resident) -> None:
+        with self._explained():
+            for parked in self._away.get(id(learner), []):
+                parked.restore()
+        # The file ends with what refers to it.
+        self._away.pop(id(learner), None)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"an idle model cannot be kept in a file in {str(self._folder)!r} (offload_idle): "
+                f"{error.strerror or error}. Make room on that disk or choose another output_dir, or leave out "
+                "offload_idle; --resume goes on from the newest checkpoint"
+            ) from error
 
 
 class HostMemory:
@@ -113,36 +144,44 @@ class HostMemory:
 
 
 class Parked:
-    """The content of one storage that was moved away: in host memory, or (`host_memory` None) in the file `path`."""
+    """The content of one storage that is moved away, into host memory or to the end of a file.
 
-    def __init__(self, storage: torch.UntypedStorage, path: Path, host_memory: HostMemory | None) -> None:
-        self._storage, self._size, self._path = storage, storage.nbytes(), path
+    Args:
+        storage: is copied now, and stays as it is until `empty`.
+        away: where to.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, away: HostMemory | IO[bytes]) -> None:
+        self._storage, self._size = storage, storage.nbytes()
         self._copy: list[Tensor] = []
-        if host_memory is None:
-            with open(path, "wb") as file:
-                file.write(_view(storage))
-        else:
-            self._copy = host_memory.take(self._size)
+        self._file: IO[bytes] | None = None
+        if isinstance(away, HostMemory):
+            self._copy = away.take(self._size)
             for part, place in zip(self._copy, self._places(), strict=True):
                 part.copy_(place)
-        storage.resize_(0)
+        else:
+            self._file, self._start = away, away.tell()
+            away.write(_view(storage))
 
     def _places(self) -> tuple[Tensor, ...]:
         """The parts of the storage that belong to the parts of the copy."""
         return _bytes(self._storage).split([part.numel() for part in self._copy])
 
+    def empty(self) -> None:
+        """Free the storage's memory."""
+        self._storage.resize_(0)
+
     def restore(self) -> None:
-        """Fill the storage again, and delete the file if there is one."""
+        """Fill the storage again. OSError where the file cannot be read."""
         self._storage.resize_(self._size)
-        if self._copy:
+        if self._file is None:
             for part, place in zip(self._copy, self._places(), strict=True):
                 place.copy_(part)
             return
-        with open(self._path, "rb") as file:
-            num_read = file.readinto(_view(self._storage))
+        self._file.seek(self._start)
+        num_read = self._file.readinto(_view(self._storage))  # type: ignore[attr-defined]
         if num_read != self._size:
-            raise RuntimeError(f"{self._path} holds {num_read} of the {self._size} bytes that were put there")
-        self._path.unlink()
+            raise OSError(f"it holds {num_read} of the {self._size} bytes that were put there")
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

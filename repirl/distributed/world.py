@@ -83,6 +83,11 @@ def pick_device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def own_rank() -> int:
+    """The number of this process among those of the run, also before `join_world`."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
 def join_world(config: Config) -> World:
     """Join the processes that torchrun started, or form a world of one process without torchrun.
 
@@ -91,10 +96,8 @@ def join_world(config: Config) -> World:
             GPUs.
     """
     device = pick_device(config)
-    if dist.is_initialized():
-        size, rank = dist.get_world_size(), dist.get_rank()
-    else:
-        size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    rank = own_rank()
     replicate = config.parallel.replicate
     if size % replicate:
         raise ConfigError(

@@ -29,6 +29,8 @@ SHOWN = [
 class ProgressDisplay:
     """Shows a progress bar, the current phase and the newest metrics; prints plain lines if there is no terminal.
 
+    What was shown last stays on the terminal, however the run ends.
+
     Args:
         total_steps: the number of steps of the run.
         title: stands in front of the bar.
@@ -48,7 +50,7 @@ class ProgressDisplay:
             console=self.console,
         )
         self._task = self._progress.add_task(title, total=total_steps, phase="")
-        self._live = Live(self._view(), console=self.console, refresh_per_second=4, transient=True)
+        self._live = Live(self._view(), console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:

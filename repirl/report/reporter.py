@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from repirl.config import Config
 from repirl.distributed.world import World
 from repirl.report.display import ProgressDisplay
-from repirl.report.log import MetricsLogger
+from repirl.report.log import LogError, MetricsLogger
 
 
 class Reporter:
@@ -18,15 +19,34 @@ class Reporter:
         config: the run's configuration.
         world: the processes of the run.
         start_step: the number of finished steps of a resumed run; 0 for a new one.
+
+    Raises:
+        LogError: on all processes, where metrics cannot be written.
     """
 
     def __init__(self, config: Config, world: World, start_step: int) -> None:
         self._stack = ExitStack()
+        self._world = world
         self._logger: MetricsLogger | None = None
         self._display: ProgressDisplay | None = None
-        if world.is_main:
+
+        def open_log() -> None:
             self._logger = MetricsLogger(config.output_dir, tensorboard=config.log.tensorboard, start_step=start_step)
             self._display = ProgressDisplay(config.steps, config.objective)
+
+        self._on_main(open_log)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Do something on the main process; if that cannot write, all processes get the error."""
+        problem: LogError | None = None
+        if self._world.is_main:
+            try:
+                action()
+            except LogError as error:
+                problem = error
+        problems = [p for p in self._world.gather([problem]) if p is not None]
+        if problems:
+            raise problems[0]
 
     def phase(self, name: str) -> None:
         """Show that a phase of the step begins."""
@@ -34,11 +54,19 @@ class Reporter:
             self._display.phase(name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write and show the metrics of a step; `step` counts finished steps, and step 0 is only written."""
-        if self._logger and self._display:
+        """Write and show the metrics of a step; `step` counts finished steps, and step 0 is only written.
+
+        Raises:
+            LogError: on all processes, where metrics cannot be written.
+        """
+
+        def write() -> None:
+            assert self._logger
             self._logger.log(step, metrics)
-            if step:
-                self._display.update(step, metrics)
+
+        self._on_main(write)
+        if self._display and step:
+            self._display.update(step, metrics)
 
     def __enter__(self) -> Reporter:
         for part in (self._logger, self._display):

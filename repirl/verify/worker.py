@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # Of address space beyond what the imports take, so that an answer cannot take the memory that the training needs.
@@ -114,6 +115,20 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
+def _outlive_signals() -> None:
+    """What asks the trainer to end (repirl.interrupt) may be sent to all of its processes. Its last turn needs this
+    one, which ends with the trainer. Processes that the function starts are ended by signals as ever."""
+    own = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handle)
+
+
 def main(descriptor: str, options: str) -> None:
     """Judge as the command line says.
 
@@ -121,6 +136,7 @@ def main(descriptor: str, options: str) -> None:
         descriptor: number of the socket, which is inherited.
         options: JSON of `name` and `timeout_seconds` (of serve), and `path`: folders of the trainer's modules.
     """
+    _outlive_signals()
     connection = socket.socket(fileno=int(descriptor))
     # The function may start processes, which have no business here.
     connection.set_inheritable(False)
