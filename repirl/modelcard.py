@@ -52,6 +52,13 @@ def _rewards(description: PRMDescription) -> list[str]:
         lines += [f"gamma: {description.gamma:g}", ""]
     if description.reference is not None:
         lines += [f"beta: {description.beta:g}; reference: `{description.reference.model}`", ""]
+    if description.steps.score == "end":
+        lines += [
+            "It was trained on the last token of each step alone (a step ends with "
+            f"`{description.steps.separator!r}`): there the sigmoid of `r_t` is the chance that the step is right, "
+            "elsewhere `r_t` means nothing. `load_prm(...).step_scores(...)` reads it.",
+            "",
+        ]
     return [
         *lines,
         "```python",

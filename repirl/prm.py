@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.batch import pack
 from repirl.config import ConfigError
+from repirl.data.split import segment
 from repirl.data.text import EndTokens, encode_prompt, encode_solution, find_end_tokens
 from repirl.dataconfig import DataConfig, Token
 from repirl.learner import Learner
@@ -45,10 +47,19 @@ class PromptFormat(Section):
 
 
 class StepRule(Section):
-    """How a response's text is split into steps. `separator`: a step ends with the separator, which is part of it."""
+    """How a response's text is split into steps, and how steps are scored. `separator`: a step ends with the separator,
+    which is part of it; the last one ends with the response, its end token included."""
 
     rule: Literal["separator"]
     separator: str = Field(min_length=1)
+    score: Literal["tokens", "end"] = Field(
+        "tokens",
+        description="of a step: `tokens`, the mean reward of its tokens; `end`, sigmoid of the reward at its last "
+        "token, the chance that the step is right",
+    )
+    aggregate: Literal["min", "mean", "product", "last"] = Field(
+        "mean", description="of a response: of its step scores"
+    )
 
 
 class ReferenceModel(Section):
@@ -107,6 +118,42 @@ class PRM:
         how = PRMConfig(reward=described.reward, gamma=described.gamma, beta=described.beta)
         reward = read_rewards(self.learner.score(batch), batch, how)
         return list(reward.split(batch.response_cu_seqlens.diff().tolist()))
+
+    def step_scores(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[Tensor]:
+        """The score of every step, as `description.steps` says.
+
+        Args:
+            pairs: (prompt, response), each of them text or token ids; see `encode`.
+            finished: whether responses given as text get an end token; see `encode`.
+
+        Returns:
+            For each pair, in order, one number for each step [S] float32: the chance that it is right (score `end`), or
+            the mean reward of its tokens.
+
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        rule, scores = self.description.steps, []
+        encoded = self.encode(pairs, finished=finished)
+        for (_, ids), reward in zip(encoded, self.rewards(encoded), strict=True):
+            steps = segment(ids, rule.separator, self.tokenizer, ended=ids[-1] in self._ends.ids)
+            if rule.score == "end":
+                scores.append(reward[list(steps.ends)].sigmoid())
+            else:
+                lengths = [b - a for a, b in pairwise([-1, *steps.ends])]
+                scores.append(torch.stack([part.mean() for part in reward.split(lengths)]))
+        return scores
+
+    def response_scores(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[float]:
+        """One number for each response: its step scores put together by `description.steps.aggregate`."""
+        ways: dict[str, Callable[[Tensor], Tensor]] = {
+            "min": torch.amin,
+            "mean": torch.mean,
+            "product": torch.prod,
+            "last": lambda scores: scores[-1],
+        }
+        way = ways[self.description.steps.aggregate]
+        return [float(way(scores)) for scores in self.step_scores(pairs, finished=finished)]
 
     def encode(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[tuple[list[int], list[int]]]:
         """The token ids that `rewards` is about, for each pair: (prompt, response).
@@ -276,6 +323,16 @@ def _read_config(name: str) -> PretrainedConfig:
         if (inside / "config.json").is_file():
             message = f"{name!r} is no model; the PRM of this export is {str(inside)!r}"
         raise ConfigError(message) from error
+
+
+def read_description(name: str) -> PRMDescription | None:
+    """What the model in a folder, or a hub's, says of itself as a PRM; None where it says nothing.
+
+    Raises:
+        ConfigError: there is no model, or what it says cannot be used.
+    """
+    config = _read_config(name)
+    return _read_description(name, config) if getattr(config, "repirl", None) is not None else None
 
 
 def _read_description(name: str, config: PretrainedConfig) -> PRMDescription:

@@ -125,6 +125,13 @@ SYSTEMS: dict[str, System] = {
         data=("experts", "trajectories"),
         online=False,
     ),
+    "rloo-prm": System(
+        "policy on outcomes and the rewards of a frozen PRM, which may score tokens or steps",
+        objectives={"policy": "repirl.objectives.frozen:FrozenPRM"},
+        data=("prompts",),
+        online=True,
+        reads=("prm",),
+    ),
     "math-shepherd": System(
         "PRM on labelled steps (Math-Shepherd, Wang et al. 2024; `repirl label` makes the labels)",
         objectives={"prm": "repirl.objectives.steps:StepLabels"},

@@ -58,7 +58,7 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pr
     assert data.train is not None
     assert data.answer_column is not None
     limit, ends = LengthLimit(data), find_end_tokens(data, tokenizer, config.policy.model)
-    problems = []
+    problems = list[Problem]()
     for number, place, row in read_rows(data.train, "train"):
         if len(problems) == options.num_prompts:
             break

@@ -37,18 +37,52 @@ class RLOO(Objective):
 
         Writes `advantage` and `loss_weight`. The outcome that the PRM learns from is left as the verifier gave it.
         """
-        config, max_tokens = self.config.loss, self.config.rollout.max_response_tokens
-        outcome = None
-        if config.outcome_coefficient != 0:
-            outcome = batch.outcome - overlong_penalty(batch.response_cu_seqlens, max_tokens, config.overlong_tokens)
-        in_return = config.entropy_in == "return" and config.entropy_coefficient != 0
-        advantage = rloo_advantages(
-            outcome,
-            batch.read("reward") if self.reads_rewards else None,
+        advantage = self.token_advantages(batch)
+        batch.write("advantage", advantage)
+        max_tokens, aggregation = self.config.rollout.max_response_tokens, self.config.loss.aggregation
+        weights = aggregate_weights(batch.response_cu_seqlens, aggregation, constant_length=max_tokens)
+        batch.write("loss_weight", weights)
+        return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
+
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether entropy is a part of the return."""
+        return self.config.loss.entropy_in == "return" and self.config.loss.entropy_coefficient != 0
+
+    def token_advantages(self, batch: PackedBatch) -> Tensor:
+        """The advantage of each response token [R]."""
+        return self.advantages(
+            batch,
             batch.response_cu_seqlens,
+            batch.read("reward") if self.reads_rewards else None,
+            batch.read("old_logprob") if self.reads_entropy else None,
+        )
+
+    def advantages(
+        self, batch: PackedBatch, cu_seqlens: Tensor, reward: Tensor | None, old_logprob: Tensor | None
+    ) -> Tensor:
+        """Advantages of actions, by the options of `loss`.
+
+        Args:
+            batch: the rollouts.
+            cu_seqlens: [S + 1], where each response's actions begin, and where the last ones end.
+            reward: of each action; None where there are none.
+            old_logprob: log pi_old of each action; None if entropy is no part of the return.
+
+        Returns:
+            One number for each action.
+        """
+        config, outcome = self.config.loss, None
+        if config.outcome_coefficient != 0:
+            longest = self.config.rollout.max_response_tokens
+            outcome = batch.outcome - overlong_penalty(batch.response_cu_seqlens, longest, config.overlong_tokens)
+        return rloo_advantages(
+            outcome,
+            reward,
+            cu_seqlens,
             batch.group_ids,
             outcome_coefficient=config.outcome_coefficient,
-            process_coefficient=config.process_coefficient if self.reads_rewards else 0.0,
+            process_coefficient=config.process_coefficient if reward is not None else 0.0,
             gamma=config.gamma,
             whiten=config.whiten,
             baseline=config.baseline,
@@ -58,13 +92,9 @@ class RLOO(Objective):
             process_std_floor=config.process_std_floor,
             credit=config.credit,
             credit_temperature=config.credit_temperature,
-            old_logprob=batch.read("old_logprob") if in_return else None,
-            entropy_coefficient=config.entropy_coefficient if in_return else 0.0,
+            old_logprob=old_logprob,
+            entropy_coefficient=config.entropy_coefficient if self.reads_entropy else 0.0,
         )
-        batch.write("advantage", advantage)
-        weights = aggregate_weights(batch.response_cu_seqlens, config.aggregation, constant_length=max_tokens)
-        batch.write("loss_weight", weights)
-        return {"advantage_mean": float(advantage.mean()), "advantage_std": float(advantage.std(correction=0))}
 
     def loss(self, outputs: Outputs, micro: PackedBatch) -> tuple[Tensor, Figures]:
         """Reads `advantage`, `loss_weight`, `old_logprob`, `sampler_logprob` and, with a KL term, `ref_logprob`.

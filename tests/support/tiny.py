@@ -24,7 +24,9 @@ from repirl.data.tasks.arithmetic import (
     problems,
 )
 from repirl.distributed.shard import whole
+from repirl.export import describe_prm
 from repirl.learner import Learner, Loss
+from repirl.models import load_model, save_tokenizer
 
 
 def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", head_dim: int = 8) -> Path:
@@ -142,3 +144,15 @@ def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_config(folder: Path, **changes: Any) -> Config:
     return build_config(tiny_values(folder, **changes))
+
+
+def make_step_prm(folder: Path) -> Path:
+    """Save a PRM that scores steps, with a head that was drawn, as `repirl export` would."""
+    config = tiny_config(folder, objective="math-shepherd", data={"eval": None})
+    model = load_model(config.policy.model, kind="value", dtype=torch.float32, device=torch.device("cpu"))
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.score.weight)
+    model.config.repirl = describe_prm(config).model_dump(mode="json")
+    model.save_pretrained(folder / "prm")
+    save_tokenizer(build_tokenizer(), folder / "prm")
+    return folder / "prm"

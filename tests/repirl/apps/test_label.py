@@ -110,7 +110,7 @@ def test_labels_are_the_shares_and_what_they_cost_is_counted(tmp_path, monkeypat
     # What was written is what training reads, soft labels too.
     [one, *_] = load_steps(config.data, TOKENIZER, "train")
     assert TOKENIZER.decode(one.response_ids) == "8+7=15; 15-3=12; #### 12<eos>"
-    assert (one.ends, one.labels) == ((6, 14, 17), (1.0, 1.0, 1.0))
+    assert (one.ends, one.labels) == ((6, 14, 18), (1.0, 1.0, 1.0))
     soft = build_config(
         merge(values(tmp_path), {"data": {"steps": {"path": str(path), "labels_column": "soft_labels"}}})
     )
@@ -157,7 +157,7 @@ def small(folder, **changes):
     plain = {
         "objective": "math-shepherd",
         "data": {"eval": None, "steps": str(folder / "made.jsonl")},
-        "label": {"samples": 2, "num_prompts": 7, "prompts_per_batch": 2},
+        "label": {"samples": 2, "num_prompts": 5, "prompts_per_batch": 2},
         "rollout": {"samples_per_prompt": 2, "max_response_tokens": 10},
     }
     return tiny_values(folder, **merge(plain, changes))
@@ -168,10 +168,10 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, monkeypatch, method):
     """With the policy's own model: killed after some batches, half a line behind them, and resumed."""
     config = build_config(small(tmp_path, label={"method": method}))
     counts, path = label(config, tmp_path / "whole.jsonl")
-    assert counts.prompts == 7
+    assert counts.prompts == 5
     if method == "math-shepherd":
-        assert counts.responses + counts.blank == 14
-        assert counts.steps >= 14
+        assert counts.responses + counts.blank == 10
+        assert counts.steps >= 10
         assert all(len(row["labels"]) == len(row["completions"]) for row in lines(path))
 
     write, done = OutputFile.write, []
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, monkeypatch, method):
     with pytest.raises(KeyboardInterrupt):
         label(config)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"made.jsonl' holds labels of 4 of 7 prompts; go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"made.jsonl' holds labels of 4 of 5 prompts; go on with it by --resume"):
         label(config)
     again, other = label(config, resume=True)
     assert other.read_bytes() == path.read_bytes()
@@ -207,8 +207,8 @@ def test_label_then_train(tmp_path, capsys):
     file.write_text(json.dumps(small(tmp_path, steps=3, step_prm={"responses_per_step": 4})))
     assert main(["label", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\d+ labelled steps \(.*% right\) of \d+ responses to 7 prompts.* tokens sampled in ", printed)
-    assert "label 7/7: " in printed
+    assert re.search(r"\d+ labelled steps \(.*% right\) of \d+ responses to 5 prompts.* tokens sampled in ", printed)
+    assert "label 5/5: " in printed
     assert main(["train", "--config", str(file)]) == 0
     made = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in made] == [1, 2, 3]
@@ -217,7 +217,7 @@ def test_label_then_train(tmp_path, capsys):
     assert main(["label", "--config", str(file), *arguments]) == 0
     meta = json.loads((tmp_path / "omega.jsonl.meta.json").read_text())
     assert meta["made_with"]["label.method"] == "omega"
-    assert meta["counts"]["prompts"] == 7
+    assert meta["counts"]["prompts"] == 5
 
 
 def test_what_cannot_be_used_is_refused(tmp_path):

@@ -152,7 +152,7 @@ def test_held_out_figures_are_those_of_the_labels(tmp_path):
         LabelledResponse((3,), (4, 1), (1,), (1.0,)),
         LabelledResponse((3,), (4, 1), (1,), (0.0,)),
     ]
-    prm = SimpleNamespace(score=lambda batch: {"value": torch.tensor([2.0, 50.0, -1.0, -3.0])})
+    prm = SimpleNamespace(score=lambda batch: {"value": torch.tensor([2.0, 50.0, -1.0, 9.0, -3.0])})
     figures = evaluate_steps(prm, chosen, config)
     assert figures["eval/accuracy"] == pytest.approx(2 / 3)
     assert figures["eval/auroc"] == 0.5
