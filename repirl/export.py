@@ -67,7 +67,7 @@ def export_checkpoint(
         if dtype is not None:
             _round(model, name, dtype)
         # transformers keeps keys that it does not know; one of a model that this one was trained from is replaced.
-        described = describe_prm(config, step_separator) if name == "prm" else None
+        described = describe_prm(config, step_separator, str(Path(output) / "policy")) if name == "prm" else None
         model.config.repirl = describe_policy(config) if described is None else described.model_dump(mode="json")
         settings = _generation_settings(folder / name, tokenizer)
         if described is None:
@@ -109,11 +109,13 @@ def _round(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     nn.Module.to(model, dtype)
 
 
-def describe_prm(config: Config, step_separator: str) -> PRMDescription:
-    """What the PRM of a run says of itself."""
+def describe_prm(config: Config, step_separator: str, policy: str | None = None) -> PRMDescription:
+    """What the PRM of a run says of itself. policy: where the run's policy is exported, if it is."""
     reference = None
     if config.prm_reads_reference:
         reference = ReferenceModel(model=config.policy.model, gguf_file=config.policy.gguf_file)
+    elif config.prm.reward == "implicit" and policy is not None:
+        reference = ReferenceModel(model=policy, gguf_file=None)
     return PRMDescription(
         reward=config.prm.reward,
         beta=config.prm.beta,

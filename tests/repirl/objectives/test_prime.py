@@ -7,8 +7,10 @@ from tiny import make_model, tiny_config
 
 from repirl.batch import pack
 from repirl.configfile import merge
+from repirl.export import export_checkpoint
 from repirl.loop import train
 from repirl.objectives.prime import OutcomePRM, PrimePolicy, opposing_means
+from repirl.prm import load_prm
 from repirl.run import build, needs_reference
 
 # PRIME-RL/PRIME 18ad596 (training/verl: core_algos.py, dp_prime.py; rewards by token, update after, batch_norm) and
@@ -216,6 +218,11 @@ def test_the_reference_may_be_the_policy_that_sampled(tmp_path, monkeypatch):
     expected = BETA * (logprob["logprob"] - rollouts.read("old_logprob"))
     torch.testing.assert_close(rollouts.read("reward"), expected, atol=1e-6, rtol=1e-5)
     assert expected.abs().max() > 1e-2
+    # Exported, they are relative to the policy beside it.
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    prm = load_prm(tmp_path / "out" / "prm", device="cpu")
+    assert prm.description.reference.model == str(tmp_path / "out" / "policy")
+    assert prm.reference is not None
 
 
 def test_whole_rewards_stand_at_the_last_token(tmp_path):
