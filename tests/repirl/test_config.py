@@ -1,6 +1,5 @@
 """Configuration: who overrides whom, how values are read, what the presets hold."""
 
-import dataclasses
 
 import pytest
 import yaml
@@ -88,9 +87,33 @@ def test_options_that_would_be_ignored_are_refused(changes, message):
 
 
 # What gives each kind of data to a configuration, what takes it away, and how that is told.
-GIVEN = {"prompts": {"train": "t"}, "answers": {"answer_column": "a"}, "experts": {"experts": {"path": "e"}}}
-TAKEN = {"prompts": {"train": None}, "answers": {"answer_column": None}, "experts": {"experts": None}}
-TOLD = {"prompts": "set data.train", "answers": "data.answer_column is null", "experts": "learns from experts"}
+GIVEN = {
+    "prompts": {"train": "t"},
+    "answers": {"answer_column": "a"},
+    "experts": {"experts": {"path": "e"}},
+    "pairs": {"pairs": "p"},
+    "trajectories": {"trajectories": "r"},
+    "outcomes": {},
+    "steps": {"steps": "s"},
+}
+TAKEN = {
+    "prompts": {"train": None},
+    "answers": {"answer_column": None},
+    "experts": {"experts": None},
+    "pairs": {"pairs": None},
+    "trajectories": {"trajectories": None},
+    "outcomes": {"trajectories": {"path": "r", "outcome_column": None}},
+    "steps": {"steps": None},
+}
+TOLD = {
+    "prompts": "set data.train",
+    "answers": "data.answer_column is null",
+    "experts": "learns from experts",
+    "pairs": "learns from pairs: set data.pairs",
+    "trajectories": "learns from trajectories: set data.trajectories",
+    "outcomes": "data.trajectories.outcome_column is null",
+    "steps": "learns from steps: set data.steps",
+}
 
 
 def values_of(name):
@@ -99,6 +122,8 @@ def values_of(name):
     for kind in SYSTEMS[name].data:
         data |= GIVEN[kind]
     values = {"output_dir": "out", "steps": 1, "objective": name, "policy": {"model": "m"}, "data": data}
+    prm = {"reward": SYSTEMS[name].prm_rewards[0]} if SYSTEMS[name].prm_rewards else {}
+    values["prm"] = prm | ({"model": "somewhere"} if "prm" in SYSTEMS[name].reads else {})
     if "answers" not in SYSTEMS[name].data:
         # Where answers are of use, though not needed.
         values |= {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}}
@@ -114,23 +139,23 @@ def test_a_system_needs_what_its_row_says_and_no_more(name):
         with pytest.raises(ConfigError, match=TOLD[kind]):
             build_config(merge(values_of(name), {"data": TAKEN[kind]}))
     # Every learner has its section of options.
-    assert {*system.trains, *system.reads} <= {"policy", "prm"}
+    assert {*system.trains, *system.reads} <= {"policy", "prm", "critic"}
     for kind in load_objectives(system.objectives).values():
         assert issubclass(kind, Objective)
         assert system.has_prm or not kind(config).reads_rewards
         assert isinstance(kind.needs_reference(config), bool)
 
 
-@pytest.mark.parametrize("name", list_presets())
-@pytest.mark.parametrize("objective", SYSTEMS)
-def test_presets_are_valid_for_every_system(name, objective):
+# Those that hold what each of these systems needs; the others are for the system that they name.
+@pytest.mark.parametrize("name", ["demo", "paper-math-3b", "smollm2-gsm8k"])
+@pytest.mark.parametrize("objective", ["repirl", "rloo", "sft", "airl", "iq-learn", "online-dpo", "online-dqo"])
+def test_presets_of_prompts_and_experts_are_valid_for_the_systems_on_these(name, objective):
     assert load_config(None, ["--preset", name, "--objective", objective]).system is SYSTEMS[objective]
 
 
-def test_a_system_that_reads_a_trained_prm_is_told_where_it_is(monkeypatch):
-    monkeypatch.setitem(SYSTEMS, "reads_prm", dataclasses.replace(SYSTEMS["rloo"], reads=("prm",)))
-    with pytest.raises(ConfigError, match=r"'reads_prm' reads a trained PRM: set prm.model"):
-        build_config(values_of("reads_prm"))
-    config = build_config(merge(values_of("reads_prm"), {"prm": {"model": "somewhere"}}))
+def test_a_system_that_reads_a_trained_prm_is_told_where_it_is():
+    with pytest.raises(ConfigError, match=r"'rloo-prm' reads a trained PRM: set prm.model"):
+        build_config(merge(values_of("rloo-prm"), {"prm": {"model": None}}))
+    config = build_config(values_of("rloo-prm"))
     assert config.system.has_prm
     assert set(config.trained_sections) == {"policy"}

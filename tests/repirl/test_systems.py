@@ -27,7 +27,8 @@ def test_rows_are_whole(tmp_path, name):
     assert set(system.data) <= {"prompts", "answers", "experts", "pairs", "trajectories", "outcomes", "steps"}
     assert system.online == ("prompts" in system.data)
     changes = {} if "policy" in (*system.trains, *system.reads) else {"data": {"eval": None}}
-    changes |= {"prm": {"reward": system.prm_rewards[0]}} if system.prm_rewards else {}
+    prm = {"reward": system.prm_rewards[0]} if system.prm_rewards else {}
+    changes["prm"] = prm | ({"model": str(tmp_path / "model")} if "prm" in system.reads else {})
     config = build_config(tiny_values(tmp_path, objective=name, **changes))
     assert config.system is system
     assert set(config.trained_sections) == set(system.trains)
