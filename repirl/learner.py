@@ -25,8 +25,9 @@ from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError, RunError
 from repirl.distributed.offload import Residency
-from repirl.distributed.shard import gathered, reshard, whole
+from repirl.distributed.shard import find_nonfinite, gathered, reshard, whole
 from repirl.distributed.world import World
+from repirl.model_files import shown
 from repirl.models import forward_flops, ordinary_attention
 from repirl.objectives import Figures, Metrics, Outputs
 from repirl.options import OptimizerConfig
@@ -42,7 +43,7 @@ class Loss(Protocol):
 
 
 class TrainingError(RunError):
-    """Training cannot go on: losses or gradients are not finite."""
+    """Training cannot go on: losses, gradients or weights are not finite. All processes raise this error together."""
 
 
 class Learner:
@@ -72,6 +73,8 @@ class Learner:
         work: Work | None = None,
     ) -> None:
         self.model = model
+        # What messages call it.
+        self.label = "model"
         self.world = world or World(next(model.parameters()).device)
         self.work = work or Work()
         self.tokens_per_microbatch = tokens_per_microbatch
@@ -123,6 +126,12 @@ class Learner:
             return
         for name, parameter in self.model.named_parameters():
             yield name, whole(parameter.detach())
+
+    def find_nonfinite(self) -> list[str]:
+        """The names of weights, trained ones if there are any, that hold NaN or infinity; the same on all processes."""
+        self._activate()
+        named = self.trained.items() or self.model.named_parameters()
+        return sorted(set(self.world.gather(find_nonfinite(named))))
 
     # The state that a checkpoint saves.
 
@@ -285,7 +294,7 @@ class Learner:
             `loss`, `grad_norm` before clipping, `lr`, `skipped_updates` so far, and the objective's figures.
 
         Raises:
-            TrainingError: `max_skipped_updates` updates in a row were skipped.
+            TrainingError: `max_skipped_updates` updates in a row were skipped, or the weights are no longer finite.
         """
         assert self.optimizer is not None, "a frozen model cannot be updated"
         self._activate()
@@ -315,7 +324,8 @@ class Learner:
         return metrics | {name: total / counts[name] for name, total in totals.items()}
 
     def _apply(self, loss: float, norm: float) -> None:
-        """Step the optimiser if loss and gradient are finite. Raises TrainingError after too many skipped updates."""
+        """Step the optimiser if loss and gradient are finite. Raises TrainingError after too many skipped updates, and
+        where the weights are not finite after the step."""
         assert self.optimizer is not None
         if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
@@ -329,9 +339,16 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if self.num_skipped_in_a_row >= self.max_skipped_updates:
             raise TrainingError(
-                f"{self.num_skipped_in_a_row} updates in a row had a loss or gradient that is not finite (loss "
-                f"{loss}, gradient norm {norm}) and were skipped: lower the learning rate, or look at the data; "
-                "optimizer.max_skipped_updates sets how many are let pass"
+                f"{self.num_skipped_in_a_row} updates in a row of the {self.label} had a loss or gradient that is not "
+                f"finite (loss {loss}, gradient norm {norm}) and were skipped: lower its learning rate, or look at the "
+                "data; optimizer.max_skipped_updates sets how many are let pass"
+            )
+        # So that no turn begins, and no checkpoint is written, with weights that nothing can be computed with.
+        if not self.num_skipped_in_a_row and (names := self.find_nonfinite()):
+            raise TrainingError(
+                f"the weights of the {self.label} are no longer finite after its update {self.scheduler.last_epoch} "
+                f"(NaN or infinity in {shown(names)}), with a loss of {loss} and a gradient norm of {norm}: lower its "
+                "learning rate"
             )
 
 

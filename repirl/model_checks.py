@@ -66,6 +66,28 @@ def refuse_shape(name: str, key: str, shape: Iterable[int], expected: Iterable[i
     )
 
 
+class NonFiniteWeights(ConfigError):
+    """Weights that are NaN or infinite."""
+
+
+def refuse_nonfinite(name: str, keys: list[str], files: dict[str, StoredTensor] | None) -> None:
+    """NonFiniteWeights where there are any.
+
+    Args:
+        name: of the model.
+        keys: names of tensors that are not finite.
+        files: where tensors are (weight_tensors); None where that is not known.
+    """
+    if not keys:
+        return
+    places = sorted({files[key].path for key in keys if key in files}) if files is not None else []
+    where = f" (in {shown(places, 2)})" if places else ""
+    raise NonFiniteWeights(
+        f"model {name!r} holds NaN or infinity in {shown(keys)}{where}: nothing can be computed with it; download or "
+        "save it again, or take an earlier checkpoint of the run that it comes from"
+    )
+
+
 def check_loaded(model: PreTrainedModel, name: str, info: dict[str, Any], *, kind: str, needs_head: bool) -> None:
     """That a loaded model holds what the files hold, and nothing else.
 

@@ -30,7 +30,8 @@ from transformers.utils import logging
 from repirl.attention import PACKED, PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError
-from repirl.model_checks import add_value_head, check_loaded, check_shapes
+from repirl.distributed.shard import find_nonfinite
+from repirl.model_checks import add_value_head, check_loaded, check_shapes, refuse_nonfinite
 from repirl.model_files import explained, find_file, read_json, read_model_config, weight_tensors
 
 
@@ -209,6 +210,7 @@ def load_model(
     options |= {"config": config, "ignore_mismatched_sizes": True}
     if kind == "value":
         add_value_head(config)
+    tensors = None
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
     else:
@@ -231,6 +233,7 @@ def load_model(
         model.config.__dict__.pop("quantization_config", None)
     # Rotary frequencies are buffers that `.to(bfloat16)` would round, hence dtype= above and only a device here.
     model = fuse(model.to(device))
+    refuse_nonfinite(name, find_nonfinite(model.named_parameters()), tensors)
     if kind == "causal":
         check_packed(model, name, device, dtype)
     return model
@@ -249,6 +252,11 @@ def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype:
     positions = torch.arange(8, device=device)
     stats = model(ids, position_ids=positions, packed_layout=layout, response_index=index, targets=ids[1:])
     model.train(training)
+    if not table.isfinite().all():
+        raise ConfigError(
+            f"model {name!r} computes logits that are not finite, from weights that are finite: they are too large for "
+            f"{str(dtype).removeprefix('torch.')}. Was it trained in another type, or is it a run's that diverged?"
+        )
     difference = float((stats.logprob - table.gather(1, ids[1:, None])[:, 0]).abs().max())
     if not difference < (1e-2 if dtype == torch.float32 else 0.5):
         raise ConfigError(

@@ -27,6 +27,7 @@ from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
 from repirl.interrupt import Interrupted
 from repirl.learner import Learner, TrainingError, enable_checkpointing
+from repirl.model_checks import NonFiniteWeights
 from repirl.models import check_window, load_model, quiet_transformers
 from repirl.objectives import Objective, load_objectives
 from repirl.options import PolicyConfig, PRMConfig
@@ -35,6 +36,7 @@ from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import MismatchError
 from repirl.rollout.sampler import Sampler
 from repirl.sources import check_sources
+from repirl.systems import LABELS
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer, Work
 
@@ -216,19 +218,22 @@ class _Builder:
             # One that is only read would say 0 for ever with a new head.
             kind = "value" if name in self.system.trains else "trained value"
         options: dict[str, Any] = {"kind": kind, "dtype": dtype, "gguf_file": gguf_file}
-        if world.mesh is None:
-            model = load_model(model_name, device=world.device, **options)
-            if prepare is not None:
-                prepare(model)
-        else:
-            model = load_sharded_model(
-                model_name,
-                compute_dtype=self.compute_dtype,
-                world=world,
-                cpu_offload=config.parallel.cpu_offload,
-                prepare=prepare,
-                **options,
-            )
+        try:
+            if world.mesh is None:
+                model = load_model(model_name, device=world.device, **options)
+                if prepare is not None:
+                    prepare(model)
+            else:
+                model = load_sharded_model(
+                    model_name,
+                    compute_dtype=self.compute_dtype,
+                    world=world,
+                    cpu_offload=config.parallel.cpu_offload,
+                    prepare=prepare,
+                    **options,
+                )
+        except NonFiniteWeights as error:
+            raise ConfigError(f"the {LABELS.get(name, name)} cannot start: {error}") from error
         check_window(model, model_name, config.longest_sequence)
         return model
 
@@ -246,6 +251,7 @@ class _Builder:
             world=self.world,
             work=self.work,
         )
+        learner.label = LABELS.get(name, name)
         if self.residency is not None:
             # At once, so that there is room for the next one.
             self.residency.add(learner)

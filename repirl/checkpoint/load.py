@@ -43,6 +43,7 @@ def load_checkpoint(path: Path, learners: dict[str, Learner], world: World) -> t
         del state["counters"]
         _read(state, path / name / "tensors")
         learner.load_state_dict(state | {"counters": content["learners"][name]})
+        _refuse_nonfinite(path, name, learner)
     rest = torch.load(path / "run.pt", weights_only=True)
     set_rng_state(rest["rng"][world.rank % len(rest["rng"])])
     return content["step"], rest["run"]
@@ -54,6 +55,15 @@ def load_weights(path: Path, name: str, learner: Learner) -> None:
     state = {"model": learner.model_state()}
     _read(state, path / name / "tensors")
     learner.load_model_state(state["model"])
+    _refuse_nonfinite(path, name, learner)
+
+
+def _refuse_nonfinite(path: Path, name: str, learner: Learner) -> None:
+    if names := learner.find_nonfinite():
+        raise ConfigError(
+            f"checkpoint {str(path)!r} holds weights of {name!r} that are not finite (NaN or infinity in "
+            f"{shown(names)}): take an earlier one; to go on from that, rename this one"
+        )
 
 
 def _read(state: dict[str, Any], folder: Path) -> None:

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 
 from repirl.adapters import base_name
-from repirl.distributed.shard import local_slices, reshard, shard
+from repirl.distributed.shard import find_nonfinite, local_slices, reshard, shard
 from repirl.distributed.world import World
-from repirl.model_checks import add_value_head, check_names, check_shapes, refuse_shape
+from repirl.model_checks import add_value_head, check_names, check_shapes, refuse_nonfinite, refuse_shape
 from repirl.model_files import StoredTensor, explained, read_model_config, weight_tensors
 from repirl.models import check_packed, fuse, keep_generation_settings, load_model
 
@@ -55,6 +55,8 @@ def load_sharded_model(
         shard(model, world.mesh, compute_dtype, cpu_offload=cpu_offload)
         _materialise(model, home)
         _read(model, name, files)
+        named = ((plain, p) for key, p in model.named_parameters() if (plain := base_name(key)) is not None)
+        refuse_nonfinite(name, sorted(set(world.gather(find_nonfinite(named)))), files)
     else:
         if world.is_main and not gguf_file:
             logger.warning("%s: not in safetensors under the model's own names; every process loads it whole", name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,6 +78,22 @@ def local_slices(parameter: DTensor) -> tuple[slice, ...] | None:
     if 0 in shape:
         return None
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+@torch.no_grad()
+def find_nonfinite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of tensors that hold NaN or infinity; of sharded ones only this process's part is looked at."""
+    largest: dict[str, Tensor] = {}
+    for name, tensor in named:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel():
+            # The largest magnitude is NaN where any is; nothing as large as the tensor is made for it.
+            largest[name] = torch.linalg.vector_norm(local, float("inf")).float()
+    if not largest:
+        return []
+    # Asked for once: each answer of a GPU has to be waited for.
+    is_finite = torch.stack(list(largest.values())).isfinite().tolist()
+    return [name for name, finite in zip(largest, is_finite, strict=True) if not finite]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ filter but were not needed yet.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -301,7 +302,19 @@ class Sampler:
         }
         verdicts = dict(zip(texts, verifier.judge(list(texts.values())), strict=True))
         judged = [(i, response, verdicts.get(i)) for i, response in zip(mine, responses, strict=True)]
-        return [(response, outcome) for _, response, outcome in sorted(self.world.gather(judged), key=lambda x: x[0])]
+        everybodys = sorted(self.world.gather(judged), key=lambda x: x[0])
+        self._check_finite([response for _, response, _ in everybodys])
+        return [(response, outcome) for _, response, outcome in everybodys]
+
+    def _check_finite(self, responses: Sequence[Response]) -> None:
+        """MismatchError where there are log-probabilities of NaN: tokens were drawn from logits that are not finite."""
+        count = sum(math.isnan(sum(response.logprobs)) for response in responses)
+        if count:
+            raise MismatchError(
+                f"{count} of {len(responses)} responses were sampled from logits that are not finite: the policy's "
+                f"weights are finite, but too large to be computed with in {self.config.computes_in}; go on from an "
+                "earlier checkpoint with a lower policy.optimizer.lr"
+            )
 
     def _text(self, response: Response) -> str:
         # The end token is cut off here: `skip_special_tokens` leaves it in if the tokenizer does not call it special.
