@@ -1,4 +1,4 @@
-"""The command line: repirl train | plan | demo | eval | export | bench."""
+"""The command line: repirl train | plan | demo | eval | export | sample | label | bench."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from repirl import __version__
 from repirl.interrupt import Interrupted, Signals, end_at_next_signal, end_with_torchrun
@@ -36,7 +37,7 @@ def missing_packages() -> list[str]:
 
 try:
     from repirl.config import Config, ConfigError, RunError
-    from repirl.configfile import describe, list_presets, load_config
+    from repirl.configfile import describe, list_presets, load_config, parse_overrides
 except ModuleNotFoundError:
     # `main` says what to install, rather than a traceback of whoever imports this.
     if not missing_packages():
@@ -98,7 +99,20 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train from a configuration", epilog=OVERRIDES, allow_abbrev=False)
     command.add_argument("--config", metavar="FILE", help=f"YAML; its key `preset` may name one of {list_presets()}")
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of output_dir")
+    command.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on from the newest checkpoint of DIR, by default of output_dir; without a configuration, with that of "
+        "the run itself",
+    )
+    command.add_argument(
+        "--changed",
+        metavar="NAME,...",
+        help="with --resume: options, models and data that are meant to differ from the run's, such as "
+        "policy.optimizer.lr, lr (of every side) or data.train",
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="check configuration and data, print both and the batch arithmetic"
     )
@@ -122,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_demo)
 
+    _add_tools(commands)
+    return parser
+
+
+def _add_tools(commands: Any) -> None:
+    """The commands that train nothing. commands: the parser's subparsers."""
     command = commands.add_parser("eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False)
     command.add_argument("--config", metavar="FILE", help="the run's configuration")
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
@@ -137,12 +157,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_export)
 
+    command = commands.add_parser(
+        "label",
+        help="label the steps of responses by sampling completions (Math-Shepherd, OmegaPRM)",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    command.add_argument("--config", metavar="FILE", help="data.train, policy.model, rollout, verifier, label")
+    command.add_argument("--output", metavar="FILE", help="JSON lines; default: the file that data.steps names")
+    command.add_argument("--method", choices=("math-shepherd", "omega"), help="the same as --label.method")
+    command.add_argument("--resume", action="store_true", help="go on with the file; what is done is kept")
+    command.set_defaults(run=_label)
+
+    command = commands.add_parser(
+        "sample", help="write rollouts and their outcomes, for data.trajectories", epilog=OVERRIDES, allow_abbrev=False
+    )
+    command.add_argument("--config", metavar="FILE", help="data.train, policy.model, rollout, verifier")
+    command.add_argument("--output", metavar="FILE", required=True, help="JSON lines, one response each")
+    command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
+    command.add_argument("--prompts", type=int, metavar="N", help="the first N prompts; default: all")
+    command.set_defaults(run=_sample)
+
     # Its options, --help too, are those of bench/run.py.
     command = commands.add_parser(
         "bench", help="the fused ops beside their peers, on this machine", allow_abbrev=False, add_help=False
     )
     command.set_defaults(run=_bench)
-    return parser
 
 
 def _no_overrides(overrides: list[str]) -> None:
@@ -150,8 +190,12 @@ def _no_overrides(overrides: list[str]) -> None:
         raise ConfigError(f"unexpected argument {overrides[0]!r}; see repirl COMMAND --help")
 
 
+def _names_configuration(options: argparse.Namespace, overrides: list[str]) -> bool:
+    return options.config is not None or any(o.split("=")[0] == "--preset" for o in overrides)
+
+
 def _load(options: argparse.Namespace, overrides: list[str]) -> Config:
-    if options.config is None and not any(o.split("=")[0] == "--preset" for o in overrides):
+    if not _names_configuration(options, overrides):
         raise ConfigError(f"give --config FILE, or --preset NAME with one of {list_presets()}")
     return load_config(options.config, overrides)
 
@@ -159,8 +203,30 @@ def _load(options: argparse.Namespace, overrides: list[str]) -> Config:
 # Imports of torch and transformers take seconds, so they wait until the configuration is known to be right.
 
 
+def _load_for_training(options: argparse.Namespace, overrides: list[str]) -> Config:
+    """The configuration; with --resume and none given, the one that the run was made with, with the overrides."""
+    if options.changed is not None and options.resume is None:
+        raise ConfigError(f"--changed {options.changed} is about a run that goes on: give --resume, too")
+    if options.resume is None:
+        return _load(options, overrides)
+    is_given, folder = _names_configuration(options, overrides), parse_overrides(overrides).get("output_dir")
+    if options.resume:
+        if folder not in (None, options.resume):
+            raise ConfigError(f"--resume {options.resume} and --output_dir {folder} are two folders: give one of them")
+        folder, overrides = options.resume, [*overrides, "--output_dir", options.resume]
+    if is_given and not options.resume:
+        return _load(options, overrides)
+    if folder is None:
+        raise ConfigError("--resume needs the folder of a run (--resume DIR), or a configuration (--config FILE)")
+    from repirl.checkpoint.identity import stored_configuration
+
+    # Also beside a configuration: there has to be a run in a folder that is named.
+    stored = stored_configuration(folder)
+    return load_config(options.config if is_given else stored, overrides)
+
+
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
-    config = _load(options, overrides)
+    config = _load_for_training(options, overrides)
     if options.dry_run:
         print(describe(config))
         print(batch_arithmetic(config))
@@ -168,8 +234,9 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from repirl.distributed.world import leave_world
     from repirl.loop import train
 
+    changed = [name.strip() for name in (options.changed or "").split(",") if name.strip()]
     try:
-        train(config, resume=options.resume)
+        train(config, resume=options.resume is not None, changed=changed)
     except Interrupted as interruption:
         if interruption.is_complete:
             leave_world()
@@ -206,8 +273,14 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _load(options, overrides)
     from repirl.distributed.world import leave_world
-    from repirl.evaluate import evaluate_checkpoint
+    from repirl.evaluate import evaluate_checkpoint, evaluate_prm_checkpoint
 
+    if config.data.eval_steps is not None:
+        figures, count = evaluate_prm_checkpoint(config, options.checkpoint)
+        leave_world()
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in figures.items())
+        print(f"{shown} on the labelled steps of {count} held-out responses")
+        return 0
     accuracy, count = evaluate_checkpoint(config, options.checkpoint)
     leave_world()
     print(f"accuracy {accuracy:.4f} on {count} held-out prompts")
@@ -223,6 +296,34 @@ def _export(options: argparse.Namespace, overrides: list[str]) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     for folder in export_checkpoint(options.checkpoint, options.output, dtype=dtype):
         print(folder)
+    return 0
+
+
+def _label(options: argparse.Namespace, overrides: list[str]) -> int:
+    chosen = ["--label.method", options.method] if options.method else []
+    config = _load(options, [*overrides, *chosen])
+    from repirl.apps.label import label, summary
+    from repirl.distributed.world import leave_world
+
+    counts, path = label(config, options.output, resume=options.resume)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(summary(counts, str(path)))
+    leave_world()
+    return 0
+
+
+def _sample(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.prompts is not None and options.prompts < 1:
+        raise ConfigError(f"--prompts is {options.prompts}, expected at least 1")
+    config = _load(options, overrides)
+    from repirl.apps.sample import sample
+    from repirl.distributed.world import leave_world
+
+    counts = sample(config, options.output, checkpoint=options.checkpoint, num_prompts=options.prompts)
+    if int(os.environ.get("RANK", 0)) == 0:
+        right = f", {counts.right / counts.judged:.1%} of them right" if counts.judged else ", without outcomes"
+        print(f"{options.output}: {counts.responses} responses to {counts.prompts} prompts{right}")
+    leave_world()
     return 0
 
 
@@ -261,8 +362,14 @@ def print_summary(config: Config) -> None:
 def batch_arithmetic(config: Config) -> str:
     """What a step and the run come to; models' files and data are checked, no weights loaded."""
     from repirl.batch import deal_out
-    from repirl.data.experts import Expert, load_experts
-    from repirl.data.preview import preview
+    from repirl.data.experts import Expert
+    from repirl.data.preview import (
+        preview,
+        preview_experts,
+        preview_pairs,
+        preview_steps,
+        preview_trajectories,
+    )
     from repirl.data.prompts import Prompt, load_prompts
     from repirl.sources import check_sources
 
@@ -283,19 +390,20 @@ def batch_arithmetic(config: Config) -> str:
             f"{config.steps * rollout.prompts_per_step} prompts = "
             f"{config.steps * rollout.prompts_per_step / len(prompts):.2f} epochs",
         ]
-    if "experts" in config.system.data:
-        experts = load_experts(config.data, tokenizer, config.policy.model)
-        lengths = [len(e.prompt_ids) + len(e.response_ids) for e in experts]
-        lines.append(
-            f"experts: {len(experts)} trajectories, {config.experts_per_step} a step, "
-            f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
-        )
+    if config.uses("experts"):
+        experts, expert_lines = preview_experts(config, tokenizer)
+        lines += expert_lines
+    shown = {"pairs": preview_pairs, "trajectories": preview_trajectories, "steps": preview_steps}
+    for kind, describe_data in shown.items():
+        if config.uses(kind):
+            lines += describe_data(config, tokenizer)
     if config.data.eval:
         held_out = load_prompts(config.data, tokenizer, "eval")
         rows += held_out.prompts
         used = min(config.eval.num_prompts or len(held_out), len(held_out))
         lines.append(f"held out: {used} of {len(held_out)} prompts, every {config.eval.every} steps")
     lines += preview(config, tokenizer, rows, experts)
+    lines += [f"warning: {warning}" for warning in config.warnings]
     sections = sorted(config.trained_sections.items(), key=lambda item: item[0] != "policy")
     updates = [f"{config.steps * side.updates_per_step} of the {LABELS.get(name, name)}" for name, side in sections]
     return "\n".join([*lines, f"optimiser updates: {', '.join(updates)}"])

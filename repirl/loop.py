@@ -6,24 +6,27 @@ An offline turn updates the learners on data, without sampling. The code here do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from repirl.batch import PackedBatch
-from repirl.config import Config, ConfigError
-from repirl.evaluate import evaluate
+from repirl.config import Config
+from repirl.evaluate import evaluate_run
 from repirl.interrupt import Interrupted, Signals, end_with_torchrun
 from repirl.lock import locked
 from repirl.objectives import Metrics
 from repirl.report.reporter import Reporter
-from repirl.rewards import read_rewards
 from repirl.run import Run, build, check_output_dir
+from repirl.streams import Scores
 from repirl.work import peak_flops_of, peak_memory_bytes
 
 
-def train(config: Config, *, resume: bool = False) -> int:
+def train(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) -> int:
     """Train until `config.steps` turns are done. With torchrun all processes call this.
 
     Args:
         config: the run's configuration.
         resume: go on from the newest complete checkpoint in `config.output_dir`.
+        changed: options, models and data that may differ from the checkpoint's (checkpoint/identity.py).
 
     Returns:
         The number of turns that are done, with those before the checkpoint.
@@ -34,31 +37,29 @@ def train(config: Config, *, resume: bool = False) -> int:
         Interrupted: a signal asked the run to end. The turn was finished and saved, unless a second signal came.
     """
     end_with_torchrun()
-    with locked(config.output_dir):
-        goes_on = check_output_dir(config, resume)
-        with build(config) as run:
-            if len(set(run.world.gather([goes_on]))) > 1:
-                raise ConfigError(
-                    f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run"
-                )
-            _train(run, resume=goes_on)
+    with (
+        locked(config.output_dir),
+        build(config, resume=check_output_dir(config, resume), changed=changed) as run,
+    ):
+        _train(run)
     return config.steps
 
 
-def _train(run: Run, *, resume: bool) -> None:
+def _train(run: Run) -> None:
     config, timer = run.config, run.timer
-    start = run.resume() if resume else 0
+    start = run.resume()
     peak_flops = peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
-        if start == 0 and run.held_out and config.eval.every:
-            reporter.log(0, _evaluate(run) | timer.step_metrics(run.world, peak_flops))
+        if start == 0 and run.evaluates and config.eval.every:
+            reporter.log(0, evaluate_run(run) | timer.step_metrics(run.world, peak_flops))
         with Signals(defer=True) as signals:
             for turn in range(start, config.steps):
                 metrics = online_turn(run, turn, reporter) if run.config.system.online else offline_turn(run)
+                metrics |= run.data.metrics()
                 done = turn + 1
-                if run.held_out and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
+                if run.evaluates and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
                     with timer("eval"):
-                        metrics |= _evaluate(run)
+                        metrics |= evaluate_run(run)
                 metrics |= timer.step_metrics(run.world, peak_flops)
                 metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
                 reporter.log(done, metrics)
@@ -77,17 +78,12 @@ def _train(run: Run, *, resume: bool) -> None:
         run.checkpointer.finish()
 
 
-def _evaluate(run: Run) -> Metrics:
-    assert run.sampler is not None
-    assert run.held_out is not None
-    return {"eval/accuracy": evaluate(run.sampler, run.held_out, run.config)}
-
-
 def offline_turn(run: Run) -> Metrics:
     """Update each learner on data, without sampling."""
     metrics: Metrics = {}
+    rollouts = run.next_trajectories()
     for name in run.objectives:
-        metrics |= update(run, name, None)
+        metrics |= update(run, name, rollouts)
     return metrics
 
 
@@ -102,12 +98,13 @@ def online_turn(run: Run, turn: int, reporter: Reporter) -> Metrics:
         return metrics | {f"{name}/skipped": 1 for name in run.objectives}
     with run.timer("old_logprob"):
         metrics |= score_rollouts(run, rollouts)
+    run.gate.begin(turn)
     for name in run.objectives:
         reporter.phase(name)
         metrics |= update(run, name, rollouts)
         if name == "policy":
             run.sampler.policy_updated(turn, last=last)
-    return metrics
+    return metrics | run.gate.metrics()
 
 
 def score_rollouts(run: Run, rollouts: PackedBatch) -> Metrics:
@@ -129,21 +126,20 @@ def score_rollouts(run: Run, rollouts: PackedBatch) -> Metrics:
 def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
     """Make this turn's updates of one learner, with its objective; returns the metrics of the last update."""
     learner, objective = run.learners[name], run.objectives[name]
-    prm = run.learners.get("prm")
     with run.timer(name):
         batch = objective.select(rollouts, run.data)
+        if batch is not None and objective.reads_reference and run.reference is not None:
+            run.reference.complete(batch)
     if batch is None:
         return {f"{name}/skipped": 1}
     metrics: Metrics = {}
-    scored_by = None
-    for _ in range(getattr(run.config, name).updates_per_step):
-        # Compute the rewards with the current PRM, unless it has not changed since they were computed.
-        if objective.reads_rewards and prm is not None and scored_by != prm.version:
-            with run.timer(name if prm is learner else "reward"):
-                batch.write("reward", read_rewards(prm.score(batch), batch, run.config.prm))
-            scored_by = prm.version
+    scores = Scores(run.config, run.learners, name, run.timer)
+    held = name == "policy" and run.gate.holds
+    for _ in range(0 if held else getattr(run.config, name).updates_per_step):
+        scores.write(batch, objective.reads_learners)
+        run.gate.look(name, batch)
         with run.timer(name):
             metrics |= objective.prepare(batch)
             metrics |= learner.update(batch, objective)
     named = {f"{name}/{key}": value for key, value in metrics.items()}
-    return named if rollouts is not None else named | {"tokens": batch.num_tokens}
+    return named if run.config.system.online else named | {"tokens": batch.num_tokens}

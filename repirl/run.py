@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from repirl_kernels import segment_sum
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repirl.adapters import add_adapters, init_adapters
 from repirl.batch import PackedBatch
+from repirl.checkpoint.fingerprints import take_fingerprints
+from repirl.checkpoint.identity import Resumption, choose_checkpoint
 from repirl.checkpoint.load import load_checkpoint
 from repirl.checkpoint.manifest import list_checkpoints
 from repirl.checkpoint.save import Checkpointer
 from repirl.config import Config, ConfigError
 from repirl.configfile import describe
-from repirl.data import Data
-from repirl.data.experts import Experts, load_experts
+from repirl.data import Data, Feed
+from repirl.data.experts import check_matches
+from repirl.data.load import load_data, rows_by_option
 from repirl.data.prompts import PromptSet, load_prompts
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
 from repirl.distributed.world import World, join_world
+from repirl.gate import Gate
 from repirl.interrupt import Interrupted
 from repirl.learner import Learner, TrainingError, enable_checkpointing
 from repirl.model_checks import NonFiniteWeights
-from repirl.models import check_window, load_model, quiet_transformers
+from repirl.models import load_model, quiet_transformers
 from repirl.objectives import Objective, load_objectives
-from repirl.options import PolicyConfig, PRMConfig
+from repirl.options import LearnerConfig
+from repirl.packing import fit_window
 from repirl.report.log import LogError
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import MismatchError
@@ -39,6 +47,8 @@ from repirl.sources import check_sources
 from repirl.systems import LABELS
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer, Work
+
+logger = logging.getLogger(__name__)
 
 # At which the PRM's distribution is read, whatever the rollouts' temperature is.
 PRM_TEMPERATURE = 1.0
@@ -60,6 +70,17 @@ class Reference:
         elif self.prm_temperature is not None:
             batch.write("prm_ref_logprob", self.for_prm(batch))
 
+    def complete(self, batch: PackedBatch) -> None:
+        """Write `ref_logprob` of the sequences that lack it, such as experts beside rollouts."""
+        values = torch.full((batch.num_response_tokens,), math.nan)
+        if "ref_logprob" in batch.streams:
+            values = batch.read("ref_logprob")
+        missing = segment_sum(values, batch.response_cu_seqlens).isnan().nonzero()[:, 0].tolist()
+        if missing:
+            logprob = self.learner.score(batch.select(missing))["logprob"]
+            values[batch.response_positions(missing)] = logprob
+            batch.write("ref_logprob", values)
+
     def for_prm(self, batch: PackedBatch) -> Tensor:
         """log pi_ref of each response token [R] at the PRM's temperature."""
         return self.learner.score(batch, self.prm_temperature)["logprob"]
@@ -68,7 +89,8 @@ class Reference:
 @dataclass
 class Run:
     """State of a run. learners: trained ones, by name, and frozen ones that the system reads. objectives: of the
-    trained ones, in the order of their updates. sampler: None where nothing is sampled."""
+    trained ones, in the order of their updates. sampler: None where nothing is sampled. fingerprints: of models and
+    data. resumption: where it goes on; None for a new run."""
 
     config: Config
     world: World
@@ -81,30 +103,78 @@ class Run:
     sampler: Sampler | None
     checkpointer: Checkpointer
     timer: PhaseTimer
+    fingerprints: dict[str, str]
+    resumption: Resumption | None = None
+
+    def __post_init__(self) -> None:
+        self.gate = Gate(self.config)
 
     @property
     def trained(self) -> dict[str, Learner]:
         """The learners that are updated, which checkpoints hold."""
         return {name: self.learners[name] for name in self.config.system.trains}
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something held out."""
+        return self.held_out is not None or self.data.eval_steps is not None
+
     def save(self, step: int, accuracy: float | None = None) -> None:
         """Checkpoint after `step` finished steps; accuracy: on the held-out prompts, if it was measured after it."""
-        parts = {"sampler": self.sampler, "experts": self.data.experts}
-        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        description = describe(self.config)
-        self.checkpointer.save(step, self.trained, state, self.tokenizer, description=description, score=accuracy)
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        self.checkpointer.save(
+            step,
+            self.trained,
+            state,
+            self.tokenizer,
+            description=describe(self.config),
+            fingerprints=self.fingerprints,
+            score=accuracy,
+        )
 
     def resume(self) -> int:
-        """Go on from the newest sound checkpoint; damaged ones are set aside. Returns the number of finished steps."""
-        return self.restore(self.checkpointer.choose())
+        """Go on from the checkpoint that was chosen, and say where; returns the number of finished steps, 0 for a new
+        run."""
+        if self.resumption is None:
+            return 0
+        path, total = self.resumption.path, self.config.steps
+        step = self.restore(path)
+        if self.world.is_main:
+            place = f"resuming at turn {step + 1} of {total}" if step < total else f"all {total} turns are done already"
+            print(f"{place}, from {path}", flush=True)
+        return step
 
     def restore(self, path: Path) -> int:
-        """Load a checkpoint; returns the number of finished steps."""
+        """Load a checkpoint; returns the number of finished steps. Data that changed begins anew."""
         step, state = load_checkpoint(path, self.trained, self.world)
-        for name, part in {"sampler": self.sampler, "experts": self.data.experts}.items():
-            if part is not None:
+        known = self.resumption or Resumption(path)
+        if "policy.model" in known.changed and "experts" in state:
+            # What the reference said of them, which is another one now.
+            state["experts"]["reference"] = {}
+        sources = {"sampler": "data.train", **{name: f"data.{name}" for name in self.data.feeds}}
+        for name, part in self._parts().items():
+            if name not in sources or not known.begins_anew(sources[name]):
                 part.load_state_dict(state.get(name))
         return step
+
+    def _parts(self) -> dict[str, Feed]:
+        """What has a state beside the learners."""
+        parts: dict[str, Feed] = {"gate": self.gate, **self.data.feeds}
+        return parts if self.sampler is None else {"sampler": self.sampler, **parts}
+
+    def next_trajectories(self) -> PackedBatch | None:
+        """The next fixed rollouts, with the streams that rollouts of a turn have; None where the system has none."""
+        if self.data.trajectories is None:
+            return None
+        batch = self.data.trajectories.next()
+        with self.timer("reference"):
+            if self.reference is not None:
+                self.reference.write(batch)
+            for name in ("old_logprob", "sampler_logprob"):
+                if name not in batch.streams:
+                    # Without log mu in the file, the start policy has sampled them.
+                    batch.write(name, batch.read("ref_logprob"))
+        return batch
 
     def account(self, done: int) -> str:
         """What a run that ends early after `done` turns says of what was saved."""
@@ -145,8 +215,11 @@ class Run:
 
 
 def needs_reference(config: Config) -> bool:
-    """Whether the frozen initial policy has to be kept: for a base measure, a KL term or an implicit reward."""
+    """Whether the frozen initial policy has to be kept: for a base measure, a KL term, an implicit reward, or as the
+    policy that sampled fixed rollouts."""
     objectives = load_objectives(config.system.objectives)
+    if config.trajectories_are_the_start_policys:
+        return True
     return config.prm_reads_reference or any(kind.needs_reference(config) for kind in objectives.values())
 
 
@@ -194,7 +267,7 @@ class _Builder:
         if self.config.adapters is None:
             return {name: self._learner(name, self._load(name, self.dtype)) for name in names}
         adapters, trained = self.config.adapters, [name for name in names if name in self.system.trains]
-        value_head = "prm" in trained and self.config.prm.reward == "value"
+        value_head = any(self.config.reads_values(name) for name in trained)
 
         def prepare(model: PreTrainedModel) -> None:
             add_adapters(model, adapters, trained, self.dtype, value_head=value_head)
@@ -204,7 +277,7 @@ class _Builder:
         init_adapters(model, self.config.seed)
         return {name: self._learner(name, model) for name in names}
 
-    def _section(self, name: str) -> PolicyConfig | PRMConfig | None:
+    def _section(self, name: str) -> LearnerConfig | None:
         """The options that a learner is trained with; None for a frozen one."""
         return self.config.trained_sections.get(name)
 
@@ -214,7 +287,7 @@ class _Builder:
         config, world = self.config, self.world
         model_name, gguf_file = config.start_of(name)
         kind = "causal"
-        if name == "prm" and config.prm.reward == "value":
+        if config.reads_values(name):
             # One that is only read would say 0 for ever with a new head.
             kind = "value" if name in self.system.trains else "trained value"
         options: dict[str, Any] = {"kind": kind, "dtype": dtype, "gguf_file": gguf_file}
@@ -234,7 +307,7 @@ class _Builder:
                 )
         except NonFiniteWeights as error:
             raise ConfigError(f"the {LABELS.get(name, name)} cannot start: {error}") from error
-        check_window(model, model_name, config.longest_sequence)
+        fit_window(model, model_name, config.longest_sequence)
         return model
 
     def _learner(self, name: str, model: PreTrainedModel) -> Learner:
@@ -244,18 +317,27 @@ class _Builder:
         learner = Learner(
             model,
             section.optimizer if section is not None else None,
-            num_updates=self.config.steps * section.updates_per_step if section is not None else 1,
+            num_updates=self._num_updates(name),
             tokens_per_microbatch=self.config.batch.tokens_per_microbatch,
             temperature=PRM_TEMPERATURE if name == "prm" else self.config.policy_temperature,
             adapter=name if self.config.adapters is not None and section is not None else None,
             world=self.world,
             work=self.work,
         )
+        learner.reads_states = name == "critic"
         learner.label = LABELS.get(name, name)
         if self.residency is not None:
             # At once, so that there is room for the next one.
             self.residency.add(learner)
         return learner
+
+    def _num_updates(self, name: str) -> int:
+        """The updates of a learner in the whole run, if none is held."""
+        section = self._section(name)
+        if section is None:
+            return 1
+        turns = self.config.steps - self.config.prm.warmup_turns * (name == "policy")
+        return max(turns, 1) * section.updates_per_step
 
 
 def set_up_process(config: Config) -> None:
@@ -266,17 +348,30 @@ def set_up_process(config: Config) -> None:
     torch.manual_seed(config.seed)
 
 
-def build(config: Config) -> Run:
-    """Load data and models. ConfigError (or DataError) with one clear message for what the user can mend."""
+def build(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) -> Run:
+    """Load data and models.
+
+    Args:
+        config: the run's configuration.
+        resume: whether there is a run in `config.output_dir` to go on with; its state is loaded by `Run.resume`.
+        changed: what may be different from that run (identity.choose_checkpoint).
+
+    Raises:
+        ConfigError (or DataError): what the user can mend, with one clear message.
+    """
     set_up_process(config)
-    world, timer = join_world(config), PhaseTimer()
-    system = config.system
+    world, timer, system = _begin(config, resume), PhaseTimer(), config.system
     tokenizer = check_sources(config)
 
     # Data first: it is quick to check, and a mistake in it should not cost a model's loading time.
     prompts = load_prompts(config.data, tokenizer, "train") if "prompts" in system.data else None
     held_out = load_prompts(config.data, tokenizer, "eval") if config.data.eval else None
-    rows = load_experts(config.data, tokenizer, config.policy.model) if "experts" in system.data else None
+    data = load_data(config, tokenizer, world)
+    if data.experts is not None and prompts is not None and config.matches_experts:
+        check_matches(data.experts.rows, [prompt.token_ids for prompt in prompts.prompts])
+    fingerprints = take_fingerprints(config, tokenizer, rows_by_option(prompts, held_out, data), world)
+    checkpointer = Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world)
+    resumption = choose_checkpoint(checkpointer, config, fingerprints, changed) if resume else None
 
     # A function of the user's that cannot be loaded shows here, before the models are.
     verifier = Verifier(config.verifier) if prompts is not None or held_out is not None else None
@@ -289,11 +384,9 @@ def build(config: Config) -> Run:
     reference = None
     if (frozen := learners.pop("reference", None)) is not None:
         reference = Reference(frozen, PRM_TEMPERATURE if config.prm_reads_reference else None)
-    experts = sampler = None
-    if rows is not None:
-        per_turn = config.experts_per_step
-        asked = reference.for_prm if reference is not None and reference.prm_temperature is not None else None
-        experts = Experts(rows, seed=config.seed + 1, per_turn=per_turn, reference=asked)
+        if data.experts is not None and reference.prm_temperature is not None:
+            data.experts.reference = reference.for_prm
+    sampler = None
     if verifier is not None:
         engine = make_engine(config, learners["policy"], tokenizer)
         sampler = Sampler(config, learners["policy"], tokenizer, engine, verifier, prompts, timer)
@@ -304,12 +397,24 @@ def build(config: Config) -> Run:
         learners,
         {name: kind(config) for name, kind in _in_order(config, load_objectives(system.objectives)).items()},
         reference,
-        Data(experts),
+        data,
         held_out,
         sampler,
-        Checkpointer(Path(config.output_dir) / "checkpoints", config.checkpoint, world),
+        checkpointer,
         timer,
+        fingerprints,
+        resumption,
     )
+
+
+def _begin(config: Config, resume: bool) -> World:
+    """Join the other processes, which have to agree that there is a run to go on with, and say what to be warned of."""
+    world = join_world(config)
+    if len(set(world.gather([resume]))) > 1:
+        raise ConfigError(f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run")
+    for warning in config.warnings if world.is_main else ():
+        logger.warning(warning)
+    return world
 
 
 def _in_order(config: Config, objectives: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from repirl.distributed.world import World
 logger = logging.getLogger(__name__)
 
 # Of what this package writes and reads; it changes with the names and the meaning of what is in there.
-FORMAT = 2
+FORMAT = 3
 # A file's name in the checkpoint -> its size and checksum.
 Manifest = dict[str, tuple[int, int]]
 
@@ -77,6 +77,23 @@ def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
         damaged[path.name] = problems[0]
     told = "; ".join(f"{name}: {problem}" for name, problem in damaged.items())
     raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound ({told})")
+
+
+def newest_with(folder: str | os.PathLike, name: str) -> Path:
+    """The newest checkpoint in which the file `name` is as it was written; the other files are not looked at.
+
+    ConfigError where there is none.
+    """
+    problems = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            size, expected = json.loads((path / "manifest.json").read_text())[name]
+            if ((path / name).stat().st_size, checksum(path / name)) == (size, expected):
+                return path
+            problems.append(f"{path.name}: {name} has other content than was written")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            problems.append(f"{path.name}: {name} cannot be read: {error}")
+    raise ConfigError(f"none of the checkpoints in {str(folder)!r} has a sound {name} ({'; '.join(problems)})")
 
 
 def find_damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:

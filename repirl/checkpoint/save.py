@@ -87,6 +87,7 @@ class Checkpointer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         description: str = "",
+        fingerprints: dict[str, str] | None = None,
         score: float | None = None,
     ) -> None:
         """Write step_`step`.
@@ -97,6 +98,7 @@ class Checkpointer:
             run_state: what else the run needs to go on, of plain types and tensors, equal on all processes.
             tokenizer: saved beside each model.
             description: the resolved configuration.
+            fingerprints: of the run's models and data (fingerprints.take_fingerprints).
             score: what `keep_best` goes by.
 
         Raises:
@@ -111,6 +113,7 @@ class Checkpointer:
             "repirl": __version__,
             "step": step,
             "score": score,
+            "fingerprints": fingerprints or {},
             "processes": self.world.size,
             "learners": {name: learner.counters for name, learner in learners.items()},
         }

@@ -166,8 +166,10 @@ def test_resuming_with_other_models_is_refused(file, capsys):
     path = file(steps=1)
     assert main(["train", "--config", path]) == 0
     capsys.readouterr()
-    error = fails(capsys, "train", "--config", path, "--resume", "--steps=2", "--prm.reward=logprob")
-    assert "does not fit the configured models" in error
+    arguments = ["train", "--config", path, "--resume", "--steps=2", "--prm.reward=logprob"]
+    assert "--resume --changed prm.reward\n" in fails(capsys, *arguments)
+    assert main([*arguments, "--changed", "prm.reward"]) == 2
+    assert "does not fit the configured models" in capsys.readouterr().err
 
 
 def test_plan_needs_nothing_but_the_models_configuration(file, tmp_path, capsys):

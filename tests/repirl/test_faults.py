@@ -531,8 +531,8 @@ def rewritten(path, **changes):
     ("changes", "message"),
     [
         # As checkpoints were before formats had numbers.
-        ({"format": None, "repirl": None}, "has format 1, written by a repirl before 0.2; this repirl reads format 2"),
-        ({"format": 3, "repirl": "9.1"}, "has format 3, written by repirl 9.1; this repirl reads format 2"),
+        ({"format": None, "repirl": None}, "has format 1, written by a repirl before 0.2; this repirl reads format 3"),
+        ({"format": 4, "repirl": "9.1"}, "has format 4, written by repirl 9.1; this repirl reads format 3"),
     ],
 )
 def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path, capsys, changes, message):

@@ -83,7 +83,7 @@ def test_every_reward_model_trains_both_sides(tmp_path, reward):
         {"irl": {"group": "batch", "normalize": "token", "reward_l2": 0.1, "weights": "uniform"}},
         {
             "loss": {"outcome_coefficient": 0.0},
-            "irl": {"use_outcome": False},
+            "irl": {"use_outcome": False, "gate": None},
             "data": {"answer_column": None, "eval": None},
         },
         {"policy": {"updates_per_step": 2}, "prm": {"updates_per_step": 3}, "batch": {"tokens_per_microbatch": 20}},
@@ -236,7 +236,7 @@ def test_old_checkpoints_are_pruned(tmp_path):
 
 def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.9, 0.2, 0.1])
-    monkeypatch.setattr("repirl.loop.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("repirl.evaluate.evaluate", lambda *_: next(scores))
     checkpoint = {"every": 1, "keep_last": 1, "keep_best": 2}
     config = tiny_config(tmp_path, steps=5, eval={"every": 1}, checkpoint=checkpoint)
     train(config)
@@ -266,13 +266,15 @@ def test_a_resumed_run_takes_new_options_of_the_optimiser(tmp_path):
     train(tiny_config(tmp_path, steps=2))
     optimizer = {"lr": 5e-4, "weight_decay": 0.1, "schedule": "linear"}
     config = tiny_config(tmp_path, steps=4, policy={"optimizer": optimizer})
+    with pytest.raises(ConfigError, match=r"steps 2 -> 4; .*lr 0.001 -> 0.0005; .*--changed steps,policy.optim"):
+        train(config, resume=True)
     run = build(config)
     run.restore(resolve_checkpoint(config.output_dir))
     optimizer = run.learners["policy"].optimizer
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
     assert [g["lr"] for g in optimizer.param_groups] == [2.5e-4] * 2
     assert all(float(state["step"]) == 2 for state in optimizer.state.values())
-    train(config, resume=True)
+    train(config, resume=True, changed=["steps", "policy.optimizer"])
     rates = [line["policy/lr"] for line in metrics_of(config) if "policy/lr" in line]
     assert rates == pytest.approx([1e-3, 1e-3, 2.5e-4, 1.25e-4])
 
@@ -291,7 +293,7 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:-3]))
     from repirl.configfile import build_config
 
-    with pytest.raises(ConfigError, match=r"24 rows .* now there are 21 rows"):
+    with pytest.raises(ConfigError, match=r"content of data.train \(24 rows, .* -> 21 rows, "):
         train(build_config(values), resume=True)
 
 
@@ -462,18 +464,18 @@ def test_a_frozen_learner_is_asked_but_neither_trained_nor_saved(tmp_path, monke
     assert [line for line in metrics_of(tiny_config(tmp_path, **parts)) if line["step"] == 3] == lines[-1:]
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "message"),
-    [
-        ("rloo", "repirl", r"has no 'prm'; it holds \['policy'\]"),
-        ("sft", "rloo", "is of a run without prompts; it had another objective"),
-        ("rloo", "sft", "is of a run without experts; it had another objective"),
-    ],
-)
-def test_resuming_with_another_objective_is_refused(tmp_path, before, now, message):
-    train(tiny_config(tmp_path, objective=before, steps=1))
-    with pytest.raises(ConfigError, match=message):
-        train(tiny_config(tmp_path, objective=now, steps=2), resume=True)
+def test_another_objective_goes_on_only_if_it_is_named(tmp_path):
+    train(tiny_config(tmp_path, objective="sft", steps=1))
+    config = tiny_config(tmp_path, objective="rloo", steps=2)
+    with pytest.raises(ConfigError, match=r'objective "sft" -> "rloo"; .*--changed objective,data.experts,data.train'):
+        train(config, resume=True)
+    # The fine-tuned policy goes on, and the prompts begin.
+    train(config, resume=True, changed=["objective", "data.experts", "data.train"])
+    assert [line["step"] for line in metrics_of(config)] == [0, 1, 2]
+    # But there is no PRM to go on with.
+    names = ["objective", "prm.model", "data.experts"]
+    with pytest.raises(ConfigError, match=r"has no 'prm'; it holds \['policy'\]"):
+        train(tiny_config(tmp_path, objective="repirl", steps=3), resume=True, changed=names)
 
 
 def test_only_what_needs_the_reference_loads_it(tmp_path):
@@ -550,3 +552,36 @@ def test_metrics_are_json_lines_with_the_promised_names(tmp_path):
     promised |= {"policy/entropy", "seconds/rollout", "seconds/policy", "seconds/step", "memory/peak_bytes"}
     assert promised <= set(lines[-1])
     assert list((Path(config.output_dir) / "tensorboard").glob("events*"))
+
+
+def test_a_prm_from_fixed_rollouts_starts_an_online_one(tmp_path):
+    """The loop goes on with the rewards that the PRM had learned without sampling."""
+    offline = tiny_config(tmp_path, objective="prm-offline", steps=3, data={"eval": None}, prm={"reward": "logprob"})
+    train(offline)
+    assert all(line["prm/grad_norm"] > 0 for line in metrics_of(offline))
+    prm = export_checkpoint(offline.output_dir, tmp_path / "out")[0]
+    changes = {"prm": {"reward": "logprob", "model": str(prm)}, "output_dir": str(tmp_path / "online")}
+    online = tiny_config(tmp_path, steps=2, irl={"use_outcome": False}, **changes)
+    batch = pack([([3, 4], [5, 6, 1])])
+    learned, started = weights_of(offline), build(online).learners["prm"]
+    for name, value in started.model.state_dict().items():
+        assert torch.equal(value, learned[f"prm.{name}"]), name
+    before = started.score(batch)["logprob"]
+    assert not torch.equal(before, build(online).learners["policy"].score(batch)["logprob"])
+    train(online)
+    assert [line["step"] for line in metrics_of(online)] == [0, 1, 2]
+
+
+def test_offline_systems_need_their_data(tmp_path):
+    for objective, kind in (("dpo", "pairs"), ("dqo", "trajectories")):
+        with pytest.raises(ConfigError, match=rf"'{objective}' learns from {kind}: set data.{kind}"):
+            tiny_config(tmp_path, objective=objective, data={kind: None})
+    unknown = {"path": str(tmp_path / "trajectories.jsonl"), "outcome_column": None}
+    with pytest.raises(ConfigError, match=r"outcome_column is null, .* name the column$"):
+        tiny_config(tmp_path, objective="dqo", data={"trajectories": unknown})
+    with pytest.raises(ConfigError, match=r"or set irl.use_outcome: false"):
+        tiny_config(tmp_path, objective="prm-offline", data={"trajectories": unknown, "eval": None})
+    with pytest.raises(ConfigError, match=r"'prm-offline' has no policy to evaluate"):
+        tiny_config(tmp_path, objective="prm-offline")
+    with pytest.raises(ConfigError, match=r"options of 'dpo' are set, but objective 'repirl' does not read them"):
+        tiny_config(tmp_path, dpo={"beta": 0.2})
