@@ -122,7 +122,7 @@ class Config(Section):
             return False
         if self.irl.experts is not None:
             return self.irl.experts == "matched"
-        return self.data.experts is None
+        return self.data.experts is None and self.irl.experts_per_step is None
 
     @property
     def gate_threshold(self) -> float | None:
@@ -336,10 +336,10 @@ class Config(Section):
     def _irl_options_fit(self) -> None:
         if self.irl.target_ess is not None and self.irl.temper != 1.0:
             raise ValueError("give irl.temper or irl.target_ess, not both")
-        if self.matches_experts and self.irl.experts_per_step is not None:
+        if self.irl.experts == "matched" and self.irl.experts_per_step is not None:
             raise ValueError(
-                f"irl.experts_per_step is {self.irl.experts_per_step}, but all experts of a step's prompts are used: "
-                "leave it out, or set irl.experts: all"
+                f"irl.experts_per_step is {self.irl.experts_per_step}, but irl.experts 'matched' takes all experts of "
+                "a step's prompts: leave one of the two out"
             )
         waits = {"prm", "policy"} <= set(self.system.trains)
         needless = {
@@ -374,8 +374,8 @@ class Config(Section):
         if not (alone and self.system.gated and self.prm.reward == "value" and self.gate_threshold is None):
             return []
         return [
-            "prm.reward is 'value' and nothing else rewards the policy, but irl.gate is null: the rewards of a new value "
-            "head are noise, and a policy that follows them unlearns what it knew; set irl.gate: 2.0"
+            "prm.reward is 'value' and nothing else rewards the policy, but irl.gate is null: the rewards of a new "
+            "value head are noise, and a policy that follows them unlearns what it knew; set irl.gate: 2.0"
         ]
 
     def _rollout_options_fit(self) -> None:

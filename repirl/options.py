@@ -6,6 +6,7 @@ are refused in `repirl.config`.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -55,7 +56,8 @@ class PRMConfig(Section):
     beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
     reference: Literal["start", "policy"] = Field(
         "start",
-        description="what `implicit` rewards are relative to: the frozen start of the policy, or the policy that sampled",
+        description="what `implicit` rewards are relative to: the frozen start of the policy, or the policy that "
+        "sampled (PRIME's ref_type)",
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the PRM's optimiser")
     updates_per_step: Positive = Field(1, description="n_prm: PRM updates before the policy's (algorithm 1)")
@@ -200,6 +202,12 @@ class RolloutConfig(Section):
             )
 
     @property
+    def prompts_per_round(self) -> int:
+        """Prompts that are sampled at once: those of a step, or the first round's of a filter."""
+        oversample = 1.0 if self.filter is None else self.filter.oversample
+        return math.ceil(oversample * self.prompts_per_step)
+
+    @property
     def keeps_surplus(self) -> bool:
         """Whether a step may train on rollouts of earlier steps that it did not need."""
         return self.filter is not None and self.filter.surplus == "keep"
@@ -228,7 +236,7 @@ class IRLConfig(Section):
     experts: Literal["matched", "all"] | None = Field(
         None,
         description="all experts of the step's prompts, or experts_per_step of all; null: matched where experts come "
-        "with the training prompts (data.solution_column)",
+        "with the training prompts (data.solution_column) and experts_per_step is null",
     )
     experts_per_step: Positive | None = Field(
         None, description="expert trajectories a step, unless they are matched; null: prompts_per_step"
@@ -267,7 +275,7 @@ class DiscriminatorConfig(Section):
     )
     subtract_logprob: bool = Field(
         False,
-        description="with bce: the discriminator's logit is r_t - log mu_t, as in AIRL; otherwise it is r_t, as in GAIL",
+        description="with bce: the discriminator's logit is r_t - log mu_t, as in AIRL; false: it is r_t, as in GAIL",
     )
     reward_clip: PositiveFloat | None = Field(None, description="policy's rewards at most this far from 0; null: any")
 
