@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -30,6 +31,20 @@ def test_display_on_a_terminal_shows_the_newest_metrics():
         console.print(display._view())
     assert "50.0%" in out.getvalue()
     assert "2/4" in out.getvalue()
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_the_table_stays_on_the_terminal(error):
+    """Nothing is erased after the last time that it was drawn."""
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, _environ={"TERM": "xterm"})
+    with suppress(KeyboardInterrupt), ProgressDisplay(4, "repirl", console=console) as display:
+        display.update(3, {"eval/accuracy": 0.75})
+        if error is not None:
+            raise error
+    text = out.getvalue()
+    assert "\x1b[2K" not in text[text.rindex("75.0%") :]
+    assert "3/4" in text
 
 
 def test_a_long_plain_run_prints_every_twentieth_step_and_every_evaluation():
