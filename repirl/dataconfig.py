@@ -35,9 +35,14 @@ def _as_source(value: Any) -> Any:
 Source = Annotated[SourceConfig | None, BeforeValidator(_as_source)]
 
 
+def _as_sources(value: Any) -> Any:
+    return [_as_source(part) for part in value] if isinstance(value, list) else _as_source(value)
+
+
 class ExpertFileConfig(SourceConfig):
     prompt_column: str = Field("prompt", description="column with the prompt")
     solution_column: str = Field("solution", description="column with one solution or a list of them")
+    answer_column: str | None = Field(None, description="column with the right answer, for data.verify_experts")
 
 
 class PairFileConfig(SourceConfig):
@@ -92,7 +97,13 @@ class DataConfig(Section):
     answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
     solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
     solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
-    experts: ExpertFileConfig | None = Field(None, description="expert trajectories in a file of their own")
+    experts: Annotated[ExpertFileConfig | list[ExpertFileConfig] | None, BeforeValidator(_as_sources)] = Field(
+        None, description="expert trajectories in files of their own: one source or a list of them, each as in train"
+    )
+    verify_experts: bool = Field(False, description="leave out expert solutions that the verifier calls wrong")
+    max_experts_per_prompt: Positive | None = Field(
+        None, description="most expert solutions of a prompt, taken from its sources in turn; null: all"
+    )
     pairs: Annotated[PairFileConfig | None, BeforeValidator(_as_source)] = Field(
         None, description="preference pairs: a path or hub id, or the options of PairFileConfig"
     )
@@ -126,8 +137,26 @@ class DataConfig(Section):
     )
     overlong: Literal["error", "drop"] = Field("error", description="what to do with longer ones")
 
+    @property
+    def expert_sources(self) -> list[ExpertFileConfig]:
+        """Where expert trajectories come from: `experts`, or else the solution column of `train`; maybe nowhere."""
+        if self.experts is not None:
+            return self.experts if isinstance(self.experts, list) else [self.experts]
+        if self.train is None or self.solution_column is None:
+            return []
+        columns = {name: getattr(self, name) for name in ("prompt_column", "solution_column", "answer_column")}
+        return [ExpertFileConfig(**self.train.model_dump(), **columns)]
+
     def check(self) -> None:
         """ValueError for options that cannot be used, or would be ignored."""
+        if self.experts == []:
+            raise ValueError("data.experts is an empty list: name a source, or leave it out")
+        for source in self.expert_sources if self.verify_experts else []:
+            if source.answer_column is None:
+                raise ValueError(
+                    f"data.verify_experts is true, but the experts of {source.path!r} have no answers to be verified "
+                    "by: set answer_column beside its path, or leave verify_experts out"
+                )
         try:
             re.compile(self.solution_remove or "")
         except re.error as error:

@@ -16,9 +16,9 @@ from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.config import Config, ConfigError, RunError
 from repirl.data.prompts import Prompt, load_prompts
+from repirl.data.responses import decode_response
 from repirl.data.sources import read_rows
 from repirl.data.text import find_end_tokens
-from repirl.data.trajectories import decode_response
 from repirl.distributed.world import join_world
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import Response, sequence_seed
@@ -80,7 +80,7 @@ def sample(
                 lines.append(
                     {
                         "prompt": texts[prompt.index],
-                        "response": decode_response(tuple(response.token_ids), ends, tokenizer),
+                        "response": decode_response(response.token_ids, ends, tokenizer),
                         "response_ids": response.token_ids,
                         "logprobs": response.logprobs,
                         "temperature": config.rollout.temperature,

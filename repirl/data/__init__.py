@@ -41,6 +41,10 @@ class Data:
         }
         return {name: part for name, part in parts.items() if part is not None}
 
+    def metrics(self) -> dict[str, float]:
+        """Figures of what was given last."""
+        return {} if self.experts is None else self.experts.metrics()
+
     def next_experts(self) -> PackedBatch:
         """The next expert trajectories."""
         assert self.experts is not None, "the system's row in systems.py has no experts in `data`"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
+import torch
 from math_verify import parse
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import Config
 from repirl.data.experts import Expert
+from repirl.data.load import load_chosen_experts, source_names
 from repirl.data.pairs import load_pairs
 from repirl.data.prompts import Prompt
 from repirl.data.steps import load_steps
 from repirl.data.text import find_end_tokens
 from repirl.data.trajectories import load_trajectories
+from repirl.distributed.world import World
 from repirl.options import VerifierConfig
 from repirl.verify.math import extract_answer, is_overlong
 from repirl.verify.process import Verifier
@@ -47,6 +51,22 @@ def preview(
     if answers:
         lines += [f"first answer: {answers[0][1]!r}", _readable(config.verifier, answers)]
     return lines
+
+
+def preview_experts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Expert], list[str]]:
+    """The expert trajectories that a run would learn from, and lines about them."""
+    experts = load_chosen_experts(config, tokenizer, World(torch.device("cpu")))
+    lens = [len(expert.prompt_ids) + len(expert.response_ids) for expert in experts]
+    a_step = config.experts_per_step if "experts" in config.system.data and not config.matches_experts else None
+    lines = [
+        f"experts: {len(experts)} trajectories, {'those of its prompts' if a_step is None else a_step} a step, "
+        f"{sum(lens) / len(lens):.0f} tokens on average, {max(lens)} at most"
+    ]
+    names = source_names(config.data)
+    counts = Counter(expert.source for expert in experts)
+    if len(names) > 1:
+        lines.append(f"experts by source: {', '.join(f'{name} {counts[i]}' for i, name in enumerate(names))}")
+    return experts, lines
 
 
 def preview_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:

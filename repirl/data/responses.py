@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from repirl.data.prompts import LengthLimit
@@ -37,9 +39,21 @@ def encode_response(
     return ids
 
 
-def fits(limit: LengthLimit, data: DataConfig, place: Place, prompt_ids: tuple[int, ...], *responses: int) -> bool:
+def decode_response(ids: Sequence[int], ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a response, without its end token."""
+    # It is cut off here: `skip_special_tokens` leaves it in if the tokenizer does not call it special.
+    return str(tokenizer.decode(list(ids[:-1] if ids[-1] in ends.ids else ids), skip_special_tokens=True))
+
+
+def fits(
+    limit: LengthLimit,
+    data: DataConfig,
+    place: Place,
+    prompt_ids: tuple[int, ...],
+    *responses: int,
+    what: str = "response",
+) -> bool:
     """Whether a prompt and the lengths of its responses are within the limits; DataError as of `LengthLimit.allows`."""
     return limit.allows(len(prompt_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens) and all(
-        limit.allows(length, place, "response", "data.max_expert_tokens", data.max_expert_tokens)
-        for length in responses
+        limit.allows(length, place, what, "data.max_expert_tokens", data.max_expert_tokens) for length in responses
     )

@@ -14,7 +14,7 @@ from repirl.batch import PackedBatch, pack
 from repirl.config import ConfigError
 from repirl.data.errors import DataError
 from repirl.data.prompts import Cursor, LengthLimit, read_prompt
-from repirl.data.responses import encode_response, fits
+from repirl.data.responses import decode_response, encode_response, fits
 from repirl.data.sources import read_rows
 from repirl.data.text import EndTokens, find_end_tokens
 from repirl.data.values import Place, shown
@@ -102,18 +102,13 @@ def _response_ids(
             f"{column!r} goes on after the end token {tokenizer.decode([min(inner)])!r}, which ends every response"
         )
     text = row.get(source.response_column)
-    written = decode_response(tuple(ids), ends, tokenizer)
+    written = decode_response(ids, ends, tokenizer)
     if isinstance(text, str) and text != written:
         raise place.error(
             f"{column!r} are tokens of {shown(written)}, but {source.response_column!r} holds {shown(text)}: the ids "
             "are of another tokenizer"
         )
     return tuple(ids)
-
-
-def decode_response(ids: tuple[int, ...], ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a response, without its end token."""
-    return str(tokenizer.decode(list(ids[:-1] if ids[-1] in ends.ids else ids), skip_special_tokens=True))
 
 
 def _number(value: Any, place: Place, column: str) -> float:

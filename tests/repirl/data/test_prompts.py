@@ -155,8 +155,8 @@ def test_a_cache_over_the_limit_is_left_out_and_computed_anew(monkeypatch, room)
         ours, theirs = after.next(), before.next()
         assert torch.equal(ours.token_ids, theirs.token_ids)
         assert torch.equal(ours.read("prm_ref_logprob"), theirs.read("prm_ref_logprob"))
-    assert len(before._reference.rows) == 5
-    assert sorted(after._reference.rows) == ([] if is_saved else list(range(5)))
+    assert len(before.reference.rows) == 5
+    assert sorted(after.reference.rows) == ([] if is_saved else list(range(5)))
 
 
 def test_experts_of_another_run_are_refused():
