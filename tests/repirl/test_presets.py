@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_values
+from tiny import make_step_prm, tiny_values
 
 from repirl.cli import main
 from repirl.configfile import build_config, load_preset, merge
 from repirl.loop import train
 from repirl.report.log import read_metrics
+from repirl.systems import LABELS
 
 PRESETS = ("prime", "demo-prime", "airl", "demo-airl", "iq-learn", "demo-iq-learn", "dpo", "online-dpo", "demo-dpo")
 PRESETS += ("repirl", "repirl-prm-only", "demo-prm-only")
 PRESETS += ("dqo", "demo-dqo", "prm-offline", "demo-prm-offline")
+PRESETS += ("math-shepherd", "demo-math-shepherd", "math-shepherd-rl", "demo-math-shepherd-rl")
 SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 
 
@@ -25,6 +27,9 @@ def shrunk(folder: Path, preset: str, **changes):
     data = {key: tiny["data"][key] for key in ("train", "eval", "solution_column", "pairs", "trajectories")}
     if load_preset(preset)["data"].get("eval") is None:
         data["eval"] = None
+    if "steps" in load_preset(preset)["data"]:
+        data |= {"steps": tiny["data"]["steps"], "step_separator": "; "}
+        data |= {"eval_steps": tiny["data"]["steps"]} if "eval_steps" in load_preset(preset)["data"] else {}
     data |= {"prompt_column": "prompt", "answer_column": "answer", "chat_template": False}
     data |= {"prompt_template": "{prompt}", "overlong": "error"}
     small = {
@@ -40,6 +45,8 @@ def shrunk(folder: Path, preset: str, **changes):
         "checkpoint": {"every": 1, "keep_last": 3},
         "log": {"tensorboard": False},
     }
+    if load_preset(preset).get("prm", {}).get("model") is not None:
+        small["prm"] = {"model": str(make_step_prm(folder))}
     return merge(merge(load_preset(preset), small), changes)
 
 
@@ -55,7 +62,8 @@ def test_three_turns_train_every_learner_and_resume_to_the_bit(tmp_path, preset,
     train(config)
     whole, parts = tmp_path / "run", tmp_path / "parts"
     lines = metrics_of(whole)
-    assert [line["step"] for line in lines] == [0, 1, 2, 3][config.data.eval is None :]
+    holds_out = config.data.eval is not None or config.data.eval_steps is not None
+    assert [line["step"] for line in lines] == [0, 1, 2, 3][not holds_out :]
     for line in lines[-3:]:
         for name in config.system.trains:
             if line.get(f"{name}/held"):
@@ -67,6 +75,9 @@ def test_three_turns_train_every_learner_and_resume_to_the_bit(tmp_path, preset,
     capsys.readouterr()
     assert main(["plan", "--config", str(file)]) == 0
     assert ("PRM" in capsys.readouterr().out) == config.system.has_prm
+    assert main(["train", "--config", str(file), "--dry-run"]) == 0
+    updates = capsys.readouterr().out.splitlines()[-1]
+    assert all(f" of the {LABELS.get(name, name)}" in updates for name in config.system.trains)
     # As if the run had ended after two turns.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step_3")

@@ -6,10 +6,14 @@ from exact_mdp import V as VOCAB
 from tiny import gradients, tiny_config
 
 from repirl.batch import pack
+from repirl.export import export_checkpoint
 from repirl.learner import Learner
+from repirl.loop import train
 from repirl.models import load_model
 from repirl.objectives.dqo import CriticDQO, PolicyDQO, lambda_returns
 from repirl.options import OptimizerConfig
+from repirl.report.log import read_metrics
+from repirl.run import build
 
 # jwhj/OREO 6f7403b, pcl_trainer.py (lambda 1; its single step is lambda 0), and DQO's definition (2410.09302).
 LENS, BETA, OUTCOMES = [3, 5, 4], 0.03, [1.0, 0.0, 1.0]
@@ -163,3 +167,20 @@ def test_a_critic_reads_the_state_before_each_token(tmp_path):
     critic.reads_states = False
     at_tokens = critic.score(pack([([3], [5, 4, 6])]))["value"]
     torch.testing.assert_close(first, at_tokens[:2])
+
+
+def test_with_adapters_critic_and_policy_share_a_base(tmp_path):
+    """The base is the reference; the first losses are those of whole models, as adapters start as nothing."""
+    losses = {}
+    for adapters in (None, {"rank": 4}):
+        folder = tmp_path / str(adapters is None)
+        config = tiny_config(tmp_path, objective="dqo", steps=2, adapters=adapters, output_dir=str(folder))
+        train(config)
+        losses[adapters is None] = [line["critic/loss"] for line in read_metrics(folder / "metrics.jsonl")[1:]]
+    assert losses[False][0] == pytest.approx(losses[True][0], rel=1e-5)
+    run = build(config)
+    assert run.learners["critic"].model is run.learners["policy"].model
+    assert run.learners["critic"].reads_values
+    assert not run.learners["policy"].reads_values
+    # The critic is not exported.
+    assert [path.name for path in export_checkpoint(config.output_dir, tmp_path / "out")] == ["policy"]
