@@ -1,0 +1,171 @@
+"""A PRM that learns alone, on the demo task: what the gate and its recipe are worth, by reward and seed.
+
+    python -m bench.prm_alone                                    every arm, 5 seeds
+    python -m bench.prm_alone --arms "value;value, no gate" --seeds 3
+
+Runs are trained one after the other in one thread. What is in the output is not trained again, so that a run which was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from bench.demo_seeds import machine, standard_error
+from bench.study.runner import load_tests, prepare
+from repirl.apps.demo import STEP_SEPARATOR, score_solutions
+from repirl.apps.localize import judge
+from repirl.config import Config
+from repirl.configfile import build_config, load_preset, merge
+from repirl.export import export_checkpoint
+from repirl.loop import train
+from repirl.prm import load_prm
+from repirl.report.log import read_metrics
+
+NO_GATE: dict[str, Any] = {"irl": {"gate": None}}
+GATE: dict[str, Any] = {"irl": {"gate": 2.0}}
+# With an outcome reward for the policy, and its verdicts for the PRM.
+VERIFIER: dict[str, Any] = {"loss": {"outcome_coefficient": 1.0}, "irl": {"use_outcome": True, "gate": None}}
+# Arm -> preset, and what is changed in it.
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "value": ("demo-prm-only-value", {}),
+    "value, no gate": ("demo-prm-only-value", NO_GATE),
+    "value, one update": ("demo-prm-only-value", {"prm": {"updates_per_step": 1}}),
+    "value, experts of all prompts": ("demo-prm-only-value", {"irl": {"experts": "all"}}),
+    "value, half the policy rate": ("demo-prm-only-value", {"policy": {"optimizer": {"lr": 1e-4}}}),
+    "logprob": ("demo-prm-only", {}),
+    "logprob, no gate": ("demo-prm-only", NO_GATE),
+    "logit": ("demo-prm-only", {"prm": {"reward": "logit"}}),
+    "soft_q": ("demo-prm-only", {"prm": {"reward": "soft_q"}}),
+    "implicit": ("demo-prm-only", {"prm": {"reward": "implicit"}}),
+    "verifier, value": ("demo-prm-only-value", VERIFIER),
+    "verifier, value, gate": ("demo-prm-only-value", merge(VERIFIER, GATE)),
+    "verifier, logprob": ("demo", NO_GATE),
+    "verifier, logprob, gate": ("demo", GATE),
+}
+
+
+def arm_config(folder: Path, arm: str, seed: int) -> Config:
+    """The configuration of one run; `folder`: where starts and runs are."""
+    preset, changes = ARMS[arm]
+    start = folder / "starts" / f"plain_{seed}"
+    values = {
+        "seed": seed,
+        "output_dir": str(folder / "runs" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"),
+        "num_threads": 1,
+        "policy": {"model": str(start / "start")},
+        "data": {name: str(start / "data" / f"{name}.jsonl") for name in ("train", "eval")},
+        "eval": {"every": 5},
+        "log": {"tensorboard": False},
+    }
+    return build_config(merge(merge(load_preset(preset), changes), values))
+
+
+def run_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    """Train one run. Returns its accuracies by turn, the turns that held the policy, and the AUROC of planted errors."""
+    prepare(folder, "plain", seed)
+    config = arm_config(folder, arm, seed)
+    output_dir = Path(config.output_dir)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    begin = time.perf_counter()
+    train(config)
+    seconds = time.perf_counter() - begin
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
+    tests = load_tests(folder / "starts" / f"plain_{seed}" / "tests.json")
+    scores = score_solutions(load_prm(output_dir / "export" / "prm", device="cpu"), tests)
+    planted = judge([steps for steps, _ in scores], [test.error_step for test in tests])
+    shutil.rmtree(output_dir)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line],
+        "z": [line.get("policy/gate_z") for line in lines[1:]],
+        "held": sum(line.get("policy/held", 0) for line in lines),
+        "auroc": planted["auroc"],
+        "seconds": seconds,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row for each arm: means and standard errors over the seeds, in percent and points."""
+    lines = [
+        "| arm | seeds | start | end | end minus start | best minus end | turns held | planted errors, AUROC | end by seed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(values: list[float], digits: int = 1) -> str:
+        error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{error}"
+
+    for arm in ARMS:
+        mine = sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"])
+        if not mine:
+            continue
+        curves = [[100 * accuracy for _, accuracy in r["accuracy"]] for r in mine]
+        columns = [
+            arm,
+            ", ".join(str(r["seed"]) for r in mine),
+            cell([curve[0] for curve in curves]),
+            cell([curve[-1] for curve in curves]),
+            cell([curve[-1] - curve[0] for curve in curves]),
+            cell([max(curve) - curve[-1] for curve in curves]),
+            cell([r["held"] for r in mine]),
+            cell([r["auroc"] for r in mine], 3),
+            ", ".join(f"{curve[-1]:.1f}" for curve in curves),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def page(content: dict[str, Any]) -> str:
+    """The results as a page of Markdown."""
+    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    return (
+        "# A PRM that learns alone\n\n"
+        f"`{content['command']}`: {about}; one thread a run.\n\n"
+        "Greedy held-out accuracy on the demo task in percent, measured every five of 40 turns, and differences in "
+        "points; mean ± standard error over seeds.\n\n"
+        f"{table(content['runs'])}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=";".join(ARMS), help='which, such as "value;logprob"')
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--folder", type=Path, default=Path("runs/prm_alone"), help="starts and runs")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/prm_alone.json"))
+    options = parser.parse_args()
+    arms = options.arms.split(";")
+    if unknown := sorted(set(arms) - set(ARMS)):
+        parser.error(f"--arms: {', '.join(unknown)}; there are {'; '.join(ARMS)}")
+    torch.set_num_threads(1)
+    about = machine()
+    revision = about.pop("revision")
+    content: dict[str, Any] = {"command": "python -m bench.prm_alone", "machine": about, "runs": []}
+    if options.output.exists():
+        content["runs"] = json.loads(options.output.read_text())["runs"]
+    known = {(r["arm"], r["seed"]) for r in content["runs"]}
+    for seed in range(options.seeds):
+        for arm in arms:
+            if (arm, seed) in known:
+                continue
+            content["runs"].append(run_arm(options.folder, arm, seed) | {"revision": revision})
+            content["machine"] = about | {"revision": ", ".join(sorted({r["revision"][:12] for r in content["runs"]}))}
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
+            options.output.with_suffix(".md").write_text(page(content))
+    print(table(content["runs"]))
+
+
+if __name__ == "__main__":
+    main()
