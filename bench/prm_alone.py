@@ -70,7 +70,7 @@ def arm_config(folder: Path, arm: str, seed: int) -> Config:
 
 
 def run_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
-    """Train one run. Returns its accuracies by turn, the turns that held the policy, and the AUROC of planted errors."""
+    """Train one run. Returns accuracies by turn, the turns that held the policy, and the AUROC of planted errors."""
     prepare(folder, "plain", seed)
     config = arm_config(folder, arm, seed)
     output_dir = Path(config.output_dir)
@@ -98,7 +98,7 @@ def run_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a row for each arm: means and standard errors over the seeds, in percent and points."""
     lines = [
-        "| arm | seeds | start | end | end minus start | best minus end | turns held | planted errors, AUROC | end by seed |",
+        "| arm | seeds | start | end | gain | best minus end | turns held | AUROC of errors | end by seed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
