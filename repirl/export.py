@@ -24,19 +24,22 @@ from repirl.config import Config, ConfigError
 from repirl.configfile import load_config
 from repirl.distributed.world import World
 from repirl.learner import Learner
-from repirl.model_checks import add_value_head
 from repirl.modelcard import model_card
 from repirl.models import build_model, load_tokenizer, quiet_transformers, save_tokenizer
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import PRM_TEMPERATURE, build_learners
+from repirl.value_head import add_value_head, head_name
 from repirl.work import Work
+
+# The learners of which an export has a folder.
+EXPORTED = ("policy", "prm")
 
 
 def export_checkpoint(
     checkpoint: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    step_separator: str = "\n",
+    step_separator: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm.
@@ -48,7 +51,8 @@ def export_checkpoint(
     Args:
         checkpoint: a run's folder or a step_N folder.
         output: gets a folder for each model.
-        step_separator: what ends a step of a response, for whoever makes step rewards of the PRM's token rewards.
+        step_separator: what ends a step of a response, for whoever scores steps by the PRM; None for the run's
+            `data.step_separator`.
         dtype: of the weights written; by default as they were trained.
 
     Returns:
@@ -109,7 +113,7 @@ def _round(model: PreTrainedModel, name: str, dtype: torch.dtype) -> None:
     nn.Module.to(model, dtype)
 
 
-def describe_prm(config: Config, step_separator: str, policy: str | None = None) -> PRMDescription:
+def describe_prm(config: Config, step_separator: str | None = None, policy: str | None = None) -> PRMDescription:
     """What the PRM of a run says of itself. policy: where the run's policy is exported, if it is."""
     reference = None
     if config.prm_reads_reference:
@@ -122,9 +126,16 @@ def describe_prm(config: Config, step_separator: str, policy: str | None = None)
         gamma=config.prm.gamma,
         temperature=PRM_TEMPERATURE,
         reference=reference,
-        steps=StepRule(rule="separator", separator=step_separator),
+        steps=_step_rule(config, step_separator or config.data.step_separator),
         prompt=_prompt_format(config),
     )
+
+
+def _step_rule(config: Config, separator: str) -> StepRule:
+    if "steps" in config.system.data:
+        # It has learned one number for each step, a logit at the step's last token.
+        return StepRule(rule="separator", separator=separator, score="end", aggregate="min")
+    return StepRule(rule="separator", separator=separator)
 
 
 def describe_policy(config: Config) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def _prompt_format(config: Config) -> PromptFormat:
 
 def _whole(folder: Path) -> dict[str, PreTrainedModel]:
     models = {}
-    for name in ("policy", "prm"):
+    for name in EXPORTED:
         if (folder / name).is_dir():
             models[name] = build_model(folder / name)
             load_weights(folder, name, Learner(models[name], None, tokens_per_microbatch=1))
@@ -155,7 +166,9 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
     plain = {"gradient_checkpointing": False, "activation_offload": False}
     sections = {name: section.model_copy(update=plain) for name, section in config.trained_sections.items()}
     world = World(torch.device("cpu"))
-    learners = build_learners(config.model_copy(update=sections), world, Work(), config.system.trains)
+    # Nobody asks for a critic after training.
+    names = tuple(name for name in config.system.trains if name in EXPORTED)
+    learners = build_learners(config.model_copy(update=sections), world, Work(), names)
     models = {}
     for name, learner in learners.items():
         load_weights(folder, name, learner)
@@ -167,9 +180,11 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
             factory = AutoModelForTokenClassification
             weights.pop("lm_head.weight", None)
             head: Any = learner.model.value_head
-            weights |= {"score.weight": head.weight.detach(), "score.bias": head.bias.detach()}
         # A small adapter would be rounded away in bfloat16.
         model = factory.from_config(plain_config, dtype=torch.float32)
+        if learner.reads_values:
+            own = head_name(model)
+            weights |= {f"{own}.weight": head.weight.detach(), f"{own}.bias": head.bias.detach()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         # Tied heads have no weights of their own.
         assert not unexpected, unexpected

@@ -28,6 +28,8 @@ _LEARNERS = ("policy", "prm", "critic")
 FREE = [
     *("output_dir", "device", "num_threads", "offload_idle", "batch", "parallel", "eval", "checkpoint", "log"),
     *("verifier.processes", "rollout.engine", "rollout.max_sequences", "rollout.vllm"),
+    # Of `repirl label`.
+    "label",
     *(
         f"{learner}.{option}"
         for learner in _LEARNERS
@@ -39,7 +41,7 @@ BY_CONTENT = [
     *(f"{learner}.{option}" for learner in _LEARNERS for option in ("model", "gguf_file")),
     *(f"data.{source}" for source in ("train", "eval", "experts", "pairs", "trajectories", "steps", "eval_steps")),
     *(f"data.{column}_column" for column in ("prompt", "answer", "solution")),
-    *("data.solution_remove", "data.verify_experts", "data.max_experts_per_prompt"),
+    *("data.step_separator", "data.solution_remove", "data.verify_experts", "data.max_experts_per_prompt"),
     *("data.max_prompt_tokens", "data.max_expert_tokens", "data.overlong"),
 ]
 # Longest value that a message shows.
