@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -191,6 +191,14 @@ class Config(Section):
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"input should be one of {[*SYSTEMS]}{hint}")
         return objective
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_the_system(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Without prm.beta, it is that of the system."""
+        prm, name = values.get("prm", {}), values.get("objective", "repirl")
+        row = SYSTEMS.get(name) if isinstance(prm, dict) and isinstance(name, str) else None
+        return values if row is None else values | {"prm": {"beta": row.prm_beta} | prm}
 
     @model_validator(mode="after")
     def _options_fit(self) -> Config:

@@ -53,7 +53,9 @@ class PRMConfig(Section):
         "value", description="how r_phi is read off the network"
     )
     gamma: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="discount in `soft_q`")
-    beta: PositiveFloat = Field(1.0, description="scale of `implicit` rewards")
+    beta: PositiveFloat = Field(
+        1.0, description="scale of `implicit` rewards; unless it is set, that of the system: 0.05 in PRIME, else 1"
+    )
     reference: Literal["start", "policy"] = Field(
         "start",
         description="what `implicit` rewards are relative to: the frozen start of the policy, or the policy that "

@@ -26,6 +26,7 @@ class System:
             needed depends on options (`Objective.needs_reference`).
         optional: the kinds of data that it makes use of where they are given ("experts").
         sections: sections of options that only the systems which name them here read.
+        prm_beta: `prm.beta` where the configuration has none.
         prm_rewards: the readings of the PRM (`prm.reward`) that the system is defined for; empty: all of them.
     """
 
@@ -38,6 +39,7 @@ class System:
     optional: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
     prm_rewards: tuple[str, ...] = ()
+    prm_beta: float = 1.0
 
     @property
     def trains(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ SYSTEMS: dict[str, System] = {
         online=True,
         sections=("prime",),
         prm_rewards=("implicit",),
+        prm_beta=0.05,
     ),
     "airl": System(
         "PRM that tells tokens of experts from those of rollouts, policy on its logits (Fanconi et al. 2025)",

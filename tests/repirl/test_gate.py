@@ -153,6 +153,13 @@ def test_options_that_do_not_fit_are_refused(tmp_path, changes, message):
         build_config(tiny_values(tmp_path, **changes))
 
 
+def test_implicit_rewards_have_the_scale_of_their_system(tmp_path):
+    prime = {"objective": "prime", "prm": {"reward": "implicit"}}
+    assert tiny_config(tmp_path, **prime).prm.beta == 0.05
+    assert tiny_config(tmp_path, **prime | {"prm": {"reward": "implicit", "beta": 0.3}}).prm.beta == 0.3
+    assert tiny_config(tmp_path, prm={"reward": "implicit"}).prm.beta == 1.0
+
+
 def test_value_rewards_alone_without_a_gate_are_warned_of(tmp_path):
     ungated = ALONE | {"irl": {"use_outcome": False, "gate": None}}
     [warning] = tiny_config(tmp_path, **ungated).warnings
