@@ -42,12 +42,13 @@ def standard_error(values: list[float]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: every figure's mean and standard error, and the paired difference of rePIRL and RLOO."""
+    """Markdown: every figure's mean and standard error, and paired differences of a PRM alone and others."""
     lines = [f"| figure | mean ± standard error, {len(results)} seeds | by seed |", "|---|---|---|"]
     figures = {name: [r["summary"][name] for r in results] for name in results[0]["summary"]}
-    figures["accuracy/rePIRL minus RLOO"] = [
-        r["summary"]["accuracy/rePIRL"] - r["summary"]["accuracy/RLOO"] for r in results
-    ]
+    for name in ("RLOO", "SFT"):
+        figures[f"accuracy/rePIRL, PRM only minus {name}"] = [
+            r["summary"]["accuracy/rePIRL, PRM only"] - r["summary"][f"accuracy/{name}"] for r in results
+        ]
     figures["seconds"] = [r["seconds"] for r in results]
     for name, values in figures.items():
         by_seed = ", ".join(f"{v:.3f}" for v in values)

@@ -17,7 +17,8 @@ from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
 
 # The start models. `plain` is the demo's; the student of `hard` loses nearly every ten.
-STARTS = {"plain": Start(), "hard": Start(slip=0.85)}
+_EXPERTS = (8, 16, 64)
+STARTS = {"plain": Start(num_experts=_EXPERTS), "hard": Start(num_experts=_EXPERTS, slip=0.85)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ ARMS = {
     "rePIRL, PRM apart": Arm("demo", _APART),
     "rePIRL, value, PRM apart": Arm("demo", merge(_VALUE, _APART)),
     "PRM only": Arm("demo-prm-only", reads_verdicts=False),
-    "PRM only, value": Arm("demo-prm-only", _VALUE, reads_verdicts=False),
+    "PRM only, value": Arm("demo-prm-only-value", reads_verdicts=False),
     "rePIRL, uniform weights": Arm("demo", _UNIFORM),
     "rePIRL, uniform weights, 4 policy updates": Arm("demo", merge(_UNIFORM, _updates(4))),
     "rePIRL, 4 policy updates": Arm("demo", _updates(4)),
@@ -139,7 +140,7 @@ class Cell:
             "log": {"tensorboard": False},
         }
         if arm.reads_verdicts and task.verifier is not None:
-            common["verifier"] = {"kind": "custom", "function": f"bench.study.verifiers:{task.verifier}"}
+            common["verifier"] = {"kind": "custom", "function": f"repirl.verify.flawed:{task.verifier}"}
             common["eval"] |= {"verifier": {"kind": "math"}}
         return merge(values, common)
 

@@ -24,12 +24,11 @@ from repirl.apps.start import make_start
 from repirl.data.tasks.arithmetic import Problem, Solution
 from repirl.export import export_checkpoint
 from repirl.loop import train
-from repirl.prm import load_prm
+from repirl.prm import PRMDescription, load_prm
 from repirl.report.log import read_metrics
 
 # A cell takes about a minute.
 TIMEOUT_SECONDS = 1800
-NUM_EXPERTS = sorted({task.num_experts for task in TASKS.values() if task.num_experts is not None})
 
 
 def result_path(folder: Path, cell: Cell) -> Path:
@@ -38,7 +37,7 @@ def result_path(folder: Path, cell: Cell) -> Path:
 
 
 def prepare(folder: Path, start: str, seed: int) -> None:
-    """Make a start: its data, its model, files with few experts and the solutions that PRMs are judged on."""
+    """Make a start: its data, its model, and tests.json with the solutions that PRMs are judged on."""
     target = folder / "starts" / f"{start}_{seed}"
     if target.exists():
         return
@@ -46,9 +45,6 @@ def prepare(folder: Path, start: str, seed: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     tests = make_start(partial, seed, STARTS[start])
     (partial / "tests.json").write_text(json.dumps([asdict(test) for test in tests]))
-    lines = (partial / "data" / "train.jsonl").read_text().splitlines()
-    for number in NUM_EXPERTS:
-        (partial / "data" / f"experts_{number}.jsonl").write_text("\n".join(lines[:number]) + "\n")
     partial.rename(target)
 
 
@@ -88,10 +84,14 @@ def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
         "held": sum(line.get("policy/held", 0) for line in lines),
         "skipped": sum(line.get("policy/skipped", 0) for line in lines),
     }
-    if "prm" in config.system.trains:
+    # A policy that imitates experts is a PRM, too, by its log-probabilities: what a trained one has to beat.
+    imitates = config.system.trains == ("policy",) and not config.system.online
+    if "prm" in config.system.trains or imitates:
         export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
+        path = output_dir / "export" / ("policy" if imitates else "prm")
+        prm = load_prm(path, device="cpu", description=PRMDescription(reward="logprob") if imitates else None)
         tests = load_tests(cell.start_folder(folder) / "tests.json")
-        scores = score_solutions(load_prm(output_dir / "export" / "prm", device="cpu"), tests)
+        scores = score_solutions(prm, tests)
         result["planted"] = judge([steps for steps, _ in scores], [test.error_step for test in tests])
     for part in ("checkpoints", "export"):
         shutil.rmtree(output_dir / part, ignore_errors=True)

@@ -1,9 +1,10 @@
 """`repirl demo`: the dual loop end to end on generated arithmetic, with a table and a page at the end.
 
 A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's
-(forgetting more than every second carry). From that one start, three runs unlearn it: RLOO, which is told only whether
-the final answer is right; rePIRL, which is told that and sees an expert's solutions to the training problems; and
-rePIRL without any verifier.
+(forgetting more than every second carry). There are only 16 expert solutions to unlearn it by, and the verifier can be
+fooled: it reads the last digit alone, which is right when a carry is forgotten. From that one start: SFT on the
+experts; RLOO, which trusts the verifier; rePIRL as in algorithm 1, whose PRM trusts it, too; rePIRL with a PRM that
+learns from the experts alone; and that PRM without any verifier.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ from repirl.report.log import read_metrics
 from repirl.work import reset_peak_memory
 
 START = Start()
+NUM_EXPERTS = 16
 # What ends a worked step.
 STEP_SEPARATOR = "; "
-# What each run changes in the preset `demo`.
-RUNS: dict[str, dict[str, Any]] = {
-    "RLOO": {"objective": "rloo"},
-    "rePIRL": {},
-    "rePIRL, PRM only": {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}},
+# The preset of each run, and what the run changes in it.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT": ("demo-sft", {}),
+    "RLOO": ("demo-rloo", {}),
+    "rePIRL": ("demo", {}),
+    "rePIRL, PRM apart": ("demo", {"irl": {"use_outcome": False}}),
+    "rePIRL, PRM only": ("demo-prm-only", {}),
 }
 
 
@@ -60,7 +64,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
     torch.set_num_threads(num_threads)
     quiet_transformers()
 
-    console.print("[bold]rePIRL demo[/]: a small model with a bad habit, and three ways to lose it")
+    console.print(f"[bold]rePIRL demo[/]: a small model with a bad habit, {len(RUNS)} ways to lose it")
     tests = make_start(folder, seed, START)
 
     # A policy is a PRM by its log-probabilities: what a trained one has to beat.
@@ -71,10 +75,13 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
         reset_peak_memory(torch.device("cpu"))
         train(config)
         results[name] = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+        export = Path(config.output_dir) / "export"
+        export_checkpoint(config.output_dir, export, step_separator=STEP_SEPARATOR)
         if "prm" in config.system.trains:
-            export = Path(config.output_dir) / "export"
-            export_checkpoint(config.output_dir, export, step_separator=STEP_SEPARATOR)
             prms[name] = load_prm(export / "prm", device="cpu")
+        elif not config.system.online:
+            # The log-probabilities of one that imitates the experts are a PRM, too.
+            prms[name] = load_prm(export / "policy", device="cpu", description=PRMDescription(reward="logprob"))
     scores = {name: score_solutions(prm, tests) for name, prm in prms.items()}
     judgments = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
 
@@ -93,15 +100,21 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1) -> i
 
 
 def run_config(folder: Path, seed: int, name: str) -> Config:
-    """The preset `demo`, with what the run changes and with this demo's paths."""
+    """A run's preset, with what the run changes, on this demo's task."""
     slug = "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
-    values = {
+    preset, changes = RUNS[name]
+    data = {part: str(folder / "data" / f"{part}.jsonl") for part in ("train", "eval")}
+    experts = {"path": str(folder / "data" / f"experts_{NUM_EXPERTS}.jsonl")}
+    values: dict[str, Any] = {
         "seed": seed,
         "output_dir": str(folder / slug),
         "policy": {"model": str(folder / "start")},
-        "data": {"train": str(folder / "data" / "train.jsonl"), "eval": str(folder / "data" / "eval.jsonl")},
+        "data": data | {"solution_column": None, "experts": experts},
+        "verifier": {"kind": "custom", "function": "repirl.verify.flawed:last_digit"},
+        # Held-out accuracy is exact.
+        "eval": {"verifier": {"kind": "math"}},
     }
-    return build_config(merge(merge(load_preset("demo"), RUNS[name]), values))
+    return build_config(merge(merge(load_preset(preset), changes), values))
 
 
 def step_lens(solutions: Iterable[Solution]) -> list[list[int]]:
@@ -194,7 +207,7 @@ def report(
         samples.append(_sample(tests[index], {name: score[index][1] for name, score in scores.items()}))
     return {
         "title": "rePIRL demo",
-        "subtitle": "A small model with a bad habit - it forgets most carries - and three ways to lose it",
+        "subtitle": f"A small model with a bad habit - it forgets most carries - and {len(RUNS)} ways to lose it",
         "configuration": describe(config),
         "environment": {
             "python": platform.python_version(),
@@ -206,9 +219,11 @@ def report(
         },
         "table": {"columns": columns, "rows": rows},
         "notes": [
-            "All three runs begin with the same weights and see the same number of prompts. RLOO is told whether the "
-            "final answer is right. rePIRL also sees an expert's solutions to the training problems, without any "
-            "labels; PRM only sees nothing else.",
+            "All runs begin with the same weights. Their verifier reads only the last digit, which is "
+            f"right where a carry was forgotten; held-out accuracy is exact. There are {NUM_EXPERTS} expert solutions. "
+            "SFT imitates them. RLOO trusts the verifier, and so does the PRM of rePIRL as published, which takes what "
+            "it accepts for experts. PRM apart: the PRM learns from the experts alone, the policy from both. PRM only: "
+            "nobody asks the verifier.",
             "Error AUROC: the chance that a step with a planted error scores below a right step. Error F1: does the "
             "first step below a threshold, chosen on other solutions, match the planted one? A step scores as its "
             "worst token. The start's column uses the start policy's own log-probabilities.",

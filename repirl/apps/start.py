@@ -37,20 +37,24 @@ NUM_STEPS = (4, 5)
 
 @dataclass(frozen=True)
 class Start:
-    """How many problems each data file has, how long each warm-up is, and how sloppy the student is."""
+    """How many problems each data file has, how long each warm-up is, and how sloppy the student is.
+
+    num_experts: for each number a file data/experts_NUMBER.jsonl gets the first that many training problems.
+    """
 
     num_warm: int = 4000
     num_sloppy: int = 2000
     num_train: int = 4000
     num_held_out: int = 200
     num_planted: int = 200
+    num_experts: tuple[int, ...] = (16,)
     warm_turns: int = 800
     sloppy_turns: int = 150
     slip: float = 0.6
 
 
 def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
-    """Write `folder`/data/{warm,sloppy,train,eval}.jsonl, all of distinct problems.
+    """Write `folder`/data/{warm,sloppy,train,eval}.jsonl, all of distinct problems, and the files of few experts.
 
     Returns:
         Solutions to judge PRMs on: the first half has a planted error each, the other half is right.
@@ -66,7 +70,10 @@ def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
 
     write("warm", map(expert_solution, islice(stream, start.num_warm)))
     write("sloppy", (sloppy_solution(p, rng, start.slip) for p in islice(stream, start.num_sloppy)))
-    write("train", map(expert_solution, islice(stream, start.num_train)))
+    experts = [expert_solution(problem) for problem in islice(stream, start.num_train)]
+    write("train", experts)
+    for number in start.num_experts:
+        write(f"experts_{number}", experts[:number])
     write("eval", map(expert_solution, islice(stream, start.num_held_out)))
     judged: list[Problem] = list(islice(stream, start.num_planted))
     half = len(judged) // 2

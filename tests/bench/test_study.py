@@ -3,13 +3,11 @@
 import json
 
 import pytest
-from shared import ROOT
 
 from bench.study import __main__ as study
 from bench.study import cells, page, runner
 from bench.study.cells import ARMS, PLAN, TASKS, Cell, planned
 from bench.study.claims import CLAIMS, verdict
-from bench.study.verifiers import FALSE_ACCEPTANCES, last_digit, lenient
 from repirl.apps.start import Start
 
 
@@ -45,14 +43,13 @@ def test_cells_that_are_the_same_run_share_a_key(tmp_path):
 
 
 def test_a_cell_trains_and_its_prm_is_judged(tmp_path, monkeypatch):
-    start = Start(40, 40, 40, num_held_out=10, num_planted=12, warm_turns=3, sloppy_turns=2)
+    start = Start(40, 40, 40, num_held_out=10, num_planted=12, num_experts=(8,), warm_turns=3, sloppy_turns=2)
     monkeypatch.setitem(cells.STARTS, "plain", start)
     monkeypatch.setitem(
         cells.TASKS, "last-digit-16", cells.Task("few turns", verifier="last_digit", num_experts=8, turns=2)
     )
     few = {"steps": 2, "rollout": {"prompts_per_step": 3}}
     monkeypatch.setitem(cells.ARMS, "rePIRL", cells.Arm("demo", few))
-    monkeypatch.syspath_prepend(ROOT)
     runner.prepare(tmp_path, "plain", 0)
     cell = Cell("last-digit-16", "rePIRL", 0)
     result = runner.run_cell(tmp_path, cell)
@@ -109,16 +106,6 @@ def test_the_page_pairs_by_seed_and_judges_claims():
 )
 def test_verdicts(values, expected):
     assert verdict(values) == expected
-
-
-def test_the_verifiers_are_fooled_as_they_say():
-    assert last_digit("1+2=3; #### 13", "23") == 1
-    assert last_digit("1+2=3; #### 24", "23") == 0
-    assert last_digit("", "23") == 0
-    assert lenient("#### 23", "23") == 1
-    wrong = [lenient(f"{number}; #### 1", "23") for number in range(2000)]
-    assert sum(wrong) / len(wrong) == pytest.approx(FALSE_ACCEPTANCES, abs=0.03)
-    assert wrong == [lenient(f"{number}; #### 1", "23") for number in range(2000)]
 
 
 def test_a_study_without_results_has_no_page(tmp_path, capsys):

@@ -1,4 +1,5 @@
-"""Verifiers that can be fooled. Held-out accuracy is judged by repirl's own, which is exact here."""
+"""Verifiers that can be fooled, to see what training makes of them: for `verifier.function`, as
+"repirl.verify.flawed:last_digit". Set `eval.verifier: {kind: math}` with them, so that held-out accuracy is exact."""
 
 from __future__ import annotations
 
