@@ -20,7 +20,9 @@ SHOWN = [
     ("policy/entropy", "entropy (nats/token)", "{:.3f}"),
     ("prm/ess_fraction", "effective sample share", "{:.2f}"),
     ("prm/reward_gap", "expert - policy reward", "{:+.3f}"),
+    ("policy/margin", "chosen - rejected reward", "{:+.3f}"),
     ("policy/loss", "policy loss", "{:+.4f}"),
+    ("critic/loss", "critic loss", "{:+.4f}"),
     ("prm/loss", "PRM loss", "{:+.4f}"),
     ("seconds/step", "seconds", "{:.2f}"),
 ]

@@ -204,7 +204,6 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
         {"objective": "dpo", "dpo": {"sft_coefficient": 0.1}},
         {"objective": "online-dpo"},
         {"objective": "dqo", "dqo": {"importance_weights": True, "kl_coefficient": 0.1}},
-        {"objective": "online-dqo"},
         {"objective": "prm-offline", "data": {"eval": None, "verify_experts": True}},
         {"objective": "math-shepherd", "data": {"eval": None}, "step_prm": {"responses_per_step": 5}},
         {"irl": {"gate": 0.5}, "prm": {"updates_per_step": 2, "optimizer": {"head_lr": 1e-2, "head_updates": 1}}},
