@@ -6,7 +6,7 @@ import pytest
 from plan_cases import configured, phases
 
 from repirl.batch import pack
-from repirl.plan.batches import _micro_batches
+from repirl.plan.batches import Sequences, _micro_batches, of_data, trained_on
 from repirl.plan.plan import plan
 
 
@@ -29,3 +29,17 @@ def test_sequences_longer_than_a_micro_batch_have_one_each(tmp_path, ranks):
     short = plan(configured(tmp_path, batch={"tokens_per_microbatch": 100}), ranks)
     exact = plan(configured(tmp_path, batch={"tokens_per_microbatch": 256}), ranks)
     assert phases(short)["policy"].rows == phases(exact)["policy"].rows
+
+
+def test_offline_systems_have_their_own_batches(tmp_path):
+    """Pairs are two sequences each; fixed rollouts are as many as a turn's; a critic is a learner like others."""
+    data = {"train": None, "solution_column": None, "trajectories": "missing.jsonl", "pairs": "missing.jsonl"}
+    pairs = configured(tmp_path, objective="dpo", data=data, dpo={"pairs_per_step": 10})
+    assert of_data(pairs) == trained_on(pairs, "policy") == (Sequences(20, 64, 192),)
+    fixed = configured(tmp_path, objective="dqo", data=data)
+    assert of_data(fixed) == trained_on(fixed, "critic") == trained_on(fixed, "policy") == (Sequences(64, 64, 192),)
+    names = [phase.name for phase in plan(fixed).phases]
+    assert names == ["load", "reference", "logprob", "critic", "state_value", "policy", "checkpoint"]
+    # Both are trained, so that both have moments throughout; the critic's head is the larger by one row and its bias.
+    rows = phases(plan(fixed))["policy"].rows
+    assert rows["critic moments"] - rows["policy moments"] == 2 * 4 * (512 + 1)
