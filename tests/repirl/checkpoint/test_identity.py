@@ -29,8 +29,7 @@ from repirl.run import build
 # BY_CONTENT these are all options: whoever adds one says here or there what it is.
 MEANING = [
     *("objective", "seed", "steps", "dtype", "compute_dtype", "order", "adapters"),
-    *("loss", "irl", "prime", "discriminator", "iq", "dpo", "dqo", "step_prm", "label", "rollout.filter"),
-    "data.step_separator",
+    *("loss", "irl", "prime", "discriminator", "iq", "dpo", "dqo", "step_prm", "rollout.filter"),
     *(f"verifier.{name}" for name in ("kind", "function", "timeout_seconds")),
     *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
     *("rollout.temperature", "rollout.overlap"),
