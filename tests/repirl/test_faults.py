@@ -92,14 +92,14 @@ def write(tmp_path, values):
     return file
 
 
-def die_at(owner, name, nth):
-    """From now on this process kills itself at the n-th call of a function."""
+def die_at(owner, name, nth, number=signal.SIGKILL):
+    """From now on this process sends itself a signal, by default one that kills it, at the n-th call of a function."""
     target = pkgutil.resolve_name(owner)
     function, calls = getattr(target, name), itertools.count(1)
 
     def dying(*arguments, **options):
         if next(calls) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return function(*arguments, **options)
 
     setattr(target, name, dying)
@@ -212,6 +212,37 @@ def test_kill_9_of_one_process_in_any_phase(tmp_path):
     assert not any(is_alive(pid) for pid in pids)
     assert [code for code, _ in run_ranks(file, "--resume", num_ranks=2)] == [0, 0]
     assert_equal_runs(values, whole)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_signal_to_one_process_ends_all_after_the_same_turn(tmp_path, asynchronous):
+    values = tiny_values(tmp_path, objective="sft", steps=4, eval={"every": 0}, checkpoint={"every": 9})
+    file = write(tmp_path, values)
+    ask = ("repirl.objectives.sft:SFT", "select", 2, signal.SIGTERM)
+    results = run_ranks(file, "--checkpoint.asynchronous", asynchronous, num_ranks=2, kills={1: ask})
+    assert [code for code, _ in results] == [143, 143]
+    # Said once.
+    assert ["repirl: SIGTERM: turn 2 of 4 is done and saved" in errors for _, errors in results] == [True, False]
+    assert not any("Traceback" in errors for _, errors in results)
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_2"]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_log_that_cannot_grow_ends_all_processes(tmp_path, num_ranks):
+    """The main process may not write files that are larger than its first lines."""
+    values = tiny_values(tmp_path, objective="sft", eval={"every": 0}, checkpoint={"every": 0})
+    results = run_ranks(write(tmp_path, values), num_ranks=num_ranks, largest_files={0: 900})
+    for code, errors in results:
+        assert code == 1, errors
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith(
+            f"repirl: metrics cannot be written to '{tmp_path}/run/metrics.jsonl': File too large; make"
+        )
+        assert "Traceback" not in errors
+    steps = [line["step"] for line in metrics_of(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 0 < len(steps) < 4
 
 
 @pytest.mark.parametrize(("num_ranks", "asynchronous"), [(1, False), (1, True), (2, True)])

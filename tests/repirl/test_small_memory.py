@@ -1,6 +1,8 @@
 """Switches that save memory change where numbers lie, never what they are: adapters, idle offload, 8-bit state."""
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from repirl.adapters import add_adapters, belongs, init_adapters, select_adapter
 from repirl.batch import pack
 from repirl.checkpoint.manifest import resolve_checkpoint
-from repirl.config import ConfigError
+from repirl.config import ConfigError, RunError
 from repirl.configfile import build_config
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import HostMemory, Parked, Residency
@@ -249,6 +251,23 @@ def test_an_idle_model_leaves_nothing_behind_and_comes_back_whole(tmp_path):
         for key, value in first.optimizer.state[first.trained[name]].items():
             assert torch.equal(value, moments[name][key])
     assert not list((tmp_path / "away").iterdir())
+
+
+@pytest.mark.parametrize("call", ["tempfile.TemporaryFile", "repirl.distributed.offload._view"])
+def test_an_idle_model_for_which_there_is_no_room_stays_whole(tmp_path, monkeypatch, call):
+    monkeypatch.setattr("repirl.distributed.offload._SMALLEST_BYTES", 0)
+    model = load_model(str(make_model(tmp_path / "model")), kind="causal", dtype=torch.float32, device=CPU)
+    learner, residency = Learner(model, OPTIMIZER, tokens_per_microbatch=99), Residency(tmp_path / "away")
+    weights = {n: w.clone() for n, w in learner.weights()}
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, fail)
+        with pytest.raises(RunError, match=r"offload_idle\): No space left on device. Make room"):
+            residency.add(learner)
+    assert all(torch.equal(weight, weights[name]) for name, weight in learner.weights())
 
 
 def test_host_memory_is_dealt_out_without_gaps(tmp_path, monkeypatch):
