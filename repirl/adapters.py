@@ -51,7 +51,7 @@ def add_adapters(
             inject_adapter_in_model(lora, model, adapter_name=name)
     device = next(model.parameters()).device
     if value_head:
-        model.value_head = nn.Linear(model.config.hidden_size, 1, device=device, dtype=dtype)
+        model.value_head = nn.Linear(model.get_output_embeddings().in_features, 1, device=device, dtype=dtype)
     for layer in _layers(model):
         for part in _LORA:
             getattr(layer, part).to(dtype)

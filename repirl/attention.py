@@ -18,6 +18,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 PACKED = "repirl_packed"
+# Arguments of attention functions that change nothing here: there is no dropout and no cache, attention is causal.
+_WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class NoLayoutError(RuntimeError):
+    """Attention over packed sequences was asked for without their layout."""
 
 
 class PackedLayout:
@@ -26,9 +32,10 @@ class PackedLayout:
     Args:
         cu_seqlens: [S + 1], where each sequence begins in the packed tokens, and where the last one ends.
         device: where attention runs.
+        one_group: whether all sequences form one group, however different their lengths are.
     """
 
-    def __init__(self, cu_seqlens: Tensor, device: torch.device) -> None:
+    def __init__(self, cu_seqlens: Tensor, device: torch.device, *, one_group: bool = False) -> None:
         lengths = cu_seqlens.diff()
         self.max_length = int(lengths.max())
         self.cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int32)
@@ -39,7 +46,7 @@ class PackedLayout:
         while first < len(order):
             longest = int(lengths[order[first]])
             # A group takes all sequences of at least half its longest one, so at most half the positions are padding.
-            size = int((lengths[order[first:]] * 2 >= longest).sum())
+            size = len(order) if one_group else int((lengths[order[first:]] * 2 >= longest).sum())
             members = order[first : first + size]
             step = torch.arange(longest)
             valid = step < lengths[members][:, None]
@@ -52,6 +59,8 @@ class PackedLayout:
         # without padding runs.
         self.num_slots = offset
         self.inverse = inverse.to(device)
+        # What a model asked of packed_attention that it does not do: names of arguments.
+        self.unknown: set[str] = set()
 
 
 @functools.cache
@@ -112,9 +121,9 @@ def packed_attention(
     scaling: float | None = None,
     packed_layout: PackedLayout | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each packed sequence; the signature is that of transformers' attention functions.
+    """Causal attention inside each packed sequence, with the signature of transformers' attention functions.
 
     Args:
         module: the attention layer; not used.
@@ -125,23 +134,23 @@ def packed_attention(
         scaling: factor of the scores; None for 1 / sqrt(d).
         packed_layout: the layout of the micro-batch.
         sliding_window: the model's window in tokens, or None.
+        others: arguments of other functions. Those that would change the result are noted in `packed_layout.unknown`.
 
     Returns:
         The outputs [1, T, H, d], and None in place of attention weights.
 
     Raises:
-        RuntimeError: there is no layout; tokens would attend to other sequences.
+        NoLayoutError: there is no layout; tokens would attend to other sequences.
         ValueError: a sequence is longer than the model's sliding window.
     """
     if packed_layout is None:
-        raise RuntimeError(
+        raise NoLayoutError(
             f"attention {PACKED!r} needs `packed_layout`; for ordinary batches set the model's attention to 'sdpa'"
         )
     if sliding_window is not None and sliding_window < packed_layout.max_length:
-        raise ValueError(
-            f"packed attention has no sliding window; the model's is {sliding_window} and the longest sequence "
-            f"has {packed_layout.max_length} tokens"
-        )
+        raise ValueError(f"packed attention has no window: the model's has {sliding_window} tokens, a sequence more")
+    others["attention_mask"] = attention_mask
+    packed_layout.unknown |= {name for name, value in others.items() if value is not None} - _WITHOUT_EFFECT
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         packed_layout.num_slots = q.shape[0]

@@ -21,16 +21,16 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 
 from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, select_adapter
-from repirl.attention import PackedLayout
 from repirl.batch import PackedBatch
 from repirl.config import ConfigError, RunError
 from repirl.distributed.offload import Residency
 from repirl.distributed.shard import find_nonfinite, gathered, reshard, whole
 from repirl.distributed.world import World
+from repirl.fused import PackedCausalLM, forward_flops, layout_for, ordinary_attention
 from repirl.model_files import shown
-from repirl.models import forward_flops, ordinary_attention
 from repirl.objectives import Figures, Metrics, Outputs
 from repirl.options import OptimizerConfig
+from repirl.value_head import HEAD_NAMES
 from repirl.work import Work
 
 
@@ -81,16 +81,13 @@ class Learner:
         self.temperature = temperature
         self.adapter, self.shares_model = adapter, is_shared(model)
         # Whether the model has a head with one output (a value), not one over the vocabulary.
-        self.reads_values = not hasattr(model, "lm_head") or (adapter is not None and has_value_head(model, adapter))
+        has_own_head = adapter is not None and has_value_head(model, adapter)
+        self.reads_values = has_own_head or not isinstance(model, PackedCausalLM)
         # Whether such a value is read at the state before each response token (a critic's), not at the token itself.
         self.reads_states = False
         self.residency: Residency | None = None
-        # Training mode, because activation checkpointing needs it. Without dropout, because rollouts and updates must
-        # use the same distribution.
+        # Training mode, because activation checkpointing needs it; `fuse` has switched dropout off.
         model.train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         self.trained = self._trained_parameters() if optimizer else {}
         self.num_skipped_updates = self.num_skipped_in_a_row = 0
         # Increases when the weights change. An engine with a copy of the weights compares it to see if its copy is old.
@@ -225,7 +222,7 @@ class Learner:
 
     def _outputs(self, batch: PackedBatch, temperature: float | None = None) -> Outputs:
         device = self.device
-        layout = PackedLayout(batch.cu_seqlens, device)
+        layout = layout_for(self.model, batch.cu_seqlens, device)
         arguments: dict[str, Any] = {
             "input_ids": batch.token_ids.to(device),
             "position_ids": batch.position_ids.to(device),
@@ -427,7 +424,7 @@ def make_scheduler(
 def is_value_head(name: str) -> bool:
     """Whether a parameter of this name belongs to the head that reads a value: a token classifier's, or the one that a
     PRM on a shared base has."""
-    return name.removeprefix("_orig_mod.").split(".")[0] in ("score", "value_head")
+    return name.removeprefix("_orig_mod.").split(".")[0] in (*HEAD_NAMES, "value_head")
 
 
 def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:

@@ -17,18 +17,15 @@ from transformers import (
 
 from repirl.config import ConfigError, first_line
 from repirl.model_files import FILE_ERRORS, StoredTensor, refuse_quantised, shown
+from repirl.value_head import HEAD_NAMES, head_name, own_attention
 
 logger = logging.getLogger(__name__)
 
 # Heads that read a number, or a class, off the hidden state, by the names that they have in public models.
-HEADS = ("score", "classifier", "v_head", "value_head", "reward_head", "regression_head")
+HEADS = (*HEAD_NAMES, "v_head", "value_head", "reward_head", "regression_head")
+_HEAD_WEIGHTS = tuple(f"{name}.weight" for name in HEAD_NAMES)
 # Buffers of older versions that files may still hold and models compute themselves.
 OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias", ".position_ids")
-
-
-def add_value_head(config: PretrainedConfig) -> None:
-    """Let a model's configuration be that of a token classifier with one output, in place."""
-    config.num_labels, config.classifier_dropout = 1, 0.0
 
 
 def check_shapes(name: str, config: PretrainedConfig, kind: str, tensors: dict[str, StoredTensor]) -> None:
@@ -40,7 +37,7 @@ def check_shapes(name: str, config: PretrainedConfig, kind: str, tensors: dict[s
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
     try:
         with torch.device("meta"):
-            model = factory.from_config(config, attn_implementation="sdpa")
+            model = factory.from_config(config, attn_implementation=own_attention(factory, config))
     except FILE_ERRORS as error:
         raise ConfigError(
             f"model {name!r} cannot be built as its config.json says ({type(error).__name__}: {first_line(error)})"
@@ -54,7 +51,7 @@ def check_shapes(name: str, config: PretrainedConfig, kind: str, tensors: dict[s
 def refuse_shape(name: str, key: str, shape: Iterable[int], expected: Iterable[int]) -> None:
     """ConfigError for a tensor whose shape is not what config.json says."""
     shape, expected = tuple(shape), tuple(expected)
-    if key == "score.weight" and shape[1:] == expected[1:]:
+    if key in _HEAD_WEIGHTS and shape[1:] == expected[1:]:
         raise ConfigError(
             f"the head {key!r} of model {name!r} has {shape[0]} outputs, and a reward is read off one: a classifier of "
             "steps into classes is another kind of PRM; start from a causal language model, or from a head with one "
@@ -121,7 +118,7 @@ def check_names(
     expected = set(model.state_dict())
     unexpected = [key for key in unexpected if not key.endswith(OLD_BUFFERS)]
     _refuse_prefix(name, unexpected, expected)
-    heads = [key for key in unexpected if key.split(".")[0] in HEADS]
+    heads, own = [key for key in unexpected if key.split(".")[0] in HEADS], head_name(model)
     if kind == "causal" and heads:
         raise ConfigError(
             f"model {name!r} is no language model: its files hold the head {heads[0]!r}, which gives numbers of its "
@@ -130,14 +127,14 @@ def check_names(
     if kind == "value" and heads:
         raise ConfigError(
             f"the files of model {name!r} hold the head {shown(heads)}, which is not the one that rewards are read "
-            "off (one linear layer 'score' with one output), and would be left out: a head of several layers, or of "
+            f"off (one linear layer {own!r} with one output), and would be left out: a head of several layers, or of "
             "another name, cannot be used; start from a causal language model"
         )
     if kind == "value":
-        head = {key for key in missing if key.startswith("score.")}
-        if needs_head and "score.weight" in head:
+        head = {key for key in missing if key.startswith(f"{own}.")}
+        if needs_head and f"{own}.weight" in head:
             raise ConfigError(
-                f"the files of {name!r} hold no head 'score' that a reward could be read off, and a new one would give "
+                f"the files of {name!r} hold no head {own!r} that a reward could be read off, and a new one would give "
                 "0 everywhere: it is no trained PRM of kind 'value'"
             )
         missing -= head

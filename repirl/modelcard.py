@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import transformers
+
 from repirl.config import Config
 from repirl.prm import PRMDescription
 
@@ -33,10 +35,17 @@ def model_card(name: str, config: Config, architecture: str, description: PRMDes
     if config.adapters is not None:
         lines += [f"Trained as a LoRA adapter of rank {config.adapters.rank}, which is merged into these weights."]
     lines += ["", "## How it is loaded", ""]
-    lines += [
-        f"It is a `{architecture}`: load it with `{auto}`, and with nothing else. `{other}` would load it, too, with a "
-        "head that is not the trained one, and give numbers that mean nothing."
-    ]
+    if hasattr(transformers, architecture):
+        lines += [
+            f"It is a `{architecture}`: load it with `{auto}`, and with nothing else. `{other}` would load it, too, "
+            "with a head that is not the trained one, and give numbers that mean nothing."
+        ]
+    else:
+        lines += [
+            f"It is a `{architecture}`, a class that transformers does not have: load it with `repirl.prm.load_prm`. "
+            f"`AutoModel` loads the model below the head, whose weights are called `score`; `{other}` would load it, "
+            "too, with a head that is not the trained one, and give numbers that mean nothing."
+        ]
     if description is not None:
         lines += _rewards(description)
     else:

@@ -23,8 +23,9 @@ from repirl.dataconfig import DataConfig, Token
 from repirl.learner import Learner
 from repirl.model_checks import check_vocabulary
 from repirl.model_files import load_message
-from repirl.models import check_window, load_model, load_tokenizer
+from repirl.models import load_model, load_tokenizer
 from repirl.options import BatchConfig, PRMConfig
+from repirl.packing import fit_window
 from repirl.rewards import read_rewards
 from repirl.section import PositiveFloat, Section
 from repirl.sources import check_tokenizers
@@ -112,6 +113,9 @@ class PRM:
         if not encoded:
             return []
         batch = pack(encoded)
+        for learner in (self.learner, self.reference):
+            if learner is not None:
+                fit_window(learner.model, "the PRM", int(batch.lengths.max()))
         if self.reference is not None:
             batch.write("prm_ref_logprob", self.reference.score(batch)["logprob"])
         described = self.description
@@ -220,15 +224,11 @@ class PRM:
 
     def _check_length(self, number: int, prompt: int, response: int) -> None:
         model, length = self.learner.model, prompt + response
-        window, option = getattr(model.config, "max_position_embeddings", length), "max_position_embeddings"
-        try:
-            check_window(model, "", length)
-        except ConfigError:
-            window, option = min((window, option), (model.config.sliding_window, "sliding_window"))
+        window = getattr(model.config, "max_position_embeddings", length)
         if length > window:
             raise ValueError(
                 f"pair {number} has {length} tokens ({prompt} of the prompt, {response} of the response), but the "
-                f"model's window has {window} ({option} in its config.json): shorten it, or leave it out"
+                f"model's window has {window} (max_position_embeddings in its config.json): shorten it, or leave it out"
             )
 
 

@@ -7,15 +7,10 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.config import Config, ConfigError
-from repirl.model_checks import (
-    add_value_head,
-    check_positions,
-    check_same_tokenizer,
-    check_shapes,
-    check_vocabulary,
-)
+from repirl.model_checks import check_positions, check_same_tokenizer, check_shapes, check_vocabulary
 from repirl.model_files import find_file, read_model_config, weight_tensors
 from repirl.models import load_tokenizer
+from repirl.value_head import add_value_head
 
 # Any of these makes a folder one with a tokenizer.
 TOKENIZER_FILES = (

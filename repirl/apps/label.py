@@ -22,7 +22,8 @@ from repirl.data.problems import Problem, load_problems
 from repirl.data.split import Steps, segment
 from repirl.data.values import shown
 from repirl.distributed.world import World, join_world
-from repirl.models import check_window, load_tokenizer
+from repirl.models import load_tokenizer
+from repirl.packing import fit_window
 from repirl.rollout.choose import make_engine
 from repirl.rollout.completions import Completer, Request, Trajectory
 from repirl.run import build_learners, set_up_process
@@ -90,7 +91,7 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
         return file.counts, path
     policy = build_learners(config, world, Work(), ("policy",))["policy"]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    check_window(policy.model, config.policy.model, longest)
+    fit_window(policy.model, config.policy.model, longest)
     verifier = Verifier(config.verifier)
     completer = Completer(config, policy, tokenizer, make_engine(config, policy, tokenizer), verifier)
     try:

@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from repirl.adapters import base_name
 from repirl.distributed.shard import find_nonfinite, local_slices, reshard, shard
 from repirl.distributed.world import World
-from repirl.model_checks import add_value_head, check_names, check_shapes, refuse_nonfinite, refuse_shape
+from repirl.fused import fuse
+from repirl.model_checks import check_names, check_shapes, refuse_nonfinite, refuse_shape
 from repirl.model_files import StoredTensor, explained, read_model_config, weight_tensors
-from repirl.models import check_packed, fuse, keep_generation_settings, load_model
+from repirl.models import keep_generation_settings, load_model
+from repirl.packing import check_packed
+from repirl.value_head import add_value_head, head_name, own_attention
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +72,8 @@ def load_sharded_model(
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module.register_buffer(key, buffer.to(world.device), key not in module._non_persistent_buffers_set)
-    if kind == "causal":
-        check_packed(model, name, world.device, compute_dtype)
-        reshard(model)
+    check_packed(model, name, world.device, compute_dtype)
+    reshard(model)
     return model
 
 
@@ -83,7 +85,7 @@ def _empty_model(name: str, kind: str, dtype: torch.dtype, files: dict[str, Stor
     factory = AutoModelForCausalLM if kind == "causal" else AutoModelForTokenClassification
     # Buffers (rotary frequencies) are computed for real: nothing in the files could restore them.
     with init_empty_weights(include_buffers=False):
-        model = factory.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = factory.from_config(config, dtype=dtype, attn_implementation=own_attention(factory, config))
     # On its way to `meta` each module got parameters of its own.
     model.tie_weights()
     keep_generation_settings(model, name)
@@ -109,7 +111,8 @@ def _all_there(model: PreTrainedModel, files: dict[str, StoredTensor], kind: str
     if expected | tied != set(model.state_dict()) or (tied & set(files) and kind == "causal"):
         return False
     missing = expected - set(files)
-    return not missing or (kind == "value" and missing <= {"score.weight", "score.bias"})
+    head = head_name(model)
+    return not missing or (kind == "value" and missing <= {f"{head}.weight", f"{head}.bias"})
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

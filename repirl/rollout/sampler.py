@@ -23,8 +23,8 @@ from repirl.batch import PackedBatch, pack
 from repirl.config import Config, ConfigError
 from repirl.data.prompts import Cursor, Prompt, PromptSet
 from repirl.data.text import find_end_tokens
+from repirl.fused import forward_flops
 from repirl.learner import Learner
-from repirl.models import forward_flops
 from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, sequence_seed
 from repirl.rollout.filter import Group, sample_filtered
 from repirl.verify.process import Verifier

@@ -28,12 +28,22 @@ class TransformersEngine:
         policy: the learner whose model samples.
         pad_id: fills up shorter prompts in a batch.
         max_sequences: the largest number of responses that are decoded in one batch.
+
+    Raises:
+        ConfigError: the model has layers whose state is no KV cache.
     """
 
     def __init__(self, policy: Learner, *, pad_id: int, max_sequences: int) -> None:
         self.policy = policy
         self.pad_id = pad_id
         self.max_sequences = max_sequences
+        layers = DynamicCache(config=policy.model.config).layers
+        if any(not hasattr(layer, "batch_select_indices") for layer in layers):
+            raise ConfigError(
+                f"{type(policy.model).__name__} has recurrent layers, whose state cannot be cached here while several "
+                "prompts are sampled at once: it cannot be sampled from in this process; choose another "
+                "rollout.engine, or another model"
+            )
 
     def update_weights(self, policy: Learner) -> None:
         """Nothing to do: the engine samples with the policy's own model."""

@@ -318,14 +318,15 @@ def test_pairs_that_cannot_be_scored_are_refused(value, pairs, kind, message):
     assert prm.rewards([([3] * 30, [4] * 10)])[0].shape == (10,)
 
 
-def test_a_sliding_window_bounds_pairs_too(value):
+def test_pairs_beyond_a_sliding_window_are_padded(value):
     prm = load_prm(value.out / "prm", device="cpu")
     config = prm.learner.model.config
     config.sliding_window, config.layer_types = 10, ["sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"window has 10 \(sliding_window in its config.json\)"):
-        prm.rewards([([3] * 6, [4] * 5)])
-    config.layer_types = ["full_attention", "full_attention"]
+    assert prm.rewards([([3] * 6, [4] * 4)])[0].shape == (4,)
+    assert prm.learner.model.packs
+    # Longer than the window: padded by the model's own attention, which has one.
     assert prm.rewards([([3] * 6, [4] * 5)])[0].shape == (5,)
+    assert not prm.learner.model.packs
 
 
 def test_the_example_in_the_readme_runs(value, monkeypatch, capsys):

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from repirl.adapters import add_adapters, init_adapters, select_adapter
 from repirl.attention import PackedLayout
 from repirl.config import ConfigError
+from repirl.fused import fuse
 from repirl.learner import enable_checkpointing
-from repirl.models import fuse
 from repirl.options import AdapterConfig
 from repirl.plan.activations import (
     Micro,

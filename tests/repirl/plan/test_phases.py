@@ -8,8 +8,8 @@ from plan_cases import configured, merged, model_config, peak_of, phases
 from transformers import AutoModelForCausalLM
 
 from repirl.config import ConfigError
+from repirl.fused import fuse
 from repirl.learner import Learner
-from repirl.models import fuse
 from repirl.plan.activations import load_shape
 from repirl.plan.fit import find_fit
 from repirl.plan.plan import GIB, make_planner, plan
