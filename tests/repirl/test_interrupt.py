@@ -124,7 +124,7 @@ def test_where_nothing_is_to_be_saved_it_says_so(command, monkeypatch, capfd):
 def test_before_the_first_turn_a_signal_ends_at_once(command, monkeypatch, capsys, place):
     arguments, values = command
     arguments = ["eval" if "evaluate" in place else "train", *arguments[1:]]
-    monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(place, lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
     assert main(arguments) == 143
     assert capsys.readouterr().err == "repirl: SIGUSR1: stopped; nothing was saved\n"
     assert names(values) == []
