@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from repirl.config import ConfigError
+from repirl.config import ConfigError, first_line
 from repirl.distributed.shard import find_nonfinite
 from repirl.fused import fuse
 from repirl.model_checks import check_loaded, check_shapes, refuse_nonfinite
@@ -37,9 +37,17 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; ConfigError where it cannot be loaded or has no end token."""
+    """The model's tokenizer; ConfigError where it cannot be loaded, cannot be used or has no end token."""
     with explained("tokenizer", name, gguf_file):
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+    try:
+        tokenizer.decode(tokenizer("1 + 1").input_ids, skip_special_tokens=True)
+    except Exception as error:
+        # A setting of the wrong type is loaded without an error, and fails where it is first read.
+        raise ConfigError(
+            f"the tokenizer of {name!r} is loaded, but cannot be used: {first_line(error)}; look at its "
+            "tokenizer_config.json and tokenizer.json"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name!r} has no end-of-sequence token; responses could never end")
     if tokenizer.pad_token_id is None:

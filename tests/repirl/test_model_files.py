@@ -228,6 +228,11 @@ def config_with(**changes):
     return lambda path: describe(path, **changes)
 
 
+def spoiled_tokenizer_config(folder):
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    return json.dumps(content | {"model_max_length": "null"}).encode()
+
+
 DAMAGE = {
     "cut off": (lambda path: cut(path, -100), r"no sound safetensors file: it has \d+ bytes, .* \(cut off\?\)"),
     "cut off in the header": (lambda path: cut(path, 100), r"its header should have \d+ bytes, the whole file has 100"),
@@ -300,6 +305,10 @@ DAMAGE = {
     ),
     "tokenizer cut off": (put("tokenizer.json", b'{"model": {'), "cannot load the tokenizer"),
     "tokenizer empty": (put("tokenizer.json", b""), "cannot load the tokenizer"),
+    "tokenizer's length in words": (
+        lambda path: put("tokenizer_config.json", spoiled_tokenizer_config(path))(path),
+        "is loaded, but cannot be used: .*tokenizer_config.json",
+    ),
 }
 
 
