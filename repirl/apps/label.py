@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
 
 from repirl.apps.step_labels import METHODS, LabelledTrajectory, hard
 from repirl.checkpoint.fingerprints import fingerprint_model
@@ -29,6 +33,8 @@ from repirl.rollout.completions import Completer, Request, Trajectory
 from repirl.run import build_learners, set_up_process
 from repirl.verify.process import Verifier
 from repirl.work import Work
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -87,8 +93,17 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
     problems = load_problems(config, tokenizer)
     path = _output_path(config, output)
     file = OutputFile(path, _made_with(config, problems), len(problems), world, resume=resume)
-    if file.counts.prompts == len(problems):
-        return file.counts, path
+    with closing(file):
+        if file.counts.prompts < len(problems):
+            _sample_and_label(problems, tokenizer, file, config)
+    return file.counts, path
+
+
+def _sample_and_label(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, file: OutputFile, config: Config
+) -> None:
+    """Load the policy, and label what is not done yet."""
+    world = file.world
     policy = build_learners(config, world, Work(), ("policy",))["policy"]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     fit_window(policy.model, config.policy.model, longest)
@@ -100,7 +115,6 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
         completer.close()
         if policy.residency is not None:
             policy.residency.close()
-    return file.counts, path
 
 
 def _label_all(problems: list[Problem], completer: Completer, file: OutputFile, config: Config) -> None:
@@ -199,18 +213,40 @@ class OutputFile:
         self.path, self.made_with, self.num_prompts, self.world = path, made_with, num_prompts, world
         self.meta = path.with_name(path.name + ".meta.json")
         self.counts, self._size = LabelCounts(), 0
-        if path.exists():
-            self._continue(resume)
+        self._file = self._open() if world.is_main else None
+        try:
+            # An empty file without the other one is what is left of a call that was killed at once.
+            if path.exists() and (path.stat().st_size or self.meta.exists()):
+                self._continue(resume)
+        except ConfigError:
+            self.close()
+            raise
         # No process writes before all have read.
         world.barrier()
-        if not world.is_main:
-            return
+        if self._file is not None:
+            self._file.truncate(self._size)
+            self._save()
+
+    def _open(self) -> BinaryIO:
+        """Open the output, and keep other calls from it; the lock ends with this process, however it ends."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:
-                file.truncate(self._size)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "ab")  # noqa: SIM115 (it stays open, and locked, until `close`)
         except OSError as error:
-            raise ConfigError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+            raise ConfigError(f"{str(self.path)!r} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConfigError(f"another `repirl label` writes {str(self.path)!r}: choose another --output") from error
+        except OSError:
+            logger.warning("%s is on a file system without locks: let only one `repirl label` write it", self.path)
+        return file
+
+    def close(self) -> None:
+        """Let others write the output."""
+        if self._file is not None:
+            self._file.close()
 
     def _continue(self, resume: bool) -> None:
         """Take over what OUTPUT.meta.json says."""
@@ -222,10 +258,12 @@ class OutputFile:
                 f"{str(self.path)!r} exists, and {str(self.meta)!r} beside it does not say that `repirl label` made it "
                 f"({first_line(error)}): choose another --output, or remove the file"
             ) from error
+        if counts.prompts == 0:
+            return
         if not resume:
             raise ConfigError(
-                f"{str(self.path)!r} holds labels of {counts.prompts} of {before['num_prompts']} prompts; go on with it "
-                "by --resume, or choose another --output"
+                f"{str(self.path)!r} holds labels of {counts.prompts} of {before['num_prompts']} prompts; go on with "
+                "it by --resume, or choose another --output"
             )
         for name in made_with.keys() | self.made_with.keys():
             old, new = made_with.get(name), self.made_with.get(name)
@@ -250,14 +288,13 @@ class OutputFile:
         labels = [value for row in kept for value in row["labels"] if value is not None]
         counts.steps += len(labels)
         counts.right += sum(labels)
-        if not self.world.is_main:
+        if self._file is None:
             return
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode()
         try:
-            with open(self.path, "ab") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            self._file.write(content)
+            self._file.flush()
+            os.fsync(self._file.fileno())
             self._size += len(content)
             self._save()
         except OSError as error:

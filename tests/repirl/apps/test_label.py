@@ -248,6 +248,26 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     refused("is shorter than it was", one, resume=True)
 
 
+def test_a_call_that_was_killed_at_once_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    """Before the first batch there is nothing to go on with; and two calls do not write one file."""
+    config = build_config(small(tmp_path, label={"num_prompts": 1}))
+
+    def stop(*_):
+        with pytest.raises(ConfigError, match=r"another `repirl label` writes '.*made.jsonl'"):
+            label(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repirl.apps.label.label_batch", stop)
+    for left in ("both", "the output alone"):
+        with pytest.raises(KeyboardInterrupt):
+            label(config)
+        assert (tmp_path / "made.jsonl").read_bytes() == b""
+        if left != "both":
+            (tmp_path / "made.jsonl.meta.json").unlink()
+    monkeypatch.undo()
+    assert label(config)[0].prompts == 1
+
+
 def test_training_needs_the_file_first(tmp_path):
     with pytest.raises(ConfigError, match=r"made.jsonl' does not exist"):
         train(build_config(small(tmp_path)))
