@@ -246,8 +246,12 @@ class Config(Section):
                 f"objective {self.objective!r} learns from experts: set data.solution_column, or data.experts"
             )
         for kind in ("pairs", "trajectories", "steps"):
-            if kind in needed and getattr(self.data, kind) is None:
+            given = getattr(self.data, kind) is not None
+            if kind in needed and not given:
                 raise ValueError(f"objective {self.objective!r} learns from {kind}: set data.{kind}")
+            # `repirl label` writes data.steps, whatever the objective is.
+            if given and kind not in (*needed, *self.system.optional, "steps"):
+                raise ValueError(f"data.{kind} is set, but objective {self.objective!r} reads no {kind}: leave it out")
         if "trajectories" in needed:
             assert self.data.trajectories is not None
             sorts = "outcomes" in needed or ("experts" in needed and self.irl.use_outcome)

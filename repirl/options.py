@@ -140,7 +140,7 @@ class FilterConfig(Section):
     truncated: Literal["keep", "drop"] = Field(
         "keep", description="what happens to prompts with a response that reached max_response_tokens"
     )
-    oversample: Annotated[float, Field(ge=1)] = Field(
+    oversample: Annotated[float, Field(ge=1, le=1000)] = Field(
         1.0, description="prompts that are sampled in a round for each prompt that is still missing (PRIME: 4)"
     )
     max_rounds: Positive = Field(

@@ -138,6 +138,9 @@ def test_a_system_needs_what_its_row_says_and_no_more(name):
     for kind in system.data:
         with pytest.raises(ConfigError, match=TOLD[kind]):
             build_config(merge(values_of(name), {"data": TAKEN[kind]}))
+    for kind in {"pairs", "trajectories"} - {*system.data, *system.optional}:
+        with pytest.raises(ConfigError, match=f"data.{kind} is set, but objective '{name}' reads no {kind}"):
+            build_config(merge(values_of(name), {"data": GIVEN[kind]}))
     # Every learner has its section of options.
     assert {*system.trains, *system.reads} <= {"policy", "prm", "critic"}
     for kind in load_objectives(system.objectives).values():
