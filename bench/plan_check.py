@@ -242,7 +242,7 @@ PAPER = {
     "prm": {"gradient_checkpointing": True},
     "data": {"train": "math/train.jsonl", "solution_column": "solutions"},
     "rollout": {"prompts_per_step": 128, "samples_per_prompt": 4, "max_sequences": 16},
-    "irl": {"experts_per_step": 512},
+    "irl": {"experts": "all", "experts_per_step": 512},
     "compute_dtype": "bfloat16",
     "checkpoint": {"every": 20},
 }
