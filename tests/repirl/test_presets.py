@@ -23,8 +23,8 @@ SPEED = ("seconds/", "tokens_per_second/", "mfu/", "memory/")
 
 def shrunk(folder: Path, preset: str, **changes):
     """The preset's values, but for model, data and sizes."""
-    tiny = tiny_values(folder)
-    data = {key: tiny["data"][key] for key in ("train", "eval", "solution_column", "pairs", "trajectories")}
+    tiny = tiny_values(folder, objective=load_preset(preset)["objective"])
+    data = {key: value for key, value in tiny["data"].items() if key != "steps"}
     if load_preset(preset)["data"].get("eval") is None:
         data["eval"] = None
     if "steps" in load_preset(preset)["data"]:

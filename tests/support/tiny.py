@@ -27,6 +27,7 @@ from repirl.distributed.shard import whole
 from repirl.export import describe_prm
 from repirl.learner import Learner, Loss
 from repirl.models import load_model, save_tokenizer
+from repirl.systems import SYSTEMS
 
 
 def make_model(folder: Path, *, tied: bool = True, architecture: str = "qwen3", head_dim: int = 8) -> Path:
@@ -139,6 +140,10 @@ def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": {"every": 1},
         "log": {"tensorboard": False},
     }
+    system = SYSTEMS.get(changes.get("objective", "repirl"))
+    for kind in ("pairs", "trajectories"):
+        if system is None or kind not in system.data:
+            del values["data"][kind]
     return merge(values, changes)
 
 
