@@ -43,6 +43,7 @@ from repirl.report.log import LogError
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import MismatchError
 from repirl.rollout.sampler import Sampler
+from repirl.rounding import break_ties
 from repirl.sources import check_sources
 from repirl.systems import LABELS
 from repirl.verify.process import Verifier
@@ -308,6 +309,14 @@ class _Builder:
         except NonFiniteWeights as error:
             raise ConfigError(f"the {LABELS.get(name, name)} cannot start: {error}") from error
         fit_window(model, model_name, config.longest_sequence)
+        share = break_ties(model, world) if self.compute_dtype == torch.bfloat16 else 0.0
+        # The reference is the policy's start.
+        if share and name != "reference" and world.is_main:
+            print(
+                f"{LABELS.get(name, name)}: {share:.1%} of the weights lay halfway between two bfloat16 "
+                "numbers, and got a random place between them, so that small updates do not move all of these at once",
+                flush=True,
+            )
         return model
 
     def _learner(self, name: str, model: PreTrainedModel) -> Learner:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from families import save_model
 from rank_processes import rank_processes
 from safetensors.torch import load_file, save_file
 from shared import CPU
@@ -32,6 +33,7 @@ from repirl.loop import train
 from repirl.models import load_model
 from repirl.options import OptimizerConfig
 from repirl.report.log import read_metrics
+from repirl.rounding import break_ties
 
 # Uneven on purpose; with three ranks and the first two only, one rank has none.
 PAIRS = [([3, 4, 5], [6, 7, 8, 9, 10, 1]), ([9], [10, 1]), ([4, 4], [5]), ([3] * 9, [4, 5, 6, 1]), ([7], [8, 8, 8, 1])]
@@ -124,6 +126,36 @@ def test_ranks_make_the_updates_of_one_process(
     assert sum(local for local, _ in results) == total
     for _, found in results:
         assert_equal(found, expected, 2e-5)
+
+
+def test_ranks_make_the_updates_of_one_process_where_sequences_are_padded(ranks, tmp_path):
+    path = str(save_model("nemotron", tmp_path / "model"))
+    expected = plain(path, "causal", 5, 2)
+    for _, found in ranks[3].run(3, sharded, tiny_values(tmp_path), path, "causal", 5, 2, {}):
+        assert_equal(found, expected, 5e-5)
+
+
+def without_ties(_group, values, path):
+    world = join_world(build_config(values))
+    options = {"dtype": torch.float32, "compute_dtype": torch.bfloat16}
+    model = load_sharded_model(path, kind="value", world=world, **options)
+    share = break_ties(model, world)
+    return share, {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def test_ranks_break_ties_as_one_process_does(ranks, tmp_path):
+    path = make_model(tmp_path / "model")
+    tensors = load_file(path / "model.safetensors")
+    for tensor in tensors.values():
+        bits = tensor.view(torch.int32).view(-1)
+        bits[::5] = (bits[::5] & ~0xFFFF) | 0x8000
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    model = load_model(str(path), kind="value", dtype=torch.float32, device=CPU)
+    expected = break_ties(model, World(CPU))
+    assert 0.19 < expected < 0.21
+    for share, weights in ranks[3].run(3, without_ties, tiny_values(tmp_path), str(path)):
+        assert share == expected
+        assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("parallel", [{"replicate": 2}, {"cpu_offload": True}])
