@@ -137,7 +137,7 @@ def test_the_description_says_all_and_stays_with_the_model(implicit, value, tmp_
         "temperature": 1.0,
         "reference": {"model": implicit.config.policy.model, "gguf_file": None},
         "token": "action",
-        "steps": {"rule": "separator", "separator": "\n"},
+        "steps": {"rule": "separator", "separator": "; ", "score": "tokens", "aggregate": "mean"},
         "prompt": PROMPT,
         "calibration": None,
     }
@@ -338,3 +338,23 @@ def test_the_example_in_the_readme_runs(value, monkeypatch, capsys):
 
 def test_kinds_of_rewards_are_those_of_the_configuration():
     assert PRMDescription.model_fields["reward"].annotation == PRMConfig.model_fields["reward"].annotation
+
+
+def test_step_scores_are_mean_rewards_unless_the_file_says_otherwise(tmp_path):
+    """A PRM of tokens scores a step by the mean of its tokens' rewards; the last one ends with the end token."""
+    model = make_model(tmp_path / "model")
+    rule = {"rule": "separator", "separator": "; "}
+    pair = ("8+7-3=", "8+7=15; 15-3=12; #### 12")
+    for aggregate, way in {
+        "mean": torch.mean,
+        "min": torch.amin,
+        "product": torch.prod,
+        "last": lambda x: x[-1],
+    }.items():
+        described = PRMDescription(reward="logprob", steps={**rule, "aggregate": aggregate})
+        prm = load_prm(model, device="cpu", description=described)
+        [reward], [scores] = prm.rewards([pair]), prm.step_scores([pair])
+        expected = torch.stack([part.mean() for part in reward.split([7, 8, 4])])
+        torch.testing.assert_close(scores, expected)
+        assert prm.response_scores([pair]) == [pytest.approx(float(way(expected)))]
+    assert prm.step_scores([]) == []
