@@ -211,11 +211,13 @@ class Running:
 class Runner:
     """Runs stages, and keeps the files in ``options.out`` up to date while it does."""
 
+    script, file = "bench/gpu.py", "gpu.json"
+
     def __init__(self, options: argparse.Namespace, work: Path, arguments: Sequence[str]) -> None:
         self.options, self.work = options, work
         self.deadline = time.monotonic() + options.seconds
         self.results: dict[str, Any] = {
-            "command": " ".join(["python bench/gpu.py", *arguments]),
+            "command": " ".join([f"python {self.script}", *arguments]),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "device": options.device,
             "seconds": options.seconds,
@@ -282,28 +284,35 @@ class Runner:
         os.close(self._lifeline[1])
         os.close(self._lifeline[0])
         self.write()
-        print(f"written to {self.options.out / 'gpu.json'}")
+        print(f"written to {self.options.out / self.file}")
 
     def write(self) -> None:
         """Write ``gpu.json``, ``ops.json`` and ``logs.tar.gz`` with the results so far."""
         self._written = time.monotonic()
-        results = {**self.results, "steps": dict(self.results["steps"])}
-        for name, running in self._running.items():
-            seconds = round(time.monotonic() - running.start, 1)
-            results["steps"][name] = {"status": "running", "seconds": seconds, **self._recorded(name)}
-        out = self.options.out
-        _replace(out / "gpu.json", (json.dumps(results, indent=1) + "\n").encode())
+        results, out = self.so_far(), self.options.out
+        replace_file(out / "gpu.json", (json.dumps(results, indent=1) + "\n").encode())
         benchmarks = [step for name, step in results["steps"].items() if name.startswith("benchmark ")]
         benchmarks = [step["result"] for step in benchmarks if step.get("result", {}).get("cases")]
         if benchmarks:
             cases = [case for result in benchmarks for case in result["cases"]]
             merged = {**benchmarks[0], "command": self.results["command"], "cases": cases}
-            _replace(out / "ops.json", (json.dumps(merged, indent=1) + "\n").encode())
+            replace_file(out / "ops.json", (json.dumps(merged, indent=1) + "\n").encode())
+        self.write_logs()
+
+    def so_far(self) -> dict[str, Any]:
+        """The results, with the steps that are running."""
+        results = {**self.results, "steps": dict(self.results["steps"])}
+        for name, running in self._running.items():
+            seconds = round(time.monotonic() - running.start, 1)
+            results["steps"][name] = {"status": "running", "seconds": seconds, **self._recorded(name)}
+        return results
+
+    def write_logs(self) -> None:
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=3) as tar:
             for log in sorted(self.work.glob("*.log")):
                 tar.add(log, arcname=log.name)
-        _replace(out / "logs.tar.gz", archive.getvalue())
+        replace_file(self.options.out / "logs.tar.gz", archive.getvalue())
 
     def _environment(self) -> dict[str, str]:
         # nvidia-cutlass-dsl adds its second folder to the path by a .pth file, which Python reads in site-packages
@@ -324,10 +333,10 @@ class Runner:
         return environment
 
     def _prefix(self, step: Step) -> str:
-        return os.fspath(self.work / _key(step.name))
+        return os.fspath(self.work / key_of(step.name))
 
     def _start(self, step: Step) -> None:
-        key = _key(step.name)
+        key = key_of(step.name)
         environment = {**self.environment, VARIABLE: self._prefix(step)} if step.takes_turns else self.environment
         places = {RESULT: self.work / f"{key}.json", INSTALLED: self.work / "installed"}
         words = [os.fspath(places.get(word, word)) for word in step.arguments]
@@ -368,13 +377,13 @@ class Runner:
             **self._recorded(name),
         }
         if status != "ok":
-            log = (self.work / f"{_key(name)}.log").read_text(errors="replace")
+            log = (self.work / f"{key_of(name)}.log").read_text(errors="replace")
             outcome |= {"exit_code": process.returncode, "end_of_log": log[-2000:]}
         self._finish(name, outcome)
 
     def _recorded(self, name: str) -> dict[str, Any]:
         try:
-            return {"result": json.loads((self.work / f"{_key(name)}.json").read_text())}
+            return {"result": json.loads((self.work / f"{key_of(name)}.json").read_text())}
         except (OSError, ValueError):  # not written yet, or incomplete
             return {}
 
@@ -421,11 +430,11 @@ def _short(value: Any) -> str:
     return str(value)[:200]
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
-def _replace(file: Path, content: bytes) -> None:
+def replace_file(file: Path, content: bytes) -> None:
     partial = file.with_suffix(".partial")
     partial.write_bytes(content)
     partial.replace(file)

@@ -53,6 +53,17 @@ if it failed, the end of its log), `ops.json` (for `bench/results`, from which t
 warp-specialised kernel, cuBLAS in blocks that stay in the L2 cache, other slabs. Each is compared with float64, then
 timed in turns with the bare product. `python -m bench.candidates --list` has their names,
 `python -m bench.candidates NAME` runs one.
+
+The study on a GPU trains a model from scratch on word problems with worked solutions (`gsm_symbolic` of reasoning-gym),
+then four arms from it: SFT on 256 solutions, RLOO, rePIRL whose PRM learns apart from outcomes, and the PRM alone, with
+an exact verifier and with one that reads only the last digit:
+
+    python -m bench.gpu_study data --to FOLDER                               beforehand: 3.5 MiB; it says what it needs
+    python -m bench.gpu_study run --data FOLDER --out OUT --wheels WHEELS    at most 460 s
+
+Of `WHEELS` it needs only the wheels, 6 MiB, not the archive. The arms run beside each other for equal time and are
+compared at the last evaluation that all reached. `OUT` gets `study.json`, `study.md` and `logs.tar.gz`, each complete
+at any time; arms that failed or were not reached are listed. `--device cpu` tries the script with a small model.
 """
 
 

@@ -126,13 +126,13 @@ def markdown(results: Results, failed: list[str], about: dict[str, Any], command
         "\n".join(f"* {note}" for note in NOTES),
         "## What agrees with the paper, and what does not",
         "A claim agrees or disagrees where the paired difference is more than twice its standard error.",
-        _rows(["claim", "by", "measured difference", "verdict"], claims(results)),
+        markdown_table(["claim", "by", "measured difference", "verdict"], claims(results)),
     ]
     for task in PLAN:
         columns, rows = table(results, task)
         if rows:
             parts += [f"## {TASKS[task].title}", f"Task `{task}`. Start: {start_accuracy(results, task)}%."]
-            parts += [_rows(columns, rows)]
+            parts += [markdown_table(columns, rows)]
     if failed:
         parts += ["## Failed", "\n".join(f"* {line}" for line in failed)]
     return "\n\n".join(parts) + "\n"
@@ -158,6 +158,6 @@ def report(results: Results, about: dict[str, Any], command: str) -> Report:
     }
 
 
-def _rows(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -117,7 +117,7 @@ def test_every_benchmark_is_a_case_of_the_profile(call):
         assert words[words.index("--only") + 1] in known
         for word in words[words.index("--peers") + 1 : words.index("--json")]:
             assert any(word in contender.name.lower() for contender in CONTENDERS)
-    keys = [gpu._key(step.name) for stage in plan("--call", call) for step in stage]
+    keys = [gpu.key_of(step.name) for stage in plan("--call", call) for step in stage]
     assert len(set(keys)) == len(keys)
 
 
