@@ -318,14 +318,19 @@ def test_pairs_that_cannot_be_scored_are_refused(value, pairs, kind, message):
     assert prm.rewards([([3] * 30, [4] * 10)])[0].shape == (10,)
 
 
-def test_pairs_beyond_a_sliding_window_are_padded(value):
-    prm = load_prm(value.out / "prm", device="cpu")
-    config = prm.learner.model.config
-    config.sliding_window, config.layer_types = 10, ["sliding_attention", "full_attention"]
+def test_pairs_beyond_a_sliding_window_are_padded(value, tmp_path):
+    folder = shutil.copytree(value.out / "prm", tmp_path / "prm")
+    window = {"use_sliding_window": True, "sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"]}
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | window))
+    prm = load_prm(folder, device="cpu")
     assert prm.rewards([([3] * 6, [4] * 4)])[0].shape == (4,)
     assert prm.learner.model.packs
     # Longer than the window: padded by the model's own attention, which has one.
-    assert prm.rewards([([3] * 6, [4] * 5)])[0].shape == (5,)
+    pair = ([3, 4, 5, 6, 7, 8], [9, 4, 5, 6, 7])
+    plain = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = plain(torch.tensor([pair[0] + pair[1]])).logits[0, 6:, 0].detach()
+    torch.testing.assert_close(prm.rewards([pair])[0], expected, atol=2e-5, rtol=1e-5)
     assert not prm.learner.model.packs
 
 
