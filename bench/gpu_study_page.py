@@ -8,6 +8,8 @@ from bench.gpu_study_data import Sizes
 from bench.study import page
 from bench.study.cells import Cell
 
+# Below this accuracy right responses are too rare to learn from, above the other one little is left to learn.
+USEFUL_START = (0.2, 0.6)
 ENDED = {
     "accuracy": "it ended because it was good enough",
     "time": "it ended because its time was over",
@@ -58,12 +60,18 @@ def _start(results: dict[str, Any], start: dict[str, Any] | None) -> str:
     if start is None:
         return "There is no start model yet, or it could not be made: see below."
     accuracy = "was never measured" if start["accuracy"] is None else f"was {100 * start['accuracy']:.1f}%"
+    low, high = USEFUL_START
+    warning = "" if start["accuracy"] is not None and low <= start["accuracy"] <= high else (
+        f" **It is not known to lie between {low:.0%} and {high:.0%}, where arms can differ: do not rely on what is "
+        "below.**"
+    )  # fmt: skip
     return (
         f"The start: a model of Qwen3's architecture with {start['parameters'] / 1e6:.1f} million parameters and a "
         f"tokenizer of {start['vocabulary']} tokens, trained from scratch on worked solutions ({start['turns']} turns, "
         f"{start['solutions']} solutions, {start['seconds']:.0f} s; {ENDED[start['ended_by']]}). Its loss fell from "
         f"{start['loss'][0]:.2f} to {start['loss'][1]:.2f} nats a token. Its accuracy by sampling {accuracy}, on "
-        f"{start['eval_prompts']} held-out problems. Scale `{results['scale']}`, {results['jobs']} arms at a time."
+        f"{start['eval_prompts']} held-out problems.{warning} Scale `{results['scale']}`, {results['jobs']} arms at a "
+        "time."
     )
 
 
@@ -74,6 +82,12 @@ def _notes(results: dict[str, Any], start: dict[str, Any] | None) -> list[str]:
         f" With one seed and {count} problems, an accuracy near 50% has a standard error of {50 / count**0.5:.1f} "
         "points: smaller differences tell nothing."
     )  # fmt: skip
+    held = [
+        f"{name} in {run['compared']['held']:.0f}"
+        for name, run in results["runs"].items()
+        if run["compared"] and run["compared"]["held"]
+    ]
+    waits = [f"Turns in which the policy waited, as its PRM told it nothing (irl.gate): {', '.join(held)}."]
     return [
         f"All arms begin with the same model and are compared after {results['compared_at_turn']} turns, the last "
         "evaluation that all reached in equal time; below are all evaluations.",
@@ -83,6 +97,7 @@ def _notes(results: dict[str, Any], start: dict[str, Any] | None) -> list[str]:
         "them; of the verifier only RLOO and `rePIRL, PRM apart` learn, so the others are one and the same run on both "
         "tasks.",
         "Seconds are of training up to that turn, while the other arms ran beside it: compare them roughly.",
+        *(waits if held else []),
     ]
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 
 import pytest
 
-from bench import gpu, gpu_study, gpu_study_data, gpu_study_steps
+from bench import gpu, gpu_study, gpu_study_data, gpu_study_page, gpu_study_steps
 from bench.gpu import RESULT, Step
 from bench.gpu_study_data import Problem, Sizes, path_of
 from bench.study.cells import ARMS, TASKS
@@ -106,6 +106,9 @@ def test_the_first_minute_at_a_tiny_scale(data, tmp_path, monkeypatch):
     assert "| RLOO | " in page
     assert "4 worked solutions" in page
     assert "Not in the tables" not in page
+    for accuracy, is_useful in {0.1: False, 0.4: True, 0.7: False, None: False}.items():
+        start["accuracy"] = accuracy
+        assert ("do not rely" in gpu_study_page.markdown(results, gpu_study.TASKS)) != is_useful
     with tarfile.open(tmp_path / "out" / "logs.tar.gz") as logs:
         assert {"start.jsonl", "RLOO__exact_.jsonl"} == set(logs.getnames())
 
@@ -150,7 +153,8 @@ folder, accuracies = sys.argv[1], json.loads(sys.argv[2])
 os.makedirs(folder)
 with open(folder + "/metrics.jsonl", "w") as file:
     for turn, accuracy in enumerate(accuracies):
-        file.write(json.dumps({"step": turn, "eval/accuracy": accuracy, "seconds/step": 1.0}) + "\\n")
+        line = {"step": turn, "eval/accuracy": accuracy, "seconds/step": 1.0, "policy/held": int(turn > 0)}
+        file.write(json.dumps(line) + "\\n")
     file.write('{"step": 9')
     file.flush()
     time.sleep(float(sys.argv[3]))
@@ -199,6 +203,7 @@ def test_a_failed_arm_costs_the_others_nothing(data, tmp_path, monkeypatch):
     assert results["runs"]["RLOO (last-digit)"]["compared"]["curve"][-1] == [2, 0.5]
     assert results["runs"]["RLOO (exact)"]["all"]["turns"] == 3
     assert "PRM only: failed after 1 turns" in page
+    assert "(irl.gate): RLOO (exact) in 2, RLOO (last-digit) in 2, SFT in 2." in page
     # RLOO has a row on each task, 20 points above SFT, which is one and the same run.
     assert page.count("| RLOO | 50.0 | 50.0 | 20.0 |") == 2
     assert made.exit_code() == 1
