@@ -173,12 +173,13 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
     for name, learner in learners.items():
         load_weights(folder, name, learner)
         weights = dict(learner.weights())
+        output = next(key for key, m in learner.model.named_modules() if m is learner.model.get_output_embeddings())
         plain_config = AutoConfig.from_pretrained(folder / name)
         factory: Any = AutoModelForCausalLM
         if learner.reads_values:
             add_value_head(plain_config)
             factory = AutoModelForTokenClassification
-            weights.pop("lm_head.weight", None)
+            weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{output}.")}
             head: Any = learner.model.value_head
         # A small adapter would be rounded away in bfloat16.
         model = factory.from_config(plain_config, dtype=torch.float32)
@@ -188,6 +189,6 @@ def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
         missing, unexpected = model.load_state_dict(weights, strict=False)
         # Tied heads have no weights of their own.
         assert not unexpected, unexpected
-        assert set(missing) <= {"lm_head.weight"}, missing
+        assert set(missing) <= {f"{output}.weight"}, missing
         models[name] = model
     return models

@@ -150,7 +150,7 @@ def check_names(
             f"the files of model {name!r} hold {shown(inner)}, which the model of its config.json "
             f"({type(model).__name__}) does not have and would compute without: config.json is not the one of the files"
         )
-    others = [key for key in unexpected if kind == "causal" or not key.startswith("lm_head.")]
+    others = [key for key in unexpected if kind == "causal" or not key.startswith(("lm_head.", "embed_out."))]
     if others:
         logger.warning("%s: its files hold %s, which the model does not have; left out", name, shown(others))
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, table_row
+from families import FAMILIES, save_model, table_row
 from shared import CPU
+from tiny import tiny_config
 from transformers import AutoModelForCausalLM, Gemma3Config, OPTConfig
 
 from repirl.config import ConfigError
+from repirl.export import export_checkpoint
+from repirl.loop import train
 from repirl.models import load_model
+from repirl.prm import load_prm
 
 ROWS = re.findall(r"^\| `.*\|$", (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8"), re.M)
 
@@ -35,6 +39,19 @@ def test_the_table_in_the_docs_has_all_families():
 )
 def test_a_family_is_as_the_docs_say(tmp_path, family):
     assert table_row(family, tmp_path) in ROWS
+
+
+def test_a_prm_whose_heads_have_other_names_trains_as_an_adapter_and_is_exported(tmp_path):
+    """GPT-NeoX: `embed_out` in its files, `classifier` in its token classifier."""
+    model = save_model("gpt_neox", tmp_path / "model")
+    adapters = {"rank": 2, "target_modules": ["query_key_value"]}
+    rollout = {"max_response_tokens": 4, "prompts_per_step": 2, "samples_per_prompt": 2}
+    options = {"adapters": adapters, "steps": 1, "rollout": rollout, "eval": {"every": 0}, "prm": {"reward": "value"}}
+    options["data"] = {"max_prompt_tokens": 30, "max_expert_tokens": 30}
+    train(tiny_config(tmp_path, policy={"model": str(model)}, **options))
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    prm = load_prm(tmp_path / "out" / "prm", device="cpu")
+    assert prm.rewards([([3, 4], [5, 6, 1])])[0].any()
 
 
 def test_a_model_that_also_reads_images_is_refused(tmp_path):
