@@ -59,7 +59,7 @@ def _local(parameter: Tensor) -> Tensor | None:
     """What this process holds of a parameter; None where it holds nothing."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
-    return None if local_slices(parameter) is None else parameter.detach().to_local()
+    return None if local_slices(parameter) is None else parameter.to_local().detach()
 
 
 def _first_index(parameter: Tensor) -> int:
