@@ -136,10 +136,6 @@ def _head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-# Names in config.json of the number of tokens that a layer looks back over at most.
-_WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")
-
-
 def fit_window(model: PreTrainedModel, name: str, longest: int) -> None:
     """Let a model pad where a layer looks back over fewer tokens than the longest sequence may have: packed attention
     has no window."""

@@ -247,7 +247,8 @@ class Planner:
     def _rollout(self) -> Phase:
         """Sampling of a turn's rollouts."""
         options = self.config.rollout
-        rows = min(options.max_sequences, -(-rollouts(self.config).number // self.placement.ranks))
+        sampled = options.prompts_per_round * options.samples_per_prompt
+        rows = min(options.max_sequences, -(-sampled // self.placement.ranks))
         return self.decode("rollout", rows, -(-rows // options.samples_per_prompt))
 
     def decode(self, name: str, sequences: int, prompts: int) -> Phase:
