@@ -33,10 +33,10 @@ def test_sequences_longer_than_a_micro_batch_have_one_each(tmp_path, ranks):
 
 def test_offline_systems_have_their_own_batches(tmp_path):
     """Pairs are two sequences each; fixed rollouts are as many as a turn's; a critic is a learner like others."""
-    data = {"train": None, "solution_column": None, "trajectories": "missing.jsonl", "pairs": "missing.jsonl"}
-    pairs = configured(tmp_path, objective="dpo", data=data, dpo={"pairs_per_step": 10})
+    data = {"train": None, "solution_column": None}
+    pairs = configured(tmp_path, objective="dpo", data=data | {"pairs": "missing.jsonl"}, dpo={"pairs_per_step": 10})
     assert of_data(pairs) == trained_on(pairs, "policy") == (Sequences(20, 64, 192),)
-    fixed = configured(tmp_path, objective="dqo", data=data)
+    fixed = configured(tmp_path, objective="dqo", data=data | {"trajectories": "missing.jsonl"})
     assert of_data(fixed) == trained_on(fixed, "critic") == trained_on(fixed, "policy") == (Sequences(64, 64, 192),)
     names = [phase.name for phase in plan(fixed).phases]
     assert names == ["load", "reference", "logprob", "critic", "state_value", "policy", "checkpoint"]
