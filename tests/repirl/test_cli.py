@@ -257,6 +257,6 @@ def test_all_packages_of_the_extra_are_looked_for():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["train"]
     names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in extra}
     owners = packages_distributions()
-    found = {owner.lower().replace("_", "-") for name in NEEDED.split() for owner in owners[name]}
-    assert names <= found
+    actual = {owner.lower().replace("_", "-") for name in NEEDED.split() for owner in owners[name]}
+    assert names <= actual
     assert len(NEEDED.split()) == len(names)

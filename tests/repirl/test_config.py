@@ -1,6 +1,5 @@
 """Configuration: who overrides whom, how values are read, what the presets hold."""
 
-
 import pytest
 import yaml
 

@@ -267,9 +267,9 @@ def test_kill_9_of_all_during_a_save(tmp_path, num_ranks, asynchronous):
         kills = dict.fromkeys(range(num_ranks if kill[1] == "save" else 1), kill)
         results = run_ranks(file, *resume, num_ranks=num_ranks, kills=kills)
         assert all(results[rank][0] == -signal.SIGKILL for rank in kills), kill
-        found = list_checkpoints(folder)
-        assert found, kill
-        assert all(find_damage(path) is None for path in found), kill
+        actual = list_checkpoints(folder)
+        assert actual, kill
+        assert all(find_damage(path) is None for path in actual), kill
         left |= {path.name.split(".", 1)[1] for path in folder.glob("*.tmp")}
     # Half a checkpoint was left, and half of one that was to go.
     assert left == {"tmp", "pruned.tmp"}
@@ -680,10 +680,10 @@ def test_nan_for_good_ends_the_run(tmp_path, capsys, monkeypatch, asynchronous):
     assert "repirl: 3 updates in a row of the policy had a loss or gradient that is not finite" in errors
     lines = metrics_of(tmp_path / "run")
     assert [line["policy/skipped_updates"] for line in lines] == [1, 2]
-    found = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert [p.name for p in found] == ["step_1", "step_2"][: None if not asynchronous else len(found)]
-    assert found
-    assert all(find_damage(p) is None for p in found)
+    actual = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [p.name for p in actual] == ["step_1", "step_2"][: None if not asynchronous else len(actual)]
+    assert actual
+    assert all(find_damage(p) is None for p in actual)
 
 
 def skip_together(_group, values, path):

@@ -515,7 +515,7 @@ def test_an_update_tells_what_it_clipped_and_how_far_it_went(tmp_path):
     parts = [update.loss({"logprob": new[i], "entropy": new[i]}, rollouts.select([n])) for n, i in halves]
     assert all(set(figures) == set(parts[0][1]) for _, figures in parts)
     sums = {name: [sum(column) for column in zip(*(f[name] for _, f in parts), strict=True)] for name in parts[0][1]}
-    found = {name: float(total) / count for name, (total, count) in sums.items()}
+    actual = {name: float(total) / count for name, (total, count) in sums.items()}
     ratio, log_ratio = (new - old).exp(), new - old
     expected = {
         # Of the three only the first, with advantage 1, went beyond 1.2.
@@ -525,7 +525,7 @@ def test_an_update_tells_what_it_clipped_and_how_far_it_went(tmp_path):
         "sampler_ratio_truncated": 1 / 3,
         "kl_reference": float((new - reference).mean()),
     }
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
     assert all(torch.isfinite(part) for part, _ in parts)
     plain = RLOO(tiny_config(tmp_path, objective="rloo", loss={"sampler_ratio_cap": None}))
     _, figures = plain.loss({"logprob": new, "entropy": new}, rollouts)

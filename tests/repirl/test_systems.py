@@ -21,9 +21,9 @@ SUPPORT = Path(__file__).parents[1] / "support"
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_rows_are_whole(tmp_path, name):
     system = SYSTEMS[name]
-    found = load_objectives(system.objectives)
-    assert tuple(found) == system.trains
-    assert all(issubclass(kind, Objective) for kind in found.values())
+    actual = load_objectives(system.objectives)
+    assert tuple(actual) == system.trains
+    assert all(issubclass(kind, Objective) for kind in actual.values())
     assert set(system.data) <= {"prompts", "answers", "experts", "pairs", "trajectories", "outcomes", "steps"}
     assert system.online == ("prompts" in system.data)
     changes = {} if "policy" in (*system.trains, *system.reads) else {"data": {"eval": None}}
@@ -32,7 +32,7 @@ def test_rows_are_whole(tmp_path, name):
     config = build_config(tiny_values(tmp_path, objective=name, **changes))
     assert config.system is system
     assert set(config.trained_sections) == set(system.trains)
-    assert [kind(config).config is config for kind in found.values()] == [True] * len(found)
+    assert [kind(config).config is config for kind in actual.values()] == [True] * len(actual)
 
 
 def test_an_unknown_system_is_refused_by_name(tmp_path):

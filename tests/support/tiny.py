@@ -112,15 +112,15 @@ def objective(loss: Callable[[dict[str, torch.Tensor], PackedBatch], torch.Tenso
 
 def gradients(learner: Learner, batch: PackedBatch, loss: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole gradients, by parameter, of the update that `update` is about to make; it is not made."""
-    found: dict[str, torch.Tensor] = {}
+    actual: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
-        found.update({name: whole(p.grad).clone() for name, p in learner.trained.items() if p.grad is not None})
+        actual.update({name: whole(p.grad).clone() for name, p in learner.trained.items() if p.grad is not None})
 
     step, learner.optimizer.step = learner.optimizer.step, keep
     learner.update(batch, objective(loss))
     learner.optimizer.step = step
-    return found
+    return actual
 
 
 def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def test_token_ids_are_taken_as_they_are(tmp_path):
     """A response that was cut off has no end token, and log mu belongs to these very tokens."""
     ids = build_tokenizer()("23").input_ids
     row = {"prompt": "1+1=", "response": "23", "response_ids": ids, "logprobs": [-0.5] * len(ids), "outcome": False}
-    [found] = read(tmp_path, row, logprob_column="logprobs")
-    assert found.response_ids == tuple(ids)
-    assert found.logprobs == (-0.5,) * len(ids)
+    [actual] = read(tmp_path, row, logprob_column="logprobs")
+    assert actual.response_ids == tuple(ids)
+    assert actual.logprobs == (-0.5,) * len(ids)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_a_turn_has_whole_prompts_and_passes_take_turns():
     trajectories = Trajectories(rows_of([1, 2, 5]), seed=0, prompts_per_turn=3, samples_per_prompt=2)
     assert (len(trajectories), trajectories.num_prompts) == (8, 3)
     passes = [dict(drawn(trajectories)) for _ in range(3)]
-    assert [found[0] for found in passes] == [[0]] * 3
-    assert [found[1] for found in passes] == [[0, 1]] * 3
+    assert [actual[0] for actual in passes] == [[0]] * 3
+    assert [actual[1] for actual in passes] == [[0, 1]] * 3
     # Of a prompt with more of them than a turn takes, each pass gives the next ones.
-    assert [found[2] for found in passes] == [[0, 1], [2, 3], [4, 0]]
+    assert [actual[2] for actual in passes] == [[0, 1], [2, 3], [4, 0]]
 
 
 def test_log_mu_of_the_file_becomes_streams():

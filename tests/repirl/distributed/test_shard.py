@@ -96,8 +96,8 @@ def sharded(_group, values, path, kind, count, num_steps, options, checkpointing
     return local, updates(learner, count, num_steps)
 
 
-def assert_equal(found, expected, atol):
-    before, grads, after, metrics, scored = found
+def assert_equal(actual, expected, atol):
+    before, grads, after, metrics, scored = actual
     for ours, theirs in [(before, expected[0]), (grads, expected[1]), (after, expected[2]), (scored, expected[4])]:
         assert ours.keys() == theirs.keys()
         for name in theirs:
@@ -124,15 +124,15 @@ def test_ranks_make_the_updates_of_one_process(
     total = sum(p.numel() for p in load_model(path, kind=kind, dtype=torch.float32, device=CPU).parameters())
     # Each process holds its share of the parameters, and each ends with the same numbers.
     assert sum(local for local, _ in results) == total
-    for _, found in results:
-        assert_equal(found, expected, 2e-5)
+    for _, actual in results:
+        assert_equal(actual, expected, 2e-5)
 
 
 def test_ranks_make_the_updates_of_one_process_where_sequences_are_padded(ranks, tmp_path):
     path = str(save_model("nemotron", tmp_path / "model"))
     expected = plain(path, "causal", 5, 2)
-    for _, found in ranks[3].run(3, sharded, tiny_values(tmp_path), path, "causal", 5, 2, {}):
-        assert_equal(found, expected, 5e-5)
+    for _, actual in ranks[3].run(3, sharded, tiny_values(tmp_path), path, "causal", 5, 2, {}):
+        assert_equal(actual, expected, 5e-5)
 
 
 def without_ties(_group, values, path):
@@ -162,8 +162,8 @@ def test_ranks_break_ties_as_one_process_does(ranks, tmp_path):
 def test_other_layouts_make_the_same_updates(ranks, tmp_path, parallel):
     path = str(make_model(tmp_path / "model"))
     values = tiny_values(tmp_path, parallel=parallel)
-    for _, found in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
-        assert_equal(found, plain(path, "causal", 5, 2), 2e-5)
+    for _, actual in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
+        assert_equal(actual, plain(path, "causal", 5, 2), 2e-5)
 
 
 def timeouts(_group, values):
@@ -185,11 +185,11 @@ def test_bfloat16_computation_keeps_float32_weights(ranks, tmp_path):
     path = str(make_model(tmp_path / "model"))
     values = tiny_values(tmp_path, compute_dtype="bfloat16")
     expected = plain(path, "causal", 5, 2)
-    for _, found in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
-        assert all(w.dtype == torch.float32 for w in found[2].values())
-        assert_equal(found, expected, 8e-2)
+    for _, actual in ranks[2].run(2, sharded, values, path, "causal", 5, 2, {}):
+        assert all(w.dtype == torch.float32 for w in actual[2].values())
+        assert_equal(actual, expected, 8e-2)
         # It really computed in bfloat16.
-        assert (found[0]["logprob"] - expected[0]["logprob"]).abs().max() > 1e-4
+        assert (actual[0]["logprob"] - expected[0]["logprob"]).abs().max() > 1e-4
 
 
 def run_on_rank(_group, values, resume):
@@ -326,16 +326,16 @@ def test_a_run_goes_on_exactly_on_as_many_ranks_and_closely_on_others(ranks, tmp
         assert sorted(p.name for p in (tmp_path / str(num_ranks) / "checkpoints").iterdir()) == ["step_2"]
         if num_ranks == 1:
             train(build_config(values), resume=True)
-            found = checkpointed_weights(None, values)
+            actual = checkpointed_weights(None, values)
         else:
             ranks[num_ranks].run(num_ranks, run_on_rank, values, True)
-            found = ranks[num_ranks].run(num_ranks, checkpointed_weights, values)[0]
-        assert found.keys() == expected.keys()
+            actual = ranks[num_ranks].run(num_ranks, checkpointed_weights, values)[0]
+        assert actual.keys() == expected.keys()
         for name in expected:
             if num_ranks == 2:
-                assert torch.equal(found[name], expected[name]), name
+                assert torch.equal(actual[name], expected[name]), name
             else:
-                torch.testing.assert_close(found[name], expected[name], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(actual[name], expected[name], atol=2e-5, rtol=1e-4)
         assert_same_run(lines(tmp_path / str(num_ranks)), lines(tmp_path / "whole"), 1e-3)
 
 
@@ -365,12 +365,12 @@ def test_shards_are_read_from_files_in_any_layout(ranks, tmp_path, layout, kind,
         renamed = {n.removeprefix("model."): w for n, w in weights.items()}
         save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
         expected = load_model(str(path), kind=kind, dtype=torch.float32, device=CPU)
-    for found, was_whole in ranks[2].run(2, loaded, tiny_values(tmp_path), str(path), kind):
+    for actual, was_whole in ranks[2].run(2, loaded, tiny_values(tmp_path), str(path), kind):
         assert was_whole == (layout == "other names")
         theirs = dict(expected.named_parameters()) | dict(expected.named_buffers())
-        assert found.keys() == theirs.keys()
+        assert actual.keys() == theirs.keys()
         for name in theirs:
-            assert torch.equal(found[name], theirs[name]), name
+            assert torch.equal(actual[name], theirs[name]), name
 
 
 def test_a_missing_model_or_a_wrong_layout_is_one_clear_message(tmp_path, monkeypatch):

@@ -44,8 +44,8 @@ def test_it_is_the_published_objective(tmp_path, alpha, gamma):
     f = reward if alpha is None else reward - reward.square() / (4 * alpha)
     expected = (-f + value[states] - following).mean()
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
-    (found,), (wanted,) = torch.autograd.grad(loss, table), torch.autograd.grad(expected, table)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+    (actual,), (wanted,) = torch.autograd.grad(loss, table), torch.autograd.grad(expected, table)
+    torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=1e-12)
     means = {name: float(total) / count for name, (total, count) in figures.items()}
     cloning = -table.log_softmax(-1)[states, actions].mean()
     assert means["negative_logprob"] == pytest.approx(float(cloning.detach()))
@@ -53,7 +53,7 @@ def test_it_is_the_published_objective(tmp_path, alpha, gamma):
     if alpha is None:
         torch.testing.assert_close(loss, cloning, atol=1e-12, rtol=1e-12)
         (cloned,) = torch.autograd.grad(cloning, table)
-        torch.testing.assert_close(found, cloned, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(actual, cloned, atol=1e-12, rtol=1e-12)
 
 
 def test_at_its_optimum_rewards_tell_by_how_much_experts_visit_more_often(tmp_path):

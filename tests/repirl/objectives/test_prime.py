@@ -68,8 +68,8 @@ def flat(rows):
     return torch.tensor([x for row in rows for x in row], dtype=torch.float64)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def batch():

@@ -26,8 +26,8 @@ def test_the_cheapest_switches_that_suffice(tmp_path):
     assert fit.plan.peak.total == least.total
     # Where cheap ones do not help they are not named: here the KV cache is the peak.
     cache = configured(tmp_path, rollout={"max_response_tokens": 3000, "prompts_per_step": 64})
-    found = find_fit(cache, int(0.7 * plan(cache).peak.total / 0.85))
-    assert [name.split()[0] for name in found.switches] == ["rollout.max_sequences"]
+    actual = find_fit(cache, int(0.7 * plan(cache).peak.total / 0.85))
+    assert [name.split()[0] for name in actual.switches] == ["rollout.max_sequences"]
 
 
 def test_printed_plan(tmp_path):

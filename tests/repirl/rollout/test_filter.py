@@ -162,11 +162,11 @@ def test_a_run_trains_on_what_passes(tmp_path, options):
         assert line["filter/kept"] == 3 or line["filter/rounds"] == options["max_rounds"]
         assert line["policy/grad_norm"] > 0
         carried = line["filter/surplus"] if options == KEEPS else 0
-    found = lines(config)
-    assert any(line["filter/rounds"] > 1 for line in found) or options == KEEPS
-    assert any(line["filter/surplus"] for line in found) == (options == KEEPS)
+    actual = lines(config)
+    assert any(line["filter/rounds"] > 1 for line in actual) or options == KEEPS
+    assert any(line["filter/surplus"] for line in actual) == (options == KEEPS)
     # Those of older weights show in the mismatch, and end no run.
-    stale = [line["rollout/sampler_mismatch_max"] > 1e-2 for line in found]
+    stale = [line["rollout/sampler_mismatch_max"] > 1e-2 for line in actual]
     assert any(stale) == (options == KEEPS)
 
 
