@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from repirl.verify.answers import RATIO, RELATION, enclosed, exact_number, items, normal_form, split, tidy
-from repirl.verify.expressions import is_multiple, is_same_expression, is_same_number
+from repirl.verify.expressions import is_expression, is_multiple, is_same_expression, is_same_number
 from repirl.verify.words import choice, drop_unit, number_word, unit, without_lead, words
 
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[clr| ]*\})?([\s\S]*)\\end\{\1\}")
@@ -47,6 +47,28 @@ def is_same(gold: str, answer: str) -> bool:
         if _CENTS.search(one) and _DOLLARS.search(other) and not _CENTS.search(other):
             return False
     return _same(without_lead(normal_form(gold)), without_lead(normal_form(answer)))
+
+
+def is_readable(answer: str) -> bool:
+    """Whether all parts of a final answer are numbers, expressions or words; others are equal to the same text only."""
+    return _is_readable(without_lead(normal_form(answer)))
+
+
+def _is_readable(text: str) -> bool:
+    text = _bare(text)
+    if not text or choice(text) is not None:
+        return bool(text)
+    matrix, bracket = _MATRIX.fullmatch(text), _bracket(text)
+    parts = [entry for row in _rows(matrix[2]) for entry in row.split("&")] if matrix else _members(text)
+    if parts is None and bracket is not None:
+        parts = bracket[1]
+    for separator in (RELATION, RATIO):
+        if parts is None and split(text, separator)[1]:
+            parts = [part for part in split(text, separator)[0] if part.strip()]
+    if parts is not None:
+        return bool(parts) and all(map(_is_readable, parts))
+    text = number_word(text)
+    return words(text) is not None or _is_name(text) or is_expression(drop_unit(text).rstrip("% "))
 
 
 def _same(gold: str, answer: str) -> bool:

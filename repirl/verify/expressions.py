@@ -45,6 +45,12 @@ def is_same_expression(gold: str, answer: str) -> bool:
     return parsed[0] is not None and parsed[1] is not None and _equal(parsed[0], parsed[1], gold, answer)
 
 
+def is_expression(text: str) -> bool:
+    """Whether a text is a number or a single expression."""
+    text = text.strip()
+    return bool(_BASED.fullmatch(text)) or exact_number(text) is not None or _parsed(text) is not None
+
+
 def is_same_number(one: str, other: str, rounded: int) -> bool:
     """Whether two numbers are equal, where a decimal counts as what it is rounded from.
 

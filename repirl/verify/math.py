@@ -11,7 +11,15 @@ from repirl.verify.answers import plain_number
 from repirl.verify.compare import is_same
 from repirl.verify.extract import clean, extract_answer, without_headings
 
-__all__ = ["MAX_PARSED", "extract_answer", "is_overlong", "math_reward", "plain_reward"]
+__all__ = [
+    "MAX_PARSED",
+    "extract_answer",
+    "final_answer",
+    "gold_answer",
+    "is_overlong",
+    "math_reward",
+    "plain_reward",
+]
 
 # Characters that are parsed at most. math-verify's time grows with the square of the length or worse: 10,000 characters
 # can take any time, and a policy that has gone wrong writes hundreds of such answers a turn. The longest answers of
@@ -28,7 +36,7 @@ _HEDGE = re.compile(
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
-def _gold(answer: str) -> str:
+def gold_answer(answer: str) -> str:
     """The final answer of a column that holds it alone, or a worked solution."""
     marked = extract_answer(answer)
     return answer.strip() if marked is None else marked
@@ -53,7 +61,7 @@ def plain_reward(response: str, answer: str) -> float | None:
     Returns:
         1.0 or 0.0; None where it takes more to tell.
     """
-    gold, final = _gold(answer), extract_answer(response)
+    gold, final = gold_answer(answer), extract_answer(response)
     if not final:
         return None
     if final == gold:
@@ -72,7 +80,7 @@ def is_overlong(response: str, answer: str) -> bool:
     Returns:
         True where math_reward is 0.0 without a look, unless plain_reward tells.
     """
-    return max(len(_gold(answer)), len(extract_answer(response) or "")) > MAX_PARSED
+    return max(len(gold_answer(answer)), len(extract_answer(response) or "")) > MAX_PARSED
 
 
 def math_reward(response: str, answer: str) -> float:
@@ -97,16 +105,21 @@ def math_reward(response: str, answer: str) -> float:
     if is_overlong(response, answer):
         return 0.0
     try:
-        final = extract_answer(response)
-        if final is None:
-            final = _last_expression(_tail(without_headings(response)))
-        return float(is_same(_gold(answer), final)) if final else 0.0
+        final = final_answer(response)
+        return float(is_same(gold_answer(answer), final)) if final else 0.0
     except MemoryError:
         raise
     except Exception:
         # Whatever else a parser does on arbitrary text (recursion, overflow) makes the answer a wrong one.
         logging.getLogger(__name__).debug("no verdict on %r", response[-200:], exc_info=True)
         return 0.0
+
+
+def final_answer(response: str) -> str | None:
+    """The final answer that a response marks, or else the last expression at its end; None where it has neither. It may
+    take any time, and raise whatever a parser does."""
+    marked = extract_answer(response)
+    return _last_expression(_tail(without_headings(response))) if marked is None else marked
 
 
 def _last_expression(text: str) -> str | None:

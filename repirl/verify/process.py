@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from repirl.config import ConfigError, RunError
 from repirl.options import VerifierConfig
+from repirl.verify.explain import Verdict, overlong_reason, plain_verdict
 from repirl.verify.math import is_overlong, plain_reward
 
 # The start of a process with its imports; on a slow shared disk that can take a while.
@@ -38,9 +39,11 @@ class Kind(NamedTuple):
     is_overlong: Callable[[str, str], bool] = lambda response, answer: False
 
 
-def kind_of(config: VerifierConfig) -> Kind:
-    """What the configuration asks for."""
+def kind_of(config: VerifierConfig, explain: bool = False) -> Kind:
+    """What the configuration asks for; `explain`: with reasons, where that takes another function."""
     if config.kind == "math":
+        if explain:
+            return Kind("repirl.verify.explain:math_verdict", plain_verdict, is_overlong)
         return Kind("repirl.verify.math:math_reward", plain_reward, is_overlong)
     assert config.function is not None, "Config refuses this"
     return Kind(config.function)
@@ -58,21 +61,25 @@ class Verifier:
     train the policy on noise. It runs with 4 GiB of memory beyond its imports, which is too little for a GPU.
 
     num_timeouts: answers given up so far, for their time or because the worker died · num_overlong: answers that were
-    too long to be judged. All of them count as wrong.
+    too long to be judged. All of them count as wrong. reasons: of the last call of `judge`, by index, where one is
+    known: of answers given up or too long, and what `explain` and functions of the user's say (attribute `reason` of
+    the number).
     """
 
-    def __init__(self, config: VerifierConfig) -> None:
+    def __init__(self, config: VerifierConfig, *, explain: bool = False) -> None:
         """Load the user's function, if there is one; nothing else starts yet.
 
         Args:
             config: what judges, and how.
+            explain: the verifier of mathematical answers gives reasons, in about twice the time.
 
         Raises:
             ConfigError: the function of kind custom cannot be loaded. Its module may be heavy, or harm the trainer, so
                 it is a worker that tries.
             RunError: a worker does not start.
         """
-        self.config, self._kind = config, kind_of(config)
+        self.config, self._kind = config, kind_of(config, explain)
+        self.reasons: dict[int, str] = {}
         self.num_timeouts = self.num_overlong = 0
         self._workers: list[_Worker] = []
         if config.kind == "custom":
@@ -95,11 +102,15 @@ class Verifier:
             ConfigError: a function of the user's cannot be loaded any more.
         """
         rewards: dict[int, float] = {}
+        self.reasons = {}
         for index, pair in enumerate(pairs):
             quick = self._kind.quick(*pair)
             if quick is None and self._kind.is_overlong(*pair):
                 self.num_overlong += 1
+                self.reasons[index] = overlong_reason(*pair)
                 quick = 0.0
+            if isinstance(quick, Verdict):
+                self.reasons[index] = quick.reason
             if quick is not None:
                 rewards[index] = quick
         waiting = deque(index for index in range(len(pairs)) if index not in rewards)
@@ -198,6 +209,8 @@ class Verifier:
             )
         if worker.task is not None:
             rewards[worker.task] = 0.0
+            limit = f"{self.config.timeout_seconds:g} s"
+            self.reasons[worker.task] = f"timed out: {limit}" if is_late else "out of memory, or its process died"
             self.num_timeouts += 1
 
     def _take(self, worker: _Worker, message: dict[str, Any], rewards: dict[int, float]) -> None:
@@ -219,6 +232,8 @@ class Verifier:
         if "reward" in message:
             assert worker.task is not None
             rewards[worker.task] = message["reward"]
+            if "reason" in message:
+                self.reasons[worker.task] = message["reason"]
         worker.rest()
 
 

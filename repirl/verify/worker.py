@@ -2,7 +2,8 @@
 calls.
 
 Messages are lines of JSON on a socket. It first says {"ready": true}, or {"failed": reason} and ends; then it answers
-each [response, answer] with {"reward": number}, or with {"fault": reason} where the function itself is at fault.
+each [response, answer] with {"reward": number}, and "reason": text where the number has such an attribute, or with
+{"fault": reason} where the function itself is at fault.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _judge(function: Callable[[str, str], object], response: str, answer: str) -
         os._exit(1)
     except BaseException as error:
         return {"fault": _reason(error)}
-    return {"reward": reward} if math.isfinite(reward) else {"fault": f"it returned {reward}, which is not finite"}
+    if not math.isfinite(reward):
+        return {"fault": f"it returned {reward}, which is not finite"}
+    reason = getattr(value, "reason", None)
+    return {"reward": reward} | ({"reason": reason} if isinstance(reason, str) else {})
 
 
 def _reason(error: BaseException) -> str:
