@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from repirl.apps.lines import LinesFile, refuse_existing
 from repirl.checkpoint.load import load_weights
 from repirl.checkpoint.manifest import resolve_checkpoint
-from repirl.config import Config, ConfigError, RunError
+from repirl.config import Config, ConfigError
 from repirl.data.prompts import Prompt, load_prompts
 from repirl.data.responses import decode_response
 from repirl.data.sources import read_rows
@@ -44,9 +44,10 @@ def sample(
 ) -> SampleCounts:
     """Sample `rollout.samples_per_prompt` responses to each prompt of `data.train`, judge them, and write them.
 
-    Each line of the output holds a response: `prompt` as it is in the data, `response` (text), `response_ids` and
-    `logprobs` (of each token, at `temperature`), `temperature`, `outcome` (1 right, 0 wrong; null without
-    `data.answer_column`). `data.trajectories` reads it. The file appears under its name when it is complete.
+    Each line of the output holds a response: `prompt` as it is in the data, `answer` (the right one, as text),
+    `response` (text), `response_ids` and `logprobs` (of each token, at `temperature`), `temperature`, `outcome` (1
+    right, 0 wrong; null, as `answer`, without `data.answer_column`). `data.trajectories`, `repirl judge` and `repirl
+    rerank` read it. The file appears under its name when it is complete.
 
     With torchrun all processes call this.
 
@@ -60,18 +61,16 @@ def sample(
         ConfigError: data, models or options that cannot be used, or an output that exists.
         RunError: the output cannot be written, or the engine or the verifier fails.
     """
-    path = Path(output)
     if config.data.train is None:
         raise ConfigError("sampling needs prompts: set data.train")
-    if path.exists():
-        raise ConfigError(f"--output {str(output)!r} exists: choose another file, or remove it")
+    refuse_existing(output)
     folder = resolve_checkpoint(checkpoint) if checkpoint is not None else None
     set_up_process(config)
     tokenizer = check_sources(config)
     prompts = load_prompts(config.data, tokenizer, "train").prompts[:num_prompts]
     counts = SampleCounts(prompts=len(prompts))
     with _sampler(config, tokenizer, folder) as sampler:
-        file = _Output(path) if sampler.world.is_main else None
+        file = LinesFile(output) if sampler.world.is_main else None
         texts = _prompt_values(config, {prompt.index for prompt in prompts})
         ends = find_end_tokens(config.data, tokenizer, config.policy.model)
         for rows in _sampled(config, sampler, prompts):
@@ -80,6 +79,7 @@ def sample(
                 lines.append(
                     {
                         "prompt": texts[prompt.index],
+                        "answer": prompt.answer,
                         "response": decode_response(response.token_ids, ends, tokenizer),
                         "response_ids": response.token_ids,
                         "logprobs": response.logprobs,
@@ -95,31 +95,6 @@ def sample(
         if file is not None:
             file.finish()
     return counts
-
-
-class _Output:
-    """A file of JSON lines that has another name until it is complete. RunError where it cannot be written."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, path.with_name(f"{path.name}.partial")
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.write_text("")
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        with self._explained(), open(self._partial, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def finish(self) -> None:
-        with self._explained():
-            self._partial.rename(self._path)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"--output {str(self._path)!r} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

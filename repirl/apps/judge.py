@@ -1,0 +1,156 @@
+"""`repirl judge`: what a verifier says of responses that are there already, and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from pydantic import ValidationError
+
+from repirl.apps.lines import LinesFile, refuse_existing
+from repirl.config import ConfigError
+from repirl.data.sources import read_rows
+from repirl.data.values import Place
+from repirl.dataconfig import SourceConfig
+from repirl.options import VerifierConfig
+from repirl.verify.process import Verifier
+
+# Rows that are in memory at a time.
+_CHUNK = 1024
+ADDED = ("verdict", "reason")
+
+
+@dataclass
+class JudgeCounts:
+    """What was judged. right: responses with a verdict above 0.5. reasons: by kind, which is what stands before the
+    first colon. total: sum of the verdicts."""
+
+    responses: int = 0
+    right: int = 0
+    total: float = 0.0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+def verifier_config(verifier: str, processes: int = 1, timeout_seconds: float = 20.0) -> VerifierConfig:
+    """The options of the verifier that a command line names.
+
+    Args:
+        verifier: "math", or a function of your own as "module:function".
+        processes: worker processes.
+        timeout_seconds: the longest time for one response.
+
+    Raises:
+        ConfigError: there is no such verifier, or a number is out of range.
+    """
+    if verifier == "code":
+        raise ConfigError("--verifier code: not available in this version; expected math or module:function")
+    if verifier != "math" and ":" not in verifier:
+        raise ConfigError(f"--verifier is {verifier!r}, expected math or module:function")
+    function = None if verifier == "math" else verifier
+    try:
+        config = VerifierConfig(
+            kind="custom" if function else "math",
+            function=function,
+            processes=processes,
+            timeout_seconds=timeout_seconds,
+        )
+        config.check("verifier")
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = {"processes": "--processes", "timeout_seconds": "--timeout"}[str(first["loc"][0])]
+        raise ConfigError(f"{option} is {first['input']!r}: {first['msg'].lower()}") from error
+    except ValueError as error:
+        raise ConfigError(f"--verifier is {verifier!r}, expected math or module:function ({error})") from error
+    return config
+
+
+def judge(
+    verifier: VerifierConfig,
+    rows: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    *,
+    response_column: str = "response",
+    answer_column: str = "answer",
+) -> JudgeCounts:
+    """Judge the responses of a file, in worker processes with a limit of time and memory.
+
+    Each line of the output is a row of the file, with two more columns: `verdict`, the number that the verifier returns
+    (1 right, 0 wrong), and `reason`. Of math these are "equal", "differs: ANSWER vs RIGHT ANSWER", "no final answer
+    found", "answer not readable: ...", "right answer not readable: ...", "too long: ..."; of a function of your own the
+    attribute `reason` of the number that it returns, else "right" (1), "wrong" (0), "partly right: VERDICT" or "outside
+    0 to 1: VERDICT"; of both "timed out: LIMIT" and "out of memory, or its process died", which count as wrong. The
+    file appears under its name when it is complete.
+
+    Args:
+        verifier: what judges; see `verifier_config`.
+        rows: a file of JSON lines, CSV or Parquet, a folder of them, or a hub id.
+        output: the file to write; None to count only.
+        response_column, answer_column: where the texts are; "a.b" is part b of column a.
+
+    Raises:
+        ConfigError: a row without these columns, one that has `verdict` or `reason` already, an output that exists, or
+            a function that cannot be loaded.
+        RunError: the function fails on a response, or the output cannot be written.
+    """
+    if output is not None:
+        refuse_existing(output)
+    counts = JudgeCounts()
+    with closing(Verifier(verifier, explain=True)) as judging:
+        read = _rows(rows, response_column, answer_column, adds=output is not None)
+        file = None
+        while chunk := list(islice(read, _CHUNK)):
+            if output is not None and file is None:
+                file = LinesFile(output)
+            verdicts = judging.judge([pair for _, pair in chunk])
+            written = []
+            for number, ((row, _), verdict) in enumerate(zip(chunk, verdicts, strict=True)):
+                reason = judging.reasons.get(number) or _reason(verdict)
+                counts.reasons[reason.partition(":")[0]] += 1
+                counts.right += verdict > 0.5
+                counts.total += verdict
+                written.append(row | {"verdict": verdict, "reason": reason})
+            counts.responses += len(chunk)
+            if file is not None:
+                file.write(written)
+        if file is not None:
+            file.finish()
+    return counts
+
+
+def _rows(
+    source: str | os.PathLike, response_column: str, answer_column: str, adds: bool
+) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
+    """(row, (response, right answer)) of a file; adds: verdict and reason are to be added."""
+    for _, place, row in read_rows(SourceConfig(path=os.fspath(source)), "train"):
+        if adds and (twice := [name for name in ADDED if name in row]):
+            raise place.error(f"there is a column {twice[0]!r} already, which the output adds: rename or remove it")
+        response = response_text(place, place.value(row, response_column, "--response-column"), response_column)
+        answer = place.answer(place.value(row, answer_column, "--answer-column"), answer_column)
+        yield row, (response, answer)
+
+
+def response_text(place: Place, value: Any, column: str) -> str:
+    """A model's text, which may be empty. DataError for anything else."""
+    return value if isinstance(value, str) and not value.strip() else place.text(value, column)
+
+
+def _reason(verdict: float) -> str:
+    """The reason where a function gave none."""
+    if verdict in (0.0, 1.0):
+        return "right" if verdict else "wrong"
+    return f"{'partly right' if 0 < verdict < 1 else 'outside 0 to 1'}: {verdict:g}"
+
+
+def print_counts(counts: JudgeCounts) -> None:
+    """The table of reasons, the most frequent one first."""
+    from repirl.report.display import print_table
+
+    rows = [[reason, n, f"{n / counts.responses:.1%}"] for reason, n in counts.reasons.most_common()]
+    print_table("What the verifier says", ["reason", "responses", "share"], rows)
+    mean = f", mean verdict {counts.total / counts.responses:.4f}" if counts.total != counts.right else ""
+    print(f"{counts.responses} responses, {counts.right / counts.responses:.1%} right{mean}")

@@ -1,0 +1,49 @@
+"""A file of JSON lines that a command writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from repirl.config import ConfigError, RunError
+
+
+class LinesFile:
+    """A file of JSON lines that has another name until it is complete (`finish`)."""
+
+    def __init__(self, output: str | os.PathLike) -> None:
+        """ConfigError where the file exists, RunError where it cannot be written."""
+        self._path = Path(output)
+        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        refuse_existing(output)
+        with self._explained():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.write_text("")
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows. RunError where they cannot be written."""
+        # Half a character becomes its escape, as JSON has it. Dates of tables become text.
+        with self._explained(), open(self._partial, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        with self._explained():
+            self._partial.rename(self._path)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"--output {str(self._path)!r} cannot be written: {error.strerror}") from error
+
+
+def refuse_existing(output: str | os.PathLike) -> None:
+    """ConfigError where there is something by this name."""
+    if Path(output).exists():
+        raise ConfigError(f"--output {os.fspath(output)!r} exists: choose another file, or remove it")
