@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -45,11 +43,7 @@ def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
     """
     prompts = held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
-    if config.eval.verifier is None:
-        judged = sampler.ask(prompts, seeds, config.eval.temperature)
-    else:
-        with closing(Verifier(config.eval.verifier)) as verifier:
-            judged = sampler.ask(prompts, seeds, config.eval.temperature, verifier)
+    judged = sampler.ask(prompts, seeds, config.eval.temperature, sampler.held_out_verifier)
     return sum(outcome or 0.0 for _, outcome in judged) / len(prompts)
 
 

@@ -1,9 +1,7 @@
 """The sampler: everything between prompts and verified rollouts.
 
-It owns the engine, and keeps four things: which version of the policy's weights the engine has, the position in the
-prompts, the rollouts that are sampled in the background while the training goes on, and the prompts that passed a
-filter but were not needed yet.
-"""
+It owns the engine. It keeps which version of the policy's weights the engine has, the position in the prompts, rollouts
+that are sampled while the training goes on, and prompts that passed a filter but were not needed yet."""
 
 from __future__ import annotations
 
@@ -66,7 +64,7 @@ class Sampler:
         policy: the learner whose weights the engine samples from.
         tokenizer: turns responses into text for the verifier.
         engine: samples the responses. `close` also closes the engine.
-        verifier: judges the responses. `close` also closes the verifier.
+        verifier: judges rollouts. `close` also closes it, and the one of `eval.verifier`.
         prompts: the training prompts, used turn by turn; None if only `ask` is called.
         timer: measures the phases `push_weights` and `rollout`.
     """
@@ -83,12 +81,12 @@ class Sampler:
     ) -> None:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.engine, self.verifier, self.prompts, self.timer = engine, verifier, prompts, timer
+        self.held_out_verifier = verifier if config.eval.verifier is None else Verifier(config.eval.verifier)
         self.world = policy.world
         self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
         self._in_flight: InFlight | None = None
-        # Prompts that passed the filter beyond those of the last turn.
-        self._surplus: list[Group] = []
+        self._surplus: list[Group] = []  # prompts that passed the filter beyond those of the last turn
         # [R] bool, whether the response tokens of the last batch come from the present weights.
         self._fresh: Tensor | None = None
         # The thread in which the engine samples during the training; None: sampling and training alternate.
@@ -434,15 +432,19 @@ class Sampler:
             )
 
     def close(self) -> None:
-        """Wait until sampling ends, then close the engine and the verifier."""
+        """Wait until sampling ends, then close the engine and the verifiers."""
         if self._background is not None:
             self._background.shutdown()
         self.engine.close()
-        self.verifier.close()
+        self._close_verifiers()
 
     def abort(self) -> None:
         """Close everything after a failure, without waiting until sampling ends."""
         if self._background is not None:
             self._background.shutdown(wait=False, cancel_futures=True)
             self.engine.close()
-        self.verifier.close()
+        self._close_verifiers()
+
+    def _close_verifiers(self) -> None:
+        for verifier in {self.verifier, self.held_out_verifier}:
+            verifier.close()
