@@ -140,13 +140,24 @@ class PRM:
         rule, scores = self.description.steps, []
         encoded = self.encode(pairs, finished=finished)
         for (_, ids), reward in zip(encoded, self.rewards(encoded), strict=True):
-            steps = segment(ids, rule.separator, self.tokenizer, ended=ids[-1] in self._ends.ids)
-            if rule.score == "end":
-                scores.append(reward[list(steps.ends)].sigmoid())
-            else:
-                lengths = [b - a for a, b in pairwise([-1, *steps.ends])]
-                scores.append(torch.stack([part.mean() for part in reward.split(lengths)]))
+            steps = segment(ids, rule.separator, self.tokenizer, ended=ids[-1] in self.ends.ids)
+            scores.append(self.score_steps(reward, steps.ends))
         return scores
+
+    def score_steps(self, reward: Tensor, ends: Sequence[int]) -> Tensor:
+        """The score of every step of one response, as `description.steps` says.
+
+        Args:
+            reward: of each token, [R].
+            ends: for each step the index of its last token, increasing; the last one is R - 1.
+
+        Returns:
+            [S], as `step_scores`.
+        """
+        if self.description.steps.score == "end":
+            return reward[list(ends)].sigmoid()
+        lengths = [b - a for a, b in pairwise([-1, *ends])]
+        return torch.stack([part.mean() for part in reward.split(lengths)])
 
     def response_scores(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[float]:
         """One number for each response: its step scores put together by `description.steps.aggregate`."""
@@ -185,7 +196,7 @@ class PRM:
             prompt = self._ids(pair[0], number, "prompt")
             response = self._ids(pair[1], number, "response")
             if isinstance(pair[1], str) and finished:
-                response = list(encode_solution(pair[1], self._ends, self.tokenizer))
+                response = list(encode_solution(pair[1], self.ends, self.tokenizer))
             self._check_length(number, len(prompt), len(response))
             encoded.append((prompt, response))
         return encoded
@@ -209,18 +220,20 @@ class PRM:
         return ids
 
     @cached_property
-    def _prompts(self) -> DataConfig:
+    def prompts(self) -> DataConfig:
+        """The options by which prompts become tokens (data.text)."""
         return DataConfig(**self.description.prompt.model_dump())
 
     @cached_property
-    def _ends(self) -> EndTokens:
+    def ends(self) -> EndTokens:
+        """What ends a response."""
         # Cached: they are found by rendering the chat template.
-        return find_end_tokens(self._prompts, self.tokenizer)
+        return find_end_tokens(self.prompts, self.tokenizer)
 
     def _encode_text(self, text: str, what: str) -> list[int]:
         if what == "response":
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return list(encode_prompt(text, self._prompts, self.tokenizer))
+        return list(encode_prompt(text, self.prompts, self.tokenizer))
 
     def _check_length(self, number: int, prompt: int, response: int) -> None:
         model, length = self.learner.model, prompt + response

@@ -148,24 +148,53 @@ def _encode(
     ends: EndTokens,
     tokenizer: PreTrainedTokenizerBase,
 ) -> LabelledResponse:
-    text = join_steps(row.steps, separator, finished=row.finished)
-    if row.finished:
+    ids, last = encode_steps(row.steps, place, separator, ends, tokenizer, finished=row.finished)
+    pairs = [(end, label) for end, label in zip(last, row.labels, strict=True) if label is not None]
+    return LabelledResponse(prompt_ids, ids, tuple(end for end, _ in pairs), tuple(label for _, label in pairs))
+
+
+def encode_steps(
+    steps: Sequence[str],
+    place: Place,
+    separator: str,
+    ends: EndTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    finished: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A response that is given as steps, as tokens.
+
+    Args:
+        steps: the steps' texts, without their separators.
+        place: of their row, for messages.
+        separator: what is put behind each step, but not behind the last one of a finished response.
+        ends: what ends a response.
+        tokenizer: the model's.
+        finished: whether the last step is the last of the response, which then ends with an end token.
+
+    Returns:
+        The response's token ids, and for each step the index of its last token in them, increasing.
+
+    Raises:
+        DataError: a step holds an end token, or two steps end with the same token.
+    """
+    text = join_steps(steps, separator, finished=finished)
+    if finished:
         ids = encode_solution(text, ends, tokenizer)
     else:
         ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    if inner := set(ids[: len(ids) - row.finished]).intersection(ends.ids):
+    if inner := set(ids[: len(ids) - finished]).intersection(ends.ids):
         raise place.error(
             f"a step has the end token {tokenizer.decode([min(inner)])!r}, which ends a response: take it out, or set "
             "data.end_tokens"
         )
     # Each step but the last has its separator.
-    places = char_ends([step + separator for step in row.steps[:-1]])
-    last = [*token_ends(text, places, ids[: len(ids) - row.finished], tokenizer), len(ids) - 1]
+    places = char_ends([step + separator for step in steps[:-1]])
+    last = [*token_ends(text, places, ids[: len(ids) - finished], tokenizer), len(ids) - 1]
     for number, (one, two) in enumerate(pairwise(last)):
         if one >= two:
             raise place.error(f"steps {number} and {number + 1} (from 0) end with the same token: make them one step")
-    pairs = [(end, label) for end, label in zip(last, row.labels, strict=True) if label is not None]
-    return LabelledResponse(prompt_ids, ids, tuple(end for end, _ in pairs), tuple(label for _, label in pairs))
+    return ids, tuple(last)
 
 
 def _read(source: StepFileConfig, split: str) -> Iterator[tuple[Place, StepRow]]:
