@@ -1,4 +1,5 @@
-"""The command line: repirl train | plan | demo | eval | export | sample | label | bench."""
+"""The command line: repirl train | plan | demo | eval | export | sample | label | bench, and the commands that use what
+was trained: judge | rerank | score | localize."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ def missing_packages() -> list[str]:
 
 
 try:
+    from repirl.apps.commands import add_commands, refuse_overrides
+    from repirl.apps.score_commands import add_score_commands
     from repirl.config import Config, ConfigError, RunError
     from repirl.configfile import describe, list_presets, load_config, parse_overrides
 except ModuleNotFoundError:
@@ -137,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_demo)
 
     _add_tools(commands)
+    add_commands(commands)
+    add_score_commands(commands)
     return parser
 
 
@@ -183,11 +188,6 @@ def _add_tools(commands: Any) -> None:
         "bench", help="the fused ops beside their peers, on this machine", allow_abbrev=False, add_help=False
     )
     command.set_defaults(run=_bench)
-
-
-def _no_overrides(overrides: list[str]) -> None:
-    if overrides:
-        raise ConfigError(f"unexpected argument {overrides[0]!r}; see repirl COMMAND --help")
 
 
 def _names_configuration(options: argparse.Namespace, overrides: list[str]) -> bool:
@@ -262,7 +262,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
-    _no_overrides(overrides)
+    refuse_overrides(overrides)
     if options.threads < 1:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     from repirl.apps.demo import run
@@ -288,7 +288,7 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, overrides: list[str]) -> int:
-    _no_overrides(overrides)
+    refuse_overrides(overrides)
     import torch
 
     from repirl.export import export_checkpoint

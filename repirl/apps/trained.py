@@ -1,0 +1,100 @@
+"""A trained PRM for a command: an exported one, or that of a run's checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from repirl.checkpoint.fingerprints import fingerprint_model
+from repirl.checkpoint.manifest import checksum, list_checkpoints, resolve_checkpoint
+from repirl.config import ConfigError
+from repirl.export import export_checkpoint
+from repirl.models import quiet_transformers
+from repirl.prm import PRM, load_prm
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a PRM is loaded.
+
+    Args:
+        device: where it computes; None for a GPU if there is one.
+        dtype: of its weights, one of DTYPES.
+        reference: where the reference of `implicit` rewards is now, if it moved.
+        tokens: what one forward pass may hold.
+    """
+
+    device: str | None = None
+    dtype: str = "float32"
+    reference: str | None = None
+    tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"--tokens is {self.tokens}, expected at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.device is not None:
+            try:
+                kind = torch.device(self.device).type
+            except RuntimeError as error:
+                raise ConfigError(f"--device is {self.device!r}, expected cpu, cuda or cuda:N") from error
+            if kind == "cuda" and not torch.cuda.is_available():
+                raise ConfigError(f"--device is {self.device!r}, but PyTorch sees no GPU here; use --device cpu")
+
+
+@contextmanager
+def trained_prm(name: str | os.PathLike, placed: Placed) -> Iterator[tuple[PRM, dict[str, str]]]:
+    """Load the PRM of an export's folder `prm`, of the hub, or of a run's folder or step_N folder.
+
+    Yields:
+        The PRM, and fingerprints of the models that its rewards depend on, by name.
+
+    Raises:
+        ConfigError: as `load_prm` and `export_checkpoint`.
+    """
+    quiet_transformers()
+    path = Path(name)
+    is_checkpoint = (path / "manifest.json").is_file() or any(list_checkpoints(p) for p in (path, path / "checkpoints"))
+    if not is_checkpoint:
+        prm = _load(os.fspath(name), placed)
+        yield prm, {"prm": fingerprint_model(os.fspath(name)), **_reference(prm, placed)}
+        return
+    checkpoint = resolve_checkpoint(path)
+    with TemporaryDirectory(prefix="repirl-") as folder:
+        export_checkpoint(checkpoint, folder)
+        if not Path(folder, "prm").is_dir():
+            raise ConfigError(f"the run of {os.fspath(checkpoint)!r} has trained no PRM")
+        prm = _load(str(Path(folder, "prm")), placed)
+        # A checkpoint's manifest holds the checksums of all its files.
+        prints = {"prm": f"checkpoint, digest {checksum(checkpoint / 'manifest.json'):08x}"}
+        described = prm.description.reference
+        moved = described is not None and not Path(described.model).is_relative_to(folder)
+        yield prm, prints | (_reference(prm, placed) if moved or placed.reference else {})
+
+
+def _load(name: str, placed: Placed) -> PRM:
+    return load_prm(
+        name,
+        device=placed.device,
+        dtype=getattr(torch, placed.dtype),
+        tokens_per_microbatch=placed.tokens,
+        reference=placed.reference,
+    )
+
+
+def _reference(prm: PRM, placed: Placed) -> dict[str, str]:
+    described = prm.description.reference
+    if prm.reference is None:
+        return {}
+    model = placed.reference or (described.model if described else None)
+    assert model is not None
+    return {"reference": fingerprint_model(model, described.gguf_file if described else None)}
