@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from repirl.apps.lines import LinesFile, refuse_existing
+from repirl.apps.solutions import as_source
 from repirl.config import ConfigError
 from repirl.data.sources import read_rows
 from repirl.data.values import Place
-from repirl.dataconfig import SourceConfig
 from repirl.options import VerifierConfig
 from repirl.verify.process import Verifier
 
@@ -88,7 +88,7 @@ def judge(
 
     Args:
         verifier: what judges; see `verifier_config`.
-        rows: a file of JSON lines, CSV or Parquet, a folder of them, or a hub id.
+        rows: a file (JSON lines, CSV or Parquet), or a data set of the hub ("owner/name:split").
         output: the file to write; None to count only.
         response_column, answer_column: where the texts are; "a.b" is part b of column a.
 
@@ -126,7 +126,7 @@ def _rows(
     source: str | os.PathLike, response_column: str, answer_column: str, adds: bool
 ) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
     """(row, (response, right answer)) of a file; adds: verdict and reason are to be added."""
-    for _, place, row in read_rows(SourceConfig(path=os.fspath(source)), "train"):
+    for _, place, row in read_rows(as_source(os.fspath(source)), "train"):
         if adds and (twice := [name for name in ADDED if name in row]):
             raise place.error(f"there is a column {twice[0]!r} already, which the output adds: rename or remove it")
         response = response_text(place, place.value(row, response_column, "--response-column"), response_column)

@@ -45,9 +45,10 @@ def sample(
     """Sample `rollout.samples_per_prompt` responses to each prompt of `data.train`, judge them, and write them.
 
     Each line of the output holds a response: `prompt` as it is in the data, `answer` (the right one, as text),
-    `response` (text), `response_ids` and `logprobs` (of each token, at `temperature`), `temperature`, `outcome` (1
-    right, 0 wrong; null, as `answer`, without `data.answer_column`). `data.trajectories`, `repirl judge` and `repirl
-    rerank` read it. The file appears under its name when it is complete.
+    `response` (text), `finished` (whether it has an end, or was cut off), `response_ids` and `logprobs` (of each token,
+    at `temperature`), `temperature`, `outcome` (1 right, 0 wrong; null, as `answer`, without `data.answer_column`).
+    `data.trajectories`, `repirl judge`, `repirl score` and `repirl rerank` read it. The file appears under its name
+    when it is complete.
 
     With torchrun all processes call this.
 
@@ -81,6 +82,7 @@ def sample(
                         "prompt": texts[prompt.index],
                         "answer": prompt.answer,
                         "response": decode_response(response.token_ids, ends, tokenizer),
+                        "finished": response.token_ids[-1] in ends.ids,
                         "response_ids": response.token_ids,
                         "logprobs": response.logprobs,
                         "temperature": config.rollout.temperature,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from repirl.apps.commands import refuse_overrides
-from repirl.config import ConfigError
+from repirl.apps.commands import add_prm, placed, refuse_overrides
 
 SOURCES = "JSON lines, CSV or Parquet, or a data set of the hub as owner/name:split"
 
@@ -16,7 +15,7 @@ def add_score_commands(commands: Any) -> None:
     command = commands.add_parser(
         "score", help="token, step and response scores of solutions in a file, by a trained PRM", allow_abbrev=False
     )
-    _add_prm(command)
+    add_prm(command)
     command.add_argument(
         "--input", required=True, metavar="FILE", help=f"rows with prompt and response or steps; {SOURCES}"
     )
@@ -43,7 +42,7 @@ def add_score_commands(commands: Any) -> None:
     command = commands.add_parser(
         "localize", help="first wrong step by a trained PRM, judged as ProcessBench does", allow_abbrev=False
     )
-    _add_prm(command)
+    add_prm(command)
     command.add_argument(
         "--input",
         required=True,
@@ -61,18 +60,6 @@ def add_score_commands(commands: Any) -> None:
     command.set_defaults(run=_localize)
 
 
-def _add_prm(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--prm", required=True, metavar="DIR", help="an exported PRM, or a run's folder or a step_N folder"
-    )
-    command.add_argument("--reference", metavar="DIR", help="of `implicit` rewards, if it moved")
-    command.add_argument("--tokens", type=int, default=16384, metavar="N", help="in a batch; default: 16384")
-    command.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU if there is one")
-    command.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights"
-    )
-
-
 def _add_split(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--split",
@@ -82,17 +69,9 @@ def _add_split(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _placed(options: argparse.Namespace) -> Any:
-    if options.tokens < 1:
-        raise ConfigError(f"--tokens is {options.tokens}, expected at least 1")
-    from repirl.apps.trained import Placed
-
-    return Placed(options.device, options.dtype, options.reference, options.tokens)
-
-
 def _score(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
-    placed = _placed(options)
+    on = placed(options)
     from repirl.apps.score import ScoreOptions, score
     from repirl.apps.solutions import Columns
 
@@ -103,7 +82,7 @@ def _score(options: argparse.Namespace, overrides: list[str]) -> int:
         aggregate=options.aggregate,
         token_rewards=options.token_rewards,
         prefix=options.prefix,
-        placed=placed,
+        placed=on,
     )
     counts = score(options.prm, options.input, options.output, chosen, resume=options.resume)
     print(f"{options.output}: {counts.rows} rows, {counts.steps} steps, {counts.tokens} tokens scored")
@@ -112,7 +91,7 @@ def _score(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _localize(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
-    placed = _placed(options)
+    on = placed(options)
     from repirl.apps.first_errors import LocalizeOptions, described, localize
     from repirl.apps.solutions import Columns
 
@@ -121,7 +100,7 @@ def _localize(options: argparse.Namespace, overrides: list[str]) -> int:
         label_column=options.label_column,
         split=options.split,
         threshold=options.threshold,
-        placed=placed,
+        placed=on,
     )
     print(described(localize(options.prm, options.input, chosen, calibration=options.calibrate, output=options.output)))
     return 0

@@ -22,9 +22,10 @@ def test_best_of_n_and_pass_at_n_are_means_over_all_subsets(count):
         scores = [rng.choice([-2.0, -0.5, 0.0, 3.0]) for _ in range(count)]
         right = [rng.random() < 0.4 for _ in range(count)]
         for size in range(1, count + 1):
-            best = mean_over_subsets(count, size, lambda s: right[max(s, key=lambda i: (scores[i], -i))])
+            chosen = list(combinations(range(count), size))
+            best = fmean(right[max((scores[i], -i) for i in subset)[1] * -1] for subset in chosen)
             assert best_of_n(scores, right, size) == pytest.approx(best, abs=1e-12)
-            any_right = mean_over_subsets(count, size, lambda s: any(right[i] for i in s))
+            any_right = fmean(any(right[i] for i in subset) for subset in chosen)
             assert pass_at_n(sum(right), count, size) == pytest.approx(any_right, abs=1e-12)
 
 

@@ -1,0 +1,154 @@
+"""What a verifier says of a file's responses: verdicts as in training, and why."""
+
+import json
+
+import pytest
+
+from repirl.apps.judge import judge, verifier_config
+from repirl.cli import main
+from repirl.config import ConfigError, RunError
+from repirl.verify.explain import math_verdict, plain_verdict
+from repirl.verify.math import MAX_PARSED, math_reward
+
+FUNCTION = """
+import time
+
+class Said(float):
+    reason = "said: so"
+
+def score(response, answer):
+    if response == "sleep":
+        time.sleep(100)
+    if response == "raise":
+        raise KeyError(answer)
+    return Said(1) if response == "said" else float(response)
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / "in.jsonl")
+
+    return write
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch):
+    (tmp_path / "own_scores.py").write_text(FUNCTION)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_scores:score"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward", "reason"),
+    [
+        ("so #### 72", "72.0", 1, "equal"),
+        ("so #### 72", "It is 73.\n#### 73", 0, "differs: 72 vs 73"),
+        (r"\boxed{\frac{1}{2}}", "0.5", 1, "equal"),
+        (r"\boxed{(1, 2)}", "(1, 3)", 0, "differs: (1, 2) vs (1, 3)"),
+        ("the total is 12", "13", 0, "differs: 12 vs 13"),
+        ("I do not know", "3", 0, "no final answer found"),
+        ("", "3", 0, "no final answer found"),
+        (r"so \boxed{}", "3", 0, "no final answer found"),
+        (r"\boxed{x \foo @ 3}", "4", 0, r"answer not readable: x \foo @ 3"),
+        ("#### 4 apples", "?? @@", 0, "right answer not readable: ?? @@"),
+        (r"\boxed{x = 3}", "x = 4", 0, "differs: x = 3 vs x = 4"),
+        (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\{1, 2\}", 0, None),
+        (r"\boxed{" + "1+" * MAX_PARSED + "1}", "3", 0, "too long: the final answer has 1001 characters"),
+        ("#### Rome", "Paris", 0, "differs: Rome vs Paris"),
+        ("#### " + "7" * 100, "8", 0, f"differs: {'7' * 57}... vs 8"),
+    ],
+)
+def test_math_says_why(response, answer, reward, reason):
+    verdict = plain_verdict(response, answer) or math_verdict(response, answer)
+    assert verdict == reward == math_reward(response, answer)
+    assert reason is None or verdict.reason.startswith(reason)
+
+
+def test_a_fault_of_a_parser_is_the_reason(monkeypatch):
+    def fail(*_):
+        raise RecursionError
+
+    monkeypatch.setattr("repirl.verify.explain.final_answer", fail)
+    assert math_verdict(r"\boxed{x}", "y").reason == "answer not readable: RecursionError"
+
+
+def test_rows_are_kept_and_get_verdict_and_reason(tmp_path, write, capsys):
+    texts = ["#### 72", r"\boxed{\frac{144}{2}}", r"\boxed{\sqrt{2}}", "é", r"\boxed{" + "1+" * MAX_PARSED + "1}"]
+    rows = [{"id": i, "out": {"text": text}, "m": {"gold": 72}, "half": "\ud800"} for i, text in enumerate(texts)]
+    output = tmp_path / "new" / "out.jsonl"
+    arguments = ["judge", "--verifier", "math", "--input", write(*rows), "--output", str(output)]
+    assert main([*arguments, "--response-column", "out.text", "--answer-column", "m.gold"]) == 0
+    written = rows_of(output)
+    assert [{key: row[key] for key in rows[0]} for row in written] == rows
+    assert [row["verdict"] for row in written] == [1, 1, 0, 0, 0]
+    kinds = ["equal", "equal", "differs", "no final answer found", "too long"]
+    assert [row["reason"].partition(":")[0] for row in written] == kinds
+    assert written[2]["reason"] == r"differs: \sqrt{2} vs 72"
+    printed = capsys.readouterr().out
+    assert "5 responses, 40.0% right" in printed
+    assert printed.index("equal ") < printed.index("differs ")
+    assert [output.name] == [file.name for file in output.parent.iterdir()]
+    assert main(arguments) == 2
+    assert "exists: choose another file" in capsys.readouterr().err
+
+
+def test_a_function_of_the_users_judges_within_its_limits(tmp_path, write, function, capsys):
+    rows = write(*({"response": text, "answer": "a"} for text in ("1", "0", "0.25", "3", "said", "sleep", "1")))
+    output = tmp_path / "out.jsonl"
+    arguments = ["judge", "--verifier", function, "--input", rows, "--timeout", "0.5", "--output", str(output)]
+    assert main(arguments) == 0
+    reasons = ["right", "wrong", "partly right: 0.25", "outside 0 to 1: 3", "said: so", "timed out: 0.5 s", "right"]
+    assert [row["reason"] for row in rows_of(output)] == reasons
+    assert [row["verdict"] for row in rows_of(output)] == [1, 0, 0.25, 3, 1, 0, 1]
+    printed = capsys.readouterr().out
+    assert "7 responses, 57.1% right, mean verdict 0.8929" in printed
+    assert "timed out  " in printed
+    with pytest.raises(RunError, match="KeyError: 'a'"):
+        judge(verifier_config(function), write({"response": "raise", "answer": "a"}), tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_counting_writes_nothing(tmp_path, write):
+    counts = judge(verifier_config("math"), write({"response": "#### 1", "answer": 1, "verdict": 0.5}))
+    assert (counts.responses, counts.right, counts.reasons) == (1, 1, {"equal": 1})
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a", "answer": 1}, r"line 2 has no column 'response' \(--response-column\)"),
+        ({"response": "a", "m": {"gold": 1}}, r"line 2 has no column 'answer' \(--answer-column\); it has .*'m.gold'"),
+        ({"response": None, "answer": 1}, "line 2: 'response' holds null, expected text"),
+        ({"response": "a", "answer": None}, "line 2: 'answer' is null, expected an answer"),
+        ({"response": "a", "answer": 1, "reason": ""}, "there is a column 'reason' already"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_named(tmp_path, write, row, message):
+    with pytest.raises(ConfigError, match=message):
+        judge(verifier_config("math"), write({"response": "a", "answer": 1}, row), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verifier", "code"], "--verifier code: not available in this version; expected math or module:function"),
+        (["--verifier", "maths"], "--verifier is 'maths', expected math or module:function"),
+        (["--verifier", "a b:c"], "--verifier is 'a b:c', expected math or module:function"),
+        (["--verifier", "math", "--processes", "0"], "--processes is 0"),
+        (["--verifier", "math", "--timeout", "-1"], "--timeout is -1.0"),
+        (["--verifier", "math", "--answer", "a"], "did you mean --answer-column?"),
+        (["--verifier", "math", "--data.x", "a"], "unexpected argument '--data.x'"),
+    ],
+)
+def test_options_are_checked(write, capsys, options, message):
+    assert main(["judge", "--input", write({"response": "a", "answer": 1}), *options]) == 2
+    assert message in capsys.readouterr().err
