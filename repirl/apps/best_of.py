@@ -40,7 +40,7 @@ def vote(answers: Sequence[Hashable | None], weights: Sequence[float]) -> int:
     for answer, weight in zip(answers, weights, strict=True):
         if answer is not None:
             totals[answer] = totals.get(answer, 0.0) + weight
-    return answers.index(max(totals, key=lambda answer: totals[answer])) if totals else 0
+    return answers.index(max(totals, key=totals.__getitem__)) if totals else 0
 
 
 def softmax(scores: Sequence[float], temperature: float) -> list[float]:
@@ -77,9 +77,12 @@ def votes(
     Returns:
         For the majority vote, and for the vote weighted by the softmax of the subset's scores.
     """
+    # Numbers in place of answers: fractions and texts take long to hash.
+    numbers: dict[Hashable, int] = {}
+    numbered = [None if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
     majority = weighted = 0
     for subset in chosen:
-        of_subset = [answers[i] for i in subset]
+        of_subset = [numbered[i] for i in subset]
         majority += right[subset[vote(of_subset, [1.0] * len(subset))]]
         weighted += right[subset[vote(of_subset, softmax([scores[i] for i in subset], temperature))]]
     return majority / len(chosen), weighted / len(chosen)
