@@ -102,7 +102,8 @@ class Maker:
         self.folder = folder
         self.names = option_names(Config)
         make_model(folder / "model")
-        self.data = make_data(folder)
+        made = make_data(folder)
+        self.data = {name: made[name] for name in ("train", "eval", "solution_column")}
         self.values: dict[str, Any] = {
             "output_dir": "run",
             "steps": 1,
@@ -115,6 +116,11 @@ class Maker:
             "checkpoint": {"every": 0},
             "log": {"tensorboard": False},
         }
+
+    def sound(self, place: Path) -> Case:
+        """A run without a fault, which has to be accepted: else the others say nothing."""
+        values = self.values | {"output_dir": str(place / "run")}
+        return Case([], ["train", "--config", str(self._write(place, values))])
 
     def _write(self, place: Path, values: dict[str, Any]) -> Path:
         path = place / "config.yaml"
@@ -266,11 +272,17 @@ def main() -> int:
     counts, bad = Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         maker = Maker(Path(folder))
+        place = Path(folder, "case")
+        place.mkdir()
+        outcome, text = run_case(maker.sound(place), place)
+        if outcome != "accepted":
+            print(f"the run without a fault is {outcome}:\n{text}")
+            return 1
+        shutil.rmtree(place)
         kinds = {"configs": maker.configs, "data": maker.data_files, "models": maker.models}
         chosen = [f"{kind}/{i}" for kind in kinds for i in range(getattr(options, kind))]
         for name in [options.case] if options.case else chosen:
             kind = name.partition("/")[0]
-            place = Path(folder, "case")
             place.mkdir()
             case = kinds[kind](random.Random(f"{options.seed}/{name}"), place)
             outcome, text = run_case(case, place)
