@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from tiny import tiny_config, tiny_values
+from transformers import AutoTokenizer
 
 from repirl.apps.sample import sample
 from repirl.cli import main
@@ -30,6 +31,11 @@ def test_what_is_sampled_is_read_back_and_is_the_policys(tmp_path, capsys):
     right = sum(row["outcome"] for row in rows) / 15
     assert f"15 responses to 5 prompts, {right:.1%} of them right" in capsys.readouterr().out
     assert all(len(row["response_ids"]) == len(row["logprobs"]) for row in rows)
+    problems = {row["prompt"]: row["answer"] for row in rows_of(tmp_path / "train.jsonl")}
+    assert all(row["answer"] == str(problems[row["prompt"]]) for row in rows)
+    end = AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id
+    assert all(row["finished"] == (row["response_ids"][-1] == end) for row in rows)
+    assert {row["finished"] for row in rows} == {True, False}
     assert [path.name] == [file.name for file in path.parent.iterdir()]
 
     run = build(build_config(tiny_values(tmp_path, **changes)))
