@@ -172,9 +172,9 @@ def aggregate_of(prm: PRM) -> str:
 def _line(
     solution: Solution, scored: ScoredSolution, aggregate: Callable[[Sequence[float]], float], options: ScoreOptions
 ) -> str:
-    steps = scored.steps.tolist()
+    steps = _short(scored.steps)
     values: list[Any] = [_short(scored.rewards)] if options.token_rewards else []
-    values += [_short(scored.steps), aggregate(steps)]
+    values += [steps, aggregate(steps)]
     return dump(solution.row | dict(zip(options.added, values, strict=True)), solution.place)
 
 
