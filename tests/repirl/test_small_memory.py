@@ -326,7 +326,7 @@ def test_moments_of_8_bits_train_and_resume(tmp_path):
     [
         ({**ADAPTERS, "offload_idle": True}, "offload_idle moves whole models"),
         ({**ADAPTERS, "prm": {"model": "other"}}, "prm.model is 'other'"),
-        ({**ADAPTERS, "prm": {"gradient_checkpointing": True}}, "only one model: set both"),
+        ({**ADAPTERS, "prm": {"gradient_checkpointing": True}}, "only one model: set all of them"),
         ({"offload_idle": True, "parallel": {"cpu_offload": True}}, "leave out offload_idle"),
         ({"policy": {"activation_offload": True}}, "set policy.gradient_checkpointing, too"),
     ],
