@@ -19,7 +19,7 @@ class Claim:
     source: str
 
 
-PAPER, OURS = "the paper", "an expectation of ours"
+PAPER, OURS = "the paper", "us"
 CLAIMS = [
     Claim("rePIRL is better than RLOO", "exact", "rePIRL", "RLOO", PAPER),
     Claim("rePIRL is better than PRIME", "exact", "rePIRL", "PRIME", PAPER),
@@ -44,6 +44,17 @@ CLAIMS = [
         OURS,
     ),
     Claim("With a fooled verifier, a PRM alone is better than RLOO", "last-digit", "PRM only", "RLOO", OURS),
+    *(
+        Claim(
+            f"With a fooled verifier and 16 experts, {text} is better than {worse}",
+            "last-digit-16",
+            better,
+            worse,
+            OURS,
+        )
+        for text, better in (("a PRM apart from it", "rePIRL, PRM apart"), ("a PRM alone", "PRM only"))
+        for worse in ("RLOO", "rePIRL", "SFT")
+    ),
     Claim("A lenient verifier: PRM apart is better than RLOO", "lenient", "rePIRL, PRM apart", "RLOO", OURS),
     Claim("With 8 experts rePIRL is better than SFT", "experts-8", "rePIRL", "SFT", OURS),
     Claim("With 16 experts rePIRL is better than SFT", "experts-16", "rePIRL", "SFT", OURS),
