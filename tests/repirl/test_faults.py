@@ -23,15 +23,15 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from equal_runs import assert_equal_runs, metrics_of
 from rank_processes import rank_processes
-from shared import MEASURED
 from tiny import make_model, objective, tiny_config, tiny_values
 
 from repirl.batch import pack
 from repirl.checkpoint import manifest
 from repirl.checkpoint import save as saving
 from repirl.checkpoint.load import load_checkpoint
-from repirl.checkpoint.manifest import find_damage, list_checkpoints, resolve_checkpoint
+from repirl.checkpoint.manifest import find_damage, list_checkpoints
 from repirl.checkpoint.save import Checkpointer, CheckpointError
 from repirl.cli import main
 from repirl.config import ConfigError
@@ -42,7 +42,6 @@ from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.objectives.rloo import RLOO
 from repirl.options import CheckpointConfig, OptimizerConfig, VerifierConfig
-from repirl.report.log import read_metrics
 from repirl.run import build
 from repirl.verify.process import Verifier
 
@@ -63,27 +62,6 @@ def _forks():
     FORKS.set_forkserver_preload([__name__])
     with mock.patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
-
-
-def metrics_of(folder):
-    lines = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
-
-
-def weights_of(values):
-    run = build(build_config(values))
-    run.restore(resolve_checkpoint(values["output_dir"]))
-    return {f"{n}.{k}": w.clone() for n, x in run.learners.items() for k, w in x.weights()}
-
-
-def assert_equal_runs(values, others):
-    """The same metrics, each step once, and the same weights, to the bit."""
-    assert metrics_of(values["output_dir"]) == metrics_of(others["output_dir"])
-    assert [line["step"] for line in metrics_of(values["output_dir"])] == list(range(1, values["steps"] + 1))
-    ours, theirs = weights_of(values), weights_of(others)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not list((Path(values["output_dir"]) / "checkpoints").glob("*.tmp"))
 
 
 def write(tmp_path, values):
