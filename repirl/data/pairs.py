@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import PackedBatch, pack
-from repirl.config import ConfigError
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_prompt
+from repirl.data.prompts import LengthLimit, Ordered, read_prompt
 from repirl.data.responses import encode_response, fits
 from repirl.data.sources import read_rows
 from repirl.data.text import encode_prompt, find_end_tokens
@@ -113,12 +112,14 @@ def pack_pairs(pairs: list[Pair]) -> PackedBatch:
     return pack(chosen + rejected, group_ids=[*range(len(pairs))] * 2, outcome=[1.0] * len(pairs) + [0.0] * len(pairs))
 
 
-class Pairs:
+class Pairs(Ordered):
     """Pairs in the order of a run. rows: all of them. seed: of the order. per_turn: how many `next` gives."""
+
+    what = "preference pairs"
 
     def __init__(self, rows: list[Pair], *, seed: int, per_turn: int) -> None:
         self.rows, self.per_turn = rows, per_turn
-        self._cursor = Cursor(len(rows), seed)
+        super().__init__(len(rows), seed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,13 +127,3 @@ class Pairs:
     def next(self) -> PackedBatch:
         """The next pairs, as `pack_pairs` packs them."""
         return pack_pairs([self.rows[i] for i in self._cursor.next(self.per_turn)])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data."""
-        return {"cursor": self._cursor.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """ConfigError where the checkpoint is of a run without pairs, or of other data."""
-        if state is None:
-            raise ConfigError("the checkpoint is of a run without preference pairs; it had another objective")
-        self._cursor.load_state_dict(state["cursor"])

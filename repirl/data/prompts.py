@@ -80,6 +80,25 @@ class Cursor:
         self._order = self._shuffled()
 
 
+class Ordered:
+    """Data in the order of a run; a checkpoint holds the place. `what`: names the data in messages."""
+
+    what: str
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._cursor = Cursor(size, seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data."""
+        return {"cursor": self._cursor.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """ConfigError where the checkpoint is of a run without such data, or of other data."""
+        if state is None:
+            raise ConfigError(f"the checkpoint is of a run without {self.what}; it had another objective")
+        self._cursor.load_state_dict(state["cursor"])
+
+
 def read_prompt(
     row: dict[str, Any], place: Place, column: str, option: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:

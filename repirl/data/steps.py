@@ -12,9 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import PackedBatch, pack
-from repirl.config import ConfigError
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_prompt
+from repirl.data.prompts import LengthLimit, Ordered, read_prompt
 from repirl.data.sources import read_rows
 from repirl.data.split import char_ends, join_steps, token_ends
 from repirl.data.text import EndTokens, encode_solution, find_end_tokens
@@ -61,7 +60,7 @@ class LabelledResponse:
     labels: tuple[float, ...]
 
 
-class LabelledSteps:
+class LabelledSteps(Ordered):
     """Labelled responses in the order of a run.
 
     Args:
@@ -70,9 +69,11 @@ class LabelledSteps:
         per_turn: how many `next` gives.
     """
 
+    what = "labelled steps"
+
     def __init__(self, rows: list[LabelledResponse], *, seed: int, per_turn: int) -> None:
         self.rows, self.per_turn = rows, per_turn
-        self._cursor = Cursor(len(rows), seed)
+        super().__init__(len(rows), seed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,16 +81,6 @@ class LabelledSteps:
     def next(self) -> PackedBatch:
         """The next responses, with the stream `step_label`."""
         return pack_steps([self.rows[i] for i in self._cursor.next(self.per_turn)])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data."""
-        return {"cursor": self._cursor.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """ConfigError where the checkpoint is of a run without labelled steps, or of other data."""
-        if state is None:
-            raise ConfigError("the checkpoint is of a run without labelled steps; it had another objective")
-        self._cursor.load_state_dict(state["cursor"])
 
 
 def pack_steps(rows: Sequence[LabelledResponse]) -> PackedBatch:

@@ -11,9 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import PackedBatch, pack
-from repirl.config import ConfigError
 from repirl.data.errors import DataError
-from repirl.data.prompts import Cursor, LengthLimit, read_prompt
+from repirl.data.prompts import LengthLimit, Ordered, read_prompt
 from repirl.data.responses import decode_response, encode_response, fits
 from repirl.data.sources import read_rows
 from repirl.data.text import EndTokens, find_end_tokens
@@ -135,7 +134,7 @@ def _logprobs(value: Any, place: Place, column: str, num_tokens: int) -> tuple[f
     return tuple(map(float, value))
 
 
-class Trajectories:
+class Trajectories(Ordered):
     """Fixed rollouts in the order of a run, prompt by prompt.
 
     Args:
@@ -146,13 +145,15 @@ class Trajectories:
             prompts gives the next ones.
     """
 
+    what = "fixed rollouts"
+
     def __init__(self, rows: list[Trajectory], *, seed: int, prompts_per_turn: int, samples_per_prompt: int) -> None:
         self.rows, self.prompts_per_turn, self.samples_per_prompt = rows, prompts_per_turn, samples_per_prompt
         groups: dict[tuple[int, ...], list[Trajectory]] = defaultdict(list)
         for row in rows:
             groups[row.prompt_ids].append(row)
         self._groups = [*groups.values()]
-        self._cursor = Cursor(len(self._groups), seed)
+        super().__init__(len(self._groups), seed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -183,13 +184,3 @@ class Trajectories:
             for name in ("old_logprob", "sampler_logprob"):
                 batch.write(name, values)
         return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the data."""
-        return {"cursor": self._cursor.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """ConfigError where the checkpoint is of a run without fixed rollouts, or of other data."""
-        if state is None:
-            raise ConfigError("the checkpoint is of a run without fixed rollouts; it had another objective")
-        self._cursor.load_state_dict(state["cursor"])
