@@ -8,6 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from repirl import evaluate
+
 
 def step_scores(reward: Tensor, step_lens: Sequence[int], aggregate: str = "min") -> list[float]:
     """Token rewards [R] of one response -> one score a step; step_lens: tokens of each step, R or fewer in all.
@@ -32,8 +34,7 @@ def auroc(wrong: Sequence[float], right: Sequence[float]) -> float:
     """Probability that a wrong step scores below a right one, ties counted half (Mann-Whitney)."""
     if not wrong or not right:
         raise ValueError(f"AUROC needs steps of both kinds, got {len(wrong)} wrong and {len(right)} right")
-    difference = torch.tensor(wrong, dtype=torch.float64)[:, None] - torch.tensor(right, dtype=torch.float64)
-    return float(((difference < 0).double() + 0.5 * (difference == 0).double()).mean())
+    return evaluate.auroc(torch.tensor(right, dtype=torch.float64), torch.tensor(wrong, dtype=torch.float64))
 
 
 def first_error(scores: Sequence[float], threshold: float) -> int | None:
