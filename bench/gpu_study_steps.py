@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bench.demo_seeds import machine
+from bench.figures import machine
 from bench.gpu_study_data import path_of
 from bench.study.cells import ARMS, TASKS
 from repirl.config import Config

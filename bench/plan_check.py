@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from bench.demo_seeds import machine
+from bench.figures import machine
 from repirl.configfile import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.plan.fit import describe_fit, find_fit, gib, usable

@@ -11,24 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
-from bench.demo_seeds import machine, standard_error
-from bench.study.runner import load_tests, prepare
-from repirl.apps.demo import STEP_SEPARATOR, score_solutions
-from repirl.apps.localize import judge
+from bench.figures import machine, spread
+from bench.study.runner import prepare, train_and_judge
 from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
-from repirl.export import export_checkpoint
-from repirl.loop import train
-from repirl.prm import load_prm
-from repirl.report.log import read_metrics
 
 NO_GATE: dict[str, Any] = {"irl": {"gate": None}}
 GATE: dict[str, Any] = {"irl": {"gate": 2.0}}
@@ -72,26 +63,16 @@ def arm_config(folder: Path, arm: str, seed: int) -> Config:
 def run_arm(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     """Train one run. Returns accuracies by turn, the turns that held the policy, and the AUROC of planted errors."""
     prepare(folder, "plain", seed)
-    config = arm_config(folder, arm, seed)
-    output_dir = Path(config.output_dir)
-    shutil.rmtree(output_dir, ignore_errors=True)
-    begin = time.perf_counter()
-    train(config)
-    seconds = time.perf_counter() - begin
-    lines = read_metrics(output_dir / "metrics.jsonl")
-    export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
-    tests = load_tests(folder / "starts" / f"plain_{seed}" / "tests.json")
-    scores = score_solutions(load_prm(output_dir / "export" / "prm", device="cpu"), tests)
-    planted = judge([steps for steps, _ in scores], [test.error_step for test in tests])
-    shutil.rmtree(output_dir)
+    tests = folder / "starts" / f"plain_{seed}" / "tests.json"
+    lines, result = train_and_judge(arm_config(folder, arm, seed), tests)
     return {
         "arm": arm,
         "seed": seed,
-        "accuracy": [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line],
+        "accuracy": result["curve"],
         "z": [line.get("policy/gate_z") for line in lines[1:]],
-        "held": sum(line.get("policy/held", 0) for line in lines),
-        "auroc": planted["auroc"],
-        "seconds": seconds,
+        "held": result["held"],
+        "auroc": result["planted"]["auroc"],
+        "seconds": result["seconds"],
     }
 
 
@@ -102,10 +83,6 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
-    def cell(values: list[float], digits: int = 1) -> str:
-        error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{mean(values):.{digits}f}{error}"
-
     for arm in ARMS:
         mine = sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"])
         if not mine:
@@ -114,12 +91,12 @@ def table(results: list[dict[str, Any]]) -> str:
         columns = [
             arm,
             ", ".join(str(r["seed"]) for r in mine),
-            cell([curve[0] for curve in curves]),
-            cell([curve[-1] for curve in curves]),
-            cell([curve[-1] - curve[0] for curve in curves]),
-            cell([max(curve) - curve[-1] for curve in curves]),
-            cell([r["held"] for r in mine]),
-            cell([r["auroc"] for r in mine], 3),
+            spread([curve[0] for curve in curves], 1),
+            spread([curve[-1] for curve in curves], 1),
+            spread([curve[-1] - curve[0] for curve in curves], 1),
+            spread([max(curve) - curve[-1] for curve in curves], 1),
+            spread([r["held"] for r in mine], 1),
+            spread([r["auroc"] for r in mine], 1, 3),
             ", ".join(f"{curve[-1]:.1f}" for curve in curves),
         ]
         lines.append(f"| {' | '.join(columns)} |")

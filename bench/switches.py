@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.demo_seeds import machine
+from bench.figures import machine
 from bench.plan_check import RETURNED, make_files, settings_of, train
 from repirl.configfile import build_config, describe, merge
 from repirl.plan.plan import GIB

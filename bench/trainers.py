@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.demo_seeds import machine
+from bench.figures import machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
 from repirl.config import Config

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench.demo_seeds import machine
+from bench.figures import machine
 from bench.study import page
 from bench.study.cells import ARMS, PLAN, Cell, planned
 from bench.study.runner import result_path, run_cells

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from bench.demo_seeds import standard_error
+from bench.figures import standard_error
 
 
 @dataclass(frozen=True)

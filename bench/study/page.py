@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from bench.demo_seeds import standard_error
+from bench.figures import spread
 from bench.study.cells import PLAN, TASKS, Cell
 from bench.study.claims import CLAIMS, verdict
 from repirl.report.html import Curve, Report, Series
@@ -33,14 +33,6 @@ def end(result: dict[str, Any]) -> float:
 
 def best(result: dict[str, Any]) -> float:
     return float(max(accuracy for _, accuracy in result["curve"]))
-
-
-def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
-    """Mean and standard error."""
-    if not values:
-        return "-"
-    text = f"{scale * mean(values):.{digits}f}"
-    return f"{text} ± {scale * standard_error(values):.{digits}f}" if len(values) > 1 else text
 
 
 def differences(results: Results, task: str, better: str, worse: str) -> list[float]:

@@ -21,6 +21,7 @@ from bench.study.cells import STARTS, TASKS, Cell
 from repirl.apps.demo import STEP_SEPARATOR, score_solutions
 from repirl.apps.localize import judge
 from repirl.apps.start import make_start
+from repirl.config import Config
 from repirl.data.tasks.arithmetic import Problem, Solution
 from repirl.export import export_checkpoint
 from repirl.loop import train
@@ -60,24 +61,26 @@ def load_tests(path: Path) -> list[Solution]:
     ]
 
 
-def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
-    """Train a cell, and judge its PRM if it trains one.
+def train_and_judge(config: Config, tests: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train a run anew, and judge its PRM if it trains one; of its folder the metrics stay.
+
+    Args:
+        config: the run's.
+        tests: the file of solutions that `prepare` wrote.
 
     Returns:
-        The result: accuracies by turn (shares of held-out prompts), tokens, seconds, and of a trained PRM the AUROC of
-        planted errors.
+        The lines of its metrics, and what the study keeps of a run: accuracies by turn (shares of held-out prompts),
+        tokens, seconds, turns in which the policy waited or was skipped, and `planted`, how well the PRM finds planted
+        errors.
     """
-    output_dir = folder / "runs" / cell.key(folder)
+    output_dir = Path(config.output_dir)
     shutil.rmtree(output_dir, ignore_errors=True)
-    config = cell.config(folder, output_dir)
     begin = time.perf_counter()
     train(config)
     seconds = time.perf_counter() - begin
     lines = read_metrics(output_dir / "metrics.jsonl")
-    curve = [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]
-    result = {
-        "cell": asdict(cell),
-        "curve": curve,
+    result: dict[str, Any] = {
+        "curve": [(line["step"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line],
         "tokens": sum(line.get("tokens", 0) for line in lines),
         "sampled_tokens": sum(line.get("tokens/response", 0) for line in lines),
         "seconds": seconds,
@@ -90,12 +93,19 @@ def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
         export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
         path = output_dir / "export" / ("policy" if imitates else "prm")
         prm = load_prm(path, device="cpu", description=PRMDescription(reward="logprob") if imitates else None)
-        tests = load_tests(cell.start_folder(folder) / "tests.json")
-        scores = score_solutions(prm, tests)
-        result["planted"] = judge([steps for steps, _ in scores], [test.error_step for test in tests])
+        solutions = load_tests(tests)
+        scores = score_solutions(prm, solutions)
+        result["planted"] = judge([steps for steps, _ in scores], [s.error_step for s in solutions])
     for part in ("checkpoints", "export"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
-    return result
+    return lines, result
+
+
+def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
+    """Train a cell; the result is that of `train_and_judge`, with the cell."""
+    config = cell.config(folder, folder / "runs" / cell.key(folder))
+    _, result = train_and_judge(config, cell.start_folder(folder) / "tests.json")
+    return {"cell": asdict(cell)} | result
 
 
 def run_cells(
