@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repirl.batch import PackedBatch
+from repirl.callbacks import Callbacks, any_stops
 from repirl.config import Config
 from repirl.evaluate import evaluate_run
 from repirl.interrupt import Interrupted, Signals, end_with_torchrun
@@ -20,13 +21,14 @@ from repirl.streams import Scores
 from repirl.work import peak_flops_of, peak_memory_bytes
 
 
-def train(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) -> int:
-    """Train until `config.steps` turns are done. With torchrun all processes call this.
+def train(config: Config, *, resume: bool = False, changed: Sequence[str] = (), callbacks: Callbacks = ()) -> int:
+    """Train until `config.steps` turns are done, or a callback ends the run. With torchrun all processes call this.
 
     Args:
         config: the run's configuration.
         resume: go on from the newest complete checkpoint in `config.output_dir`.
         changed: options, models and data that may differ from the checkpoint's (checkpoint/identity.py).
+        callbacks: told of each turn (callbacks.py).
 
     Returns:
         The number of turns that are done, with those before the checkpoint.
@@ -41,41 +43,42 @@ def train(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) 
         locked(config.output_dir),
         build(config, resume=check_output_dir(config, resume), changed=changed) as run,
     ):
-        _train(run)
-    return config.steps
+        return _train(run, callbacks)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, callbacks: Callbacks) -> int:
     config, timer = run.config, run.timer
-    start = run.resume()
+    done = start = run.resume()
     peak_flops = peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
         if start == 0 and run.evaluates and config.eval.every:
             reporter.log(0, evaluate_run(run) | timer.step_metrics(run.world, peak_flops))
         with Signals(defer=True) as signals:
-            for turn in range(start, config.steps):
-                metrics = online_turn(run, turn, reporter) if run.config.system.online else offline_turn(run)
+            for done in range(start + 1, config.steps + 1):
+                metrics = online_turn(run, done - 1, reporter) if config.system.online else offline_turn(run)
                 metrics |= run.data.metrics()
-                done = turn + 1
                 if run.evaluates and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
                     with timer("eval"):
                         metrics |= evaluate_run(run)
                 metrics |= timer.step_metrics(run.world, peak_flops)
                 metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
                 reporter.log(done, metrics)
+                ends = any_stops(callbacks, done, metrics, run.world) or done == config.steps
                 signal = signals.requested(run.world)
                 # Log first, so that every turn in a checkpoint has its line in the log. The time for saving is
                 # therefore reported with the next turn.
                 with timer("checkpoint"):
-                    every, is_last = config.checkpoint.every, signal is not None or done == config.steps
-                    if every and (done % every == 0 or is_last):
+                    if config.checkpoint.every and (ends or signal is not None or done % config.checkpoint.every == 0):
                         run.save(done, metrics.get("eval/accuracy"))
                     run.checkpointer.poll()
-                if signal is not None and done < config.steps:
+                if ends:
+                    break
+                if signal is not None:
                     run.checkpointer.finish()
                     raise Interrupted(signal, run.account(done), is_complete=True)
         # Wait for the last checkpoint here, so that an error while it is written is an error of the run.
         run.checkpointer.finish()
+    return done
 
 
 def offline_turn(run: Run) -> Metrics:
