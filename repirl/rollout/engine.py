@@ -54,6 +54,11 @@ class Response:
 class Engine(Protocol):
     """Samples responses to prompts. Prompts and responses are lists of token ids."""
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it has the weights of the last `update_weights`. `sleep` may give them up."""
+        ...
+
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """Sample one response for each prompt.
 
@@ -81,7 +86,7 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Undo `sleep`, but for weights that were given up: then `update_weights` comes next."""
         ...
 
     def close(self) -> None:

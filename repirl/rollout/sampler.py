@@ -136,9 +136,9 @@ class Sampler:
             self._ready_engine()
 
     def _ready_engine(self) -> None:
-        """Wake the engine, and send it the policy's weights if they have changed."""
+        """Wake the engine, and send it the policy's weights if they have changed or the engine gave them up."""
         self.engine.wake()
-        if self._pushed != self.policy.version:
+        if self._pushed != self.policy.version or not self.engine.has_weights:
             self.engine.update_weights(self.policy)
             self._pushed = self.policy.version
 

@@ -45,6 +45,9 @@ class TransformersEngine:
                 "rollout.engine, or another model"
             )
 
+    # They are the policy's own.
+    has_weights = True
+
     def update_weights(self, policy: Learner) -> None:
         """Nothing to do: the engine samples with the policy's own model."""
 

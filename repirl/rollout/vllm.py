@@ -70,7 +70,7 @@ class VLLMEngine:
         self.dtype, self.max_model_len = dtype, max_model_len
         self.tensor_parallel = options.tensor_parallel
         self._environment: dict[str, str] = {}
-        self._has_weights = self._asleep = False
+        self.has_weights = self._asleep = self._cache_asleep = False
         self._emptied: list[tuple[torch.UntypedStorage, int]] = []
         arguments: dict[str, Any] = {
             "dtype": str(dtype).removeprefix("torch."),
@@ -142,7 +142,7 @@ class VLLMEngine:
         """
         check_request(prompts, seeds, sampling, self.max_model_len)
         self._require_awake("sample")
-        if not self._has_weights:
+        if not self.has_weights:
             raise EngineError("vLLM in this process has no sound weights: update_weights() comes first")
         return [response for response, _ in self._generate(prompts, seeds, sampling)]
 
@@ -154,7 +154,7 @@ class VLLMEngine:
                 policy's.
         """
         self._require_awake("take new weights")
-        self._has_weights = False
+        self.has_weights = False
         pushed: dict[str, Fingerprint] = {}
         weights = policy.weights()
         held: dict[str, Any] = {}
@@ -163,6 +163,7 @@ class VLLMEngine:
             with self._undisturbed(), _failing_as("taking new weights"):
                 taken = recorded(weights, self.dtype, pushed)
                 [held] = self.llm.collective_rpc(vllm_worker.load_weights, args=(taken,))
+                self._wake_cache()
                 if not self.llm.reset_prefix_cache():
                     raise EngineError(
                         "vLLM in this process did not drop its prefix cache, which is of the former weights"
@@ -186,29 +187,48 @@ class VLLMEngine:
             raise EngineError(f"vLLM in this process kept {stale} cached tokens of a prompt over a change of weights")
         prompts = prompts * policy.world.size
         require_parity(policy, prompts, [response for response, _ in sampled], self.dtype, "vLLM in this process")
-        self._has_weights = True
+        self.has_weights = True
 
     def sleep(self) -> None:
-        """Free the KV cache. On a GPU also move the weights to host memory."""
+        """Free the KV cache. On a GPU also give up the weights: the policy has them, so no copy is kept."""
         if self._asleep:
             return
         self._asleep = True
         with self._undisturbed(), _failing_as("falling asleep"):
-            self.llm.sleep(level=1)
             if self._on_cpu:
+                self.llm.sleep(level=1)
                 [self._emptied] = self.llm.collective_rpc(_empty_kv_cache)
+            else:
+                self.llm.sleep(level=2)
+                self.has_weights, self._cache_asleep = False, True
 
     def wake(self) -> None:
-        """Undo `sleep`. The prefix cache is empty afterwards."""
+        """Undo `sleep`; the prefix cache is empty afterwards. On a GPU `update_weights` has to follow.
+
+        On a GPU only the room for the weights is allocated here. That for the KV cache follows when the weights have
+        arrived, because until then the policy's gathered layers need memory, too. Memory that PyTorch keeps for the
+        training is returned first: vLLM allocates outside of PyTorch's cache and would not get it.
+        """
         if not self._asleep:
             return
         with self._undisturbed(), _failing_as("waking up"):
-            for storage, size in self._emptied:
-                storage.resize_(size)
-                torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
-            self._emptied = []
-            self.llm.wake_up()
+            if self._on_cpu:
+                for storage, size in self._emptied:
+                    storage.resize_(size)
+                    torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+                self._emptied = []
+                self.llm.wake_up()
+            else:
+                torch.cuda.empty_cache()
+                self.llm.wake_up(tags=["weights"])
         self._asleep = False
+
+    def _wake_cache(self) -> None:
+        """Allocate the KV cache again, if `sleep` freed it on a GPU."""
+        if self._cache_asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["kv_cache"])
+            self._cache_asleep = False
 
     def close(self) -> None:
         """Shut vLLM down and free its memory."""

@@ -100,6 +100,11 @@ class VLLMServerEngine:
         """The server's name in messages."""
         return f"the vLLM server at {self.host}:{self.port}"
 
+    @property
+    def has_weights(self) -> bool:
+        """See Engine.has_weights."""
+        return bool(self._version)
+
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         """See Engine.generate.
 

@@ -24,6 +24,8 @@ OPTIONS = {"steps": 5, "prm": {"reward": "logprob"}, "irl": {"use_outcome": Fals
 class CopyingEngine:
     """Samples from a copy of the weights, so that the policy may change meanwhile; counts and checks its calls."""
 
+    has_weights = True
+
     def __init__(self, policy, path, **options):
         model = load_model(path, kind="causal", dtype=torch.float32, device=torch.device("cpu"))
         self._copy = Learner(model, None, tokens_per_microbatch=999, temperature=policy.temperature)
