@@ -13,6 +13,8 @@ from repirl.data.values import Place
 from repirl.dataconfig import SourceConfig
 from repirl.verify.canonical import canonical_answer
 
+# The usual way to ask for an answer that can be read.
+BOXED = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 # What a row says, by the names of `Benchmark.columns`.
 Fields: TypeAlias = Mapping[str, Any]
 
@@ -63,8 +65,7 @@ class Benchmark:
     Args:
         name: on the command line.
         source: the public data sets whose rows it reads.
-        columns: for each field the names that its column has in these, of which the first one that is there counts; a
-            field that no column has is an error. `id` may be left out, or be missing.
+        columns: for each field the names that its column has in these, of which the first one that is there counts.
         prompt: the text around a problem, with {field} for the text of a field; or a function that makes the prompt of
             the fields.
         grader: what judges (response, answer): "math", "code", or a function as "module:function" (see
@@ -72,6 +73,7 @@ class Benchmark:
         sampling: how a model is asked.
         answer: the right answer for the grader, from the fields.
         judged: what of a response is given to the grader, such as a program with its head.
+        optional: fields that are None where there is no such column; for others that is an error. `id` always is one.
         stop: texts that end a response; it is cut off before the first of them.
         vote: the form of a response's answer that equal answers share (None: no vote), for majority votes; None where
             responses are not counted by answers.
@@ -85,6 +87,7 @@ class Benchmark:
     sampling: Sampling
     answer: Callable[[Fields, Place], str] = answer_text
     judged: Callable[[Problem, str], str] = as_it_is
+    optional: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     vote: Callable[[str], Hashable | None] | None = field(default=canonical_answer)
 
@@ -129,7 +132,7 @@ def _field(name: str, row: dict[str, Any], place: Place, benchmark: Benchmark) -
     for column in columns:
         if column in row:
             return row[column]
-    if name == "id":
+    if name == "id" or name in benchmark.optional:
         return None
     raise DataError(
         f"{place.source}, {place.row} has no column {' or '.join(map(repr, columns))}, but {sorted(map(str, row))}: "

@@ -1,0 +1,24 @@
+"""Minerva Math: undergraduate problems of MIT OpenCourseWare (Lewkowycz et al. 2022, arXiv 2206.14858)."""
+
+from repirl.evals.benchmark import BOXED, Benchmark, Sampling
+from repirl.evals.tolerance import is_close
+from repirl.verify.math import math_reward
+
+# Answers of this set are often rounded numbers. The usual graders of it allow for this relative difference.
+RELATIVE = "1e-4"
+
+
+def grade(response: str, answer: str) -> float:
+    """1.0 where a response's final answer is equal to the right one, or both are numbers and differ by RELATIVE at
+    most; else 0.0."""
+    return float(math_reward(response, answer) == 1.0 or is_close(response, answer, relative=RELATIVE))
+
+
+MINERVA = Benchmark(
+    name="minerva",
+    source="math-ai/minervamath (question, answer) and of files with worked solutions (problem, solution)",
+    columns={"problem": ("problem", "question"), "answer": ("answer", "solution"), "id": ("idx", "id")},
+    prompt=BOXED,
+    grader="repirl.evals.minerva:grade",
+    sampling=Sampling(samples=4),
+)
