@@ -1,0 +1,184 @@
+"""The warm interpreter: a trusted process in the sandbox that forks for each program, watches it, and ends it with all
+that it started. It never sees what it runs: the job goes by descriptor from the trainer to the program.
+
+A program has two processes at least: its `init`, trusted, which waits and whose end ends the process namespace, and
+below that the one that runs the program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import Any
+
+from . import limits as limiting
+from . import program
+from .isolation import Isolation
+
+_TICK_SECONDS = 0.02
+
+
+class Zygote:
+    """Serves one trainer, one program at a time.
+
+    control: a socket of whole messages; its end is the trainer's, or says that this process is no longer needed.
+    watched: descriptors whose end means the same (trainer's process, launcher).
+    """
+
+    def __init__(self, control: int, watched: list[int], isolation: Isolation) -> None:
+        self.control = socket.socket(fileno=control)
+        self.watched, self.isolation = watched, isolation
+        self.proc = isolation.proc
+
+    def serve(self) -> None:
+        poll = select.poll()
+        for descriptor in (self.control.fileno(), *self.watched):
+            poll.register(descriptor, select.POLLIN)
+        self._reply({"ready": True, **self.isolation.report()})
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor != self.control.fileno():
+                    return
+            message, descriptors = self._receive()
+            if not message:
+                return
+            if message != b"kill":
+                if not self._run(json.loads(message), descriptors):
+                    return
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self.control, 1 << 16, 8)
+        except OSError:
+            return b"", []
+        return message, descriptors
+
+    def _reply(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self.control.send(json.dumps(message).encode())
+
+    def _run(self, limits: dict[str, Any], descriptors: list[int]) -> bool:
+        """Run a program; whether the trainer is still there.
+
+        Args:
+            limits: as of `sandbox.Limits`.
+            descriptors: job, stdin, stdout, stderr, result, and the socket to another program, if any.
+        """
+        began = time.monotonic()
+        status_read, status_write = os.pipe()
+        try:
+            pid = self.isolation.fork()
+        except OSError as error:
+            for descriptor in (*descriptors, status_read, status_write):
+                os.close(descriptor)
+            self._reply({"status": "killed", "code": None, "seconds": 0.0, "reason": f"cannot fork: {error}"})
+            return True
+        if not pid:
+            self._init(limits, descriptors, status_write)
+        for descriptor in (*descriptors, status_write):
+            os.close(descriptor)
+        status, is_wanted = self._watch(limits, status_read, began)
+        self.isolation.kill(pid)
+        written = b""
+        with contextlib.suppress(OSError):
+            written = os.read(status_read, 4)
+        os.close(status_read)
+        self.isolation.wipe()
+        code = struct.unpack("<i", written)[0] if len(written) == 4 else None
+        if status == "exited" and self.isolation.ran_out_of_memory():
+            status = "memory"
+        self._reply({"status": status, "code": code, "seconds": time.monotonic() - began})
+        return is_wanted
+
+    def _watch(self, limits: dict[str, Any], status: int, began: float) -> tuple[str, bool]:
+        """Wait for the program's end: why it is to end, and whether the trainer is still there."""
+        poll = select.poll()
+        for descriptor in (status, self.control.fileno(), *self.watched):
+            poll.register(descriptor, select.POLLIN)
+        wait = _TICK_SECONDS
+        while True:
+            left = began + limits["wall_seconds"] - time.monotonic()
+            if left <= 0:
+                return "timeout", True
+            events = dict(poll.poll(1000 * min(left, wait) + 1))
+            if status in events:
+                return "exited", True
+            if self.control.fileno() in events:
+                message, _ = self._receive()
+                return "stopped", bool(message)
+            if events:
+                return "stopped", False
+            started = time.monotonic()
+            used = limiting.usage(limiting.descendants(self.proc, self.isolation.own_pid)) if self.proc >= 0 else None
+            # A long list of processes is not to be read all the time.
+            wait = max(_TICK_SECONDS, 20 * (time.monotonic() - started))
+            if used and used.memory > limits["memory_mb"] << 20:
+                return "memory", True
+            if used and used.cpu > limits["cpu_seconds"]:
+                return "timeout", True
+            if used and used.processes > limits["processes"] + 2:
+                return "processes", True
+
+    def _init(self, limits: dict[str, Any], descriptors: list[int], status: int) -> None:
+        """The first process of a program: never returns."""
+        code = 255
+        try:
+            self.control.detach()
+            self.isolation.enter(limits)
+            # 0 to 4: stdin, stdout, stderr, result, the other program; then job and status, and nothing else.
+            job, standard = descriptors[0], descriptors[1:]
+            high = [os.dup(descriptor) for descriptor in (job, status, *standard)]
+            high = [self._above(descriptor) for descriptor in high]
+            for number, descriptor in enumerate(high[2:]):
+                os.dup2(descriptor, number)
+            os.dup2(high[0], 5)
+            os.dup2(high[1], 6)
+            if len(standard) < 5:
+                with contextlib.suppress(OSError):
+                    os.close(program.PEER)
+            os.closerange(7, 1 << 16)
+            pid = os.fork()
+            if not pid:
+                os.close(6)
+                self._program(limits)
+            for number in range(6):
+                with contextlib.suppress(OSError):
+                    os.close(number)
+            self._wait(pid)
+        except BaseException:
+            with contextlib.suppress(BaseException):
+                sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+
+    @staticmethod
+    def _above(descriptor: int) -> int:
+        import fcntl
+
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 32)
+
+    @staticmethod
+    def _wait(pid: int) -> None:
+        while True:
+            ended, status = os.wait()
+            if ended == pid:
+                os.write(6, struct.pack("<i", os.waitstatus_to_exitcode(status)))
+                return
+
+    def _program(self, limits: dict[str, Any]) -> None:
+        code = 255
+        try:
+            self.isolation.confine(limits)
+            code = program.run(5)
+        except BaseException:
+            with contextlib.suppress(BaseException):
+                sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
