@@ -13,6 +13,7 @@ The streams (log-probabilities in nats; a single word is a file in objectives/):
 | `ref_logprob`     | log pi_ref at the policy's temperature   | repirl.run      | rloo (KL), irl (b), dpo, dqo   |
 | `prm_ref_logprob` | log pi_ref at the PRM's temperature      | repirl.run      | repirl.rewards (`implicit`)    |
 | `reward`          | r_t of the PRM                           | repirl.streams  | irl, rloo, prime, repirl.gate  |
+| `prm_reward`      | the same, which no gate sets to 0        | repirl.streams  | repirl.record                  |
 | `logprob`         | log pi of the present policy             | repirl.streams  | airl, dpo, dqo                 |
 | `state_value`     | V(s_t) of the present critic             | repirl.streams  | dqo                            |
 | `step_label`      | labels at ends of steps, else NaN        | data/steps      | steps                          |
@@ -134,6 +135,13 @@ class PackedBatch:
     ) -> list[list[list[int]]]:
         """The sequences of each micro-batch of each rank: see `deal_out`."""
         return deal_out(self.lengths.tolist(), tokens_per_microbatch, num_ranks, costs)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on `device`. To a GPU it is made while the host goes on, from pinned memory."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def deal_out(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 
 from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, select_adapter
-from repirl.batch import PackedBatch
+from repirl.batch import PackedBatch, to_device
 from repirl.config import ConfigError, RunError
 from repirl.distributed.offload import Residency
 from repirl.distributed.shard import find_nonfinite, gathered, reshard, whole
@@ -29,8 +28,8 @@ from repirl.distributed.world import World
 from repirl.fused import PackedCausalLM, forward_flops, layout_for, ordinary_attention
 from repirl.model_files import shown
 from repirl.objectives import Figures, Metrics, Outputs
+from repirl.optimizer import make_optimizer, make_scheduler
 from repirl.options import OptimizerConfig
-from repirl.value_head import HEAD_NAMES
 from repirl.work import Work
 
 
@@ -224,10 +223,10 @@ class Learner:
         device = self.device
         layout = layout_for(self.model, batch.cu_seqlens, device)
         arguments: dict[str, Any] = {
-            "input_ids": batch.token_ids.to(device),
-            "position_ids": batch.position_ids.to(device),
+            "input_ids": to_device(batch.token_ids, device),
+            "position_ids": to_device(batch.position_ids, device),
             "packed_layout": layout,
-            "response_index": batch.response_index.to(device),
+            "response_index": to_device(batch.response_index, device),
         }
         if self.reads_values:
             arguments |= {"reads_values": True}
@@ -236,7 +235,10 @@ class Learner:
                 arguments["response_index"] = arguments["response_index"] - 1
             outputs = {"value": self.model(**arguments)}
         else:
-            arguments |= {"targets": batch.response_ids.to(device), "temperature": temperature or self.temperature}
+            arguments |= {
+                "targets": to_device(batch.response_ids, device),
+                "temperature": temperature or self.temperature,
+            }
             outputs = self.model(**arguments)._asdict()
         self.work.slots += layout.num_slots
         return outputs
@@ -267,14 +269,19 @@ class Learner:
             Name -> [R] float32 on the CPU, the same on all processes.
         """
         self._activate()
-        collected: Outputs = {}
+        # They stay on the device until the end, so that the host waits for it once.
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        positions: list[Tensor] = []
         for sequences, micro in self._microbatches(batch, flops_factor=1):
-            positions = batch.response_positions(sequences)
-            for name, values in self._outputs(micro, temperature).items():
-                stream = collected.setdefault(name, torch.zeros(batch.num_response_tokens))
-                if sequences:
-                    stream[positions] = values.float().cpu()
+            outputs = self._outputs(micro, temperature)
+            positions.append(batch.response_positions(sequences))
+            for name, values in outputs.items():
+                parts[name].append(values.float()[: len(positions[-1])])
         reshard(self.model)
+        collected: Outputs = {}
+        for name, values_of in parts.items():
+            collected[name] = torch.zeros(batch.num_response_tokens)
+            collected[name][torch.cat(positions)] = torch.cat(values_of).cpu()
         return {name: self.world.sum(stream) for name, stream in collected.items()}
 
     def update(self, batch: PackedBatch, objective: Loss) -> Metrics:
@@ -295,15 +302,15 @@ class Learner:
         """
         assert self.optimizer is not None, "a frozen model cannot be updated"
         self._activate()
-        totals: dict[str, float] = defaultdict(float)
+        # Sums stay on the device until the end, so that the host waits for it once.
+        sums: dict[str, Tensor] = {}
         counts: dict[str, int] = defaultdict(int)
         for sequences, micro in self._microbatches(batch, flops_factor=3):
             outputs = self._outputs(micro)
             if sequences:
                 loss, figures = objective.loss(outputs, micro)
-                sums = torch.stack([loss.detach().double(), *(total.double() for total, _ in figures.values())])
-                for name, value in zip(["loss", *figures], sums.tolist(), strict=True):
-                    totals[name] += value
+                for name, total in [("loss", loss), *((name, total) for name, (total, _) in figures.items())]:
+                    sums[name] = sums.get(name, 0.0) + total.detach().double()
                 for name, (_, count) in figures.items():
                     counts[name] += count
             else:
@@ -312,6 +319,7 @@ class Learner:
             (loss * self.world.size).backward()
         reshard(self.model)
         norm = float(whole(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm)))
+        totals = dict(zip(sums, torch.stack([*sums.values()]).tolist(), strict=True)) if sums else {}
         everybodys = self.world.gather([(totals, counts)])
         totals, counts = _added([part for part, _ in everybodys]), _added([part for _, part in everybodys])
         loss_value = totals.pop("loss", 0.0)
@@ -356,75 +364,6 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in part.items():
             total[name] += value
     return total
-
-
-def make_optimizer(parameters: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Make an AdamW optimiser. Weight decay applies only to parameters with two or more dimensions.
-
-    Args:
-        parameters: by name. A value head has groups of its own if the options treat it apart.
-        config: the options.
-
-    Raises:
-        ConfigError: `state_bits` is 8 and the package torchao is not installed.
-    """
-    apart = config.head_lr is not None or config.head_updates > 0
-    groups: list[dict[str, Any]] = []
-    for is_head in (False, True):
-        part = [p for name, p in parameters.items() if (apart and is_value_head(name)) == is_head]
-        rate = (config.head_lr if is_head else None) or config.lr
-        groups.append({"params": [p for p in part if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": rate})
-        groups.append({"params": [p for p in part if p.ndim < 2], "weight_decay": 0.0, "lr": rate})
-    # The fused version goes through the parameters once, and makes no copies of them on a GPU.
-    factory: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=True)
-    if config.state_bits == 8:
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise ConfigError(f"optimizer.state_bits 8 needs the package torchao: {error}") from error
-        factory = AdamW8bit
-    betas = (config.betas[0], config.betas[1])
-    return factory([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, torch.nn.Parameter],
-    config: OptimizerConfig,
-    num_updates: int,
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rates of an optimiser that `make_optimizer` made: linear warm-up, then the configured schedule.
-
-    In a warm-up of n updates, update k (from 0) has the share (k + 1) / (n + 1) of the peak: the first update has a
-    rate above 0, and the first one after the warm-up has the peak.
-
-    Args:
-        optimizer: its groups' rates are the peaks.
-        parameters: by name.
-        config: the options.
-        num_updates: the updates that the schedule spans.
-    """
-    warm, length = config.warmup_steps, max(num_updates - config.warmup_steps, 1)
-
-    def share(update: int) -> float:
-        if update < warm:
-            return (update + 1) / (warm + 1)
-        progress = min((update - warm) / length, 1.0)
-        shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-        return shapes[config.schedule]
-
-    def of_the_rest(update: int) -> float:
-        return 0.0 if update < config.head_updates else share(update)
-
-    heads = {parameter for name, parameter in parameters.items() if is_value_head(name)}
-    rules: Any = [share if group["params"][0] in heads else of_the_rest for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rules)
-
-
-def is_value_head(name: str) -> bool:
-    """Whether a parameter of this name belongs to the head that reads a value: a token classifier's, or the one that a
-    PRM on a shared base has."""
-    return name.removeprefix("_orig_mod.").split(".")[0] in (*HEAD_NAMES, "value_head")
 
 
 def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:

@@ -1,56 +1,62 @@
-"""The learning rates of an update: warm-up, schedule, and a value head's own."""
+"""The host waits for the device as often for many micro-batches as for one."""
 
-import math
+from collections import Counter
 
 import pytest
 import torch
+from shared import CPU
+from tiny import make_model
+from torch import Tensor
 
-from repirl.learner import make_optimizer, make_scheduler
+from repirl.batch import pack
+from repirl.learner import Learner
+from repirl.models import load_model
 from repirl.options import OptimizerConfig
 
-
-def rates(num_updates, **options):
-    """The rates of the layer and of the head, update by update."""
-    parameters = {
-        "model.weight": torch.nn.Parameter(torch.ones(2, 2)),
-        "score.weight": torch.nn.Parameter(torch.ones(1, 2)),
-    }
-    config = OptimizerConfig(lr=1.0, **options)
-    optimizer = make_optimizer(parameters, config)
-    scheduler = make_scheduler(optimizer, parameters, config, num_updates)
-    seen = []
-    for _ in range(num_updates):
-        seen.append(tuple(group["lr"] for group in optimizer.param_groups))
-        for parameter in parameters.values():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        scheduler.step()
-    return seen
+PAIRS = [([3, 4], [5, 6, 7, 1]), ([8], [9, 1]), ([3] * 5, [4] * 9), ([4, 4], [5])]
 
 
-def test_the_first_update_of_a_warm_up_counts():
-    assert [rate for (rate,) in rates(5, warmup_steps=3)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert [rate for (rate,) in rates(2)] == [1.0, 1.0]
+class Weighted:
+    """A loss with one figure."""
+
+    def loss(self, outputs, micro):
+        logprob = outputs["logprob"]
+        return -logprob.sum(), {"logprob": (logprob.detach().sum(), len(logprob))}
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("linear", [0.5, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.5, *((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))]),
-    ],
-)
-def test_what_follows_the_warm_up(schedule, expected):
-    assert [rate for (rate,) in rates(5, warmup_steps=1, schedule=schedule)] == pytest.approx(expected)
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how outputs, losses and norms are read. Lengths of the batch, which stays on the CPU, are other calls."""
+    counts = Counter()
+
+    def counted(name):
+        original = getattr(Tensor, name)
+
+        def call(self, *arguments, **options):
+            counts[name] += 1
+            return original(self, *arguments, **options)
+
+        return call
+
+    for name in ("item", "tolist", "cpu", "numpy", "__float__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    return counts
 
 
-def test_a_value_head_has_a_rate_of_its_own_and_may_move_alone_first():
-    assert rates(4, warmup_steps=1, head_lr=4.0, head_updates=2) == [(0.0, 2.0), (0.0, 4.0), (1.0, 4.0), (1.0, 4.0)]
-    # Without a rate of its own it has that of the rest.
-    assert rates(2, head_updates=1) == [(0.0, 1.0), (1.0, 1.0)]
+def learner(path, budget):
+    model = load_model(str(path), kind="causal", dtype=torch.float32, device=CPU)
+    return Learner(model, OptimizerConfig(lr=1e-3), num_updates=1, tokens_per_microbatch=budget)
 
 
-def test_weight_decay_leaves_vectors_alone():
-    parameters = {"a": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2))}
-    optimizer = make_optimizer(parameters, OptimizerConfig(weight_decay=0.1))
-    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.1), (1, 0.0)]
+def test_reads_of_the_device_do_not_grow_with_the_micro_batches(tmp_path, reads):
+    path = make_model(tmp_path / "m")
+    batch = pack(PAIRS)
+    counts = {}
+    for budget in (1000, 7):
+        ours = learner(path, budget)
+        for task in (lambda ours=ours: ours.score(batch), lambda ours=ours: ours.update(batch, Weighted())):
+            reads.clear()
+            task()
+            counts.setdefault(budget, []).append(dict(reads))
+    assert counts[1000] == counts[7]
+    assert sum(counts[7][1].values()) > 0

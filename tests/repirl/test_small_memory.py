@@ -23,9 +23,10 @@ from repirl.distributed.offload import HostMemory, Parked, Residency
 from repirl.distributed.shard import whole
 from repirl.distributed.world import join_world
 from repirl.export import export_checkpoint
-from repirl.learner import Learner, make_optimizer
+from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model
+from repirl.optimizer import make_optimizer
 from repirl.options import AdapterConfig, OptimizerConfig
 from repirl.report.log import read_metrics
 from repirl.run import build
