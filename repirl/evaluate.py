@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -15,6 +17,8 @@ from repirl.distributed.world import join_world
 from repirl.learner import Learner
 from repirl.models import load_tokenizer
 from repirl.objectives.steps import step_logits
+from repirl.record import Judged, record_answers
+from repirl.report.reporter import Reporter
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import sequence_seed
 from repirl.rollout.sampler import Sampler
@@ -23,17 +27,27 @@ from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """The figures of what a run holds out: labelled steps for a PRM, else prompts for the policy."""
+def evaluate_run(run: Run, step: int, reporter: Reporter) -> dict[str, float]:
+    """The figures of what a run holds out after `step` turns: labelled steps for a PRM, else prompts for the policy,
+    some of whose answers the reporter gets."""
     if run.data.eval_steps is not None:
-        return evaluate_steps(run.learners["prm"], run.data.eval_steps, run.config)
+        with run.timer("eval"):
+            return evaluate_steps(run.learners["prm"], run.data.eval_steps, run.config)
     assert run.sampler is not None
     assert run.held_out is not None
-    return {"eval/accuracy": evaluate(run.sampler, run.held_out, run.config)}
+    with run.timer("eval"):
+        judged = ask_held_out(run.sampler, run.held_out, run.config)
+    record_answers(run, step, judged, reporter)
+    return {"eval/accuracy": accuracy(judged)}
 
 
-def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
-    """The accuracy: the share of held-out prompts that the policy answers correctly.
+def accuracy(judged: Sequence[Judged]) -> float:
+    """The share of right answers; judged: what `ask_held_out` returned."""
+    return sum(outcome or 0.0 for _, outcome in judged) / len(judged)
+
+
+def ask_held_out(sampler: Sampler, held_out: PromptSet, config: Config) -> list[Judged]:
+    """The policy's answers to held-out prompts, in order, with their verdicts.
 
     Args:
         sampler: samples and judges the answers.
@@ -43,8 +57,7 @@ def evaluate(sampler: Sampler, held_out: PromptSet, config: Config) -> float:
     """
     prompts = held_out.prompts[: config.eval.num_prompts]
     seeds = [sequence_seed(config.seed, "eval", i) for i in range(len(prompts))]
-    judged = sampler.ask(prompts, seeds, config.eval.temperature, sampler.held_out_verifier)
-    return sum(outcome or 0.0 for _, outcome in judged) / len(prompts)
+    return sampler.ask(prompts, seeds, config.eval.temperature, sampler.held_out_verifier)
 
 
 def evaluate_steps(prm: Learner, held_out: list[LabelledResponse], config: Config) -> dict[str, float]:
@@ -136,9 +149,9 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     try:
         if path is not None:
             load_weights(path, "policy", policy)
-        accuracy = evaluate(sampler, held_out, config)
+        judged = ask_held_out(sampler, held_out, config)
     finally:
         sampler.close()
         if policy.residency is not None:
             policy.residency.close()
-    return accuracy, len(held_out.prompts[: config.eval.num_prompts])
+    return accuracy(judged), len(judged)

@@ -15,6 +15,7 @@ from repirl.evaluate import evaluate_run
 from repirl.interrupt import Interrupted, Signals, end_with_torchrun
 from repirl.lock import locked
 from repirl.objectives import Metrics
+from repirl.record import record_turn
 from repirl.report.reporter import Reporter
 from repirl.run import Run, build, check_output_dir
 from repirl.streams import Scores
@@ -52,14 +53,14 @@ def _train(run: Run, callbacks: Callbacks) -> int:
     peak_flops = peak_flops_of(config, run.world)
     with Reporter(config, run.world, start) as reporter:
         if start == 0 and run.evaluates and config.eval.every:
-            reporter.log(0, evaluate_run(run) | timer.step_metrics(run.world, peak_flops))
+            reporter.log(0, evaluate_run(run, 0, reporter) | timer.step_metrics(run.world, peak_flops))
         with Signals(defer=True) as signals:
             for done in range(start + 1, config.steps + 1):
                 metrics = online_turn(run, done - 1, reporter) if config.system.online else offline_turn(run)
+                record_turn(run, done, reporter)
                 metrics |= run.data.metrics()
                 if run.evaluates and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
-                    with timer("eval"):
-                        metrics |= evaluate_run(run)
+                    metrics |= evaluate_run(run, done, reporter)
                 metrics |= timer.step_metrics(run.world, peak_flops)
                 metrics["memory/peak_bytes"] = run.world.maximum(peak_memory_bytes(run.world.device))
                 reporter.log(done, metrics)

@@ -406,3 +406,14 @@ class LogConfig(Section):
         description="what one device can do, for the utilisation (mfu/...); null: a product is timed at the start",
     )
     tensorboard: bool = Field(True, description="TensorBoard files beside metrics.jsonl")
+    samples_per_turn: NonNegative = Field(
+        4, description="responses of each turn, and of each evaluation, that samples.jsonl keeps; 0: none"
+    )
+    samples_max_mb: PositiveFloat = Field(
+        20.0, description="samples.jsonl becomes samples.1.jsonl when it has so many megabytes, and so on up to 4"
+    )
+    history: bool = Field(
+        True,
+        description="history.jsonl: of each prompt and turn the outcomes, rewards, log-probability and length of its "
+        "responses (`repirl signal`); the PRM then scores rollouts also where the policy does not follow it",
+    )

@@ -37,7 +37,10 @@ class Scores:
             if self._versions.get(name) == learner.version:
                 continue
             with self.timer(self.updated if name == self.updated else STREAM_OF[name]):
-                batch.write(STREAM_OF[name], self._read(name, batch))
+                values = self._read(name, batch)
+                batch.write(STREAM_OF[name], values)
+                if name == "prm":
+                    batch.write("prm_reward", values)
             self._versions[name] = learner.version
 
     def _read(self, name: str, batch: PackedBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,10 @@ def encode_solution(text: str, ends: EndTokens, tokenizer: PreTrainedTokenizerBa
     while ids and ids[-1] in ends.ids:
         ids.pop()
     return (*ids, ends.turn)
+
+
+def response_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+    """A response as text, without special tokens; ended: whether its last token is an end token, which is cut off."""
+    # `skip_special_tokens` leaves an end token in if the tokenizer does not call it special.
+    text: Any = tokenizer.decode(list(token_ids[: len(token_ids) - ended]), skip_special_tokens=True)
+    return str(text)

@@ -9,11 +9,15 @@ from typing import Any
 from repirl.config import Config
 from repirl.distributed.world import World
 from repirl.report.display import ProgressDisplay
+from repirl.report.history import HistoryFile
 from repirl.report.log import LogError, MetricsLogger
+from repirl.report.samples import SampleFiles, as_texts
 
 
 class Reporter:
-    """Writes a run's log file and shows its display. Only the main process does so; the others do nothing.
+    """Writes a run's files of turns and shows its display. Only the main process does so; the others do nothing.
+
+    `samples` and `history` hold rows of the step that is not logged yet.
 
     Args:
         config: the run's configuration.
@@ -29,9 +33,16 @@ class Reporter:
         self._world = world
         self._logger: MetricsLogger | None = None
         self._display: ProgressDisplay | None = None
+        self._files: tuple[SampleFiles, HistoryFile] | None = None
+        self.samples: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
 
         def open_log() -> None:
             self._logger = MetricsLogger(config.output_dir, tensorboard=config.log.tensorboard, start_step=start_step)
+            self._files = (
+                SampleFiles(config.output_dir, max_mb=config.log.samples_max_mb, start_step=start_step),
+                HistoryFile(config.output_dir, start_step=start_step),
+            )
             self._display = ProgressDisplay(config.steps, config.objective)
 
         self._on_main(open_log)
@@ -54,7 +65,8 @@ class Reporter:
             self._display.phase(name)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write and show the metrics of a step; `step` counts finished steps, and step 0 is only written.
+        """Write and show the metrics of a step; `step` counts finished steps, and step 0 is only written. The rows in
+        `samples` and `history` are written, too.
 
         Raises:
             LogError: on all processes, where metrics cannot be written.
@@ -62,7 +74,13 @@ class Reporter:
 
         def write() -> None:
             assert self._logger
-            self._logger.log(step, metrics)
+            assert self._files
+            self._logger.log(step, metrics, as_texts(self.samples))
+            samples, history = self._files
+            samples.append(self.samples)
+            history.append(self.history)
+            self.samples.clear()
+            self.history.clear()
 
         self._on_main(write)
         if self._display and step:
@@ -72,6 +90,8 @@ class Reporter:
         for part in (self._logger, self._display):
             if part:
                 self._stack.enter_context(part)
+        for file in self._files or ():
+            self._stack.callback(file.close)
         return self
 
     def __exit__(self, *error: Any) -> None:

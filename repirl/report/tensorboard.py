@@ -8,12 +8,18 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+# Marks values for the page of texts.
+_TEXT = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"), data_class=DATA_CLASS_TENSOR)
 
 
 class TensorBoardFile:
@@ -36,9 +42,13 @@ class TensorBoardFile:
         self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
         self._file.flush()
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a step. They are in the file when this returns."""
+    def write(self, step: int, metrics: dict[str, float], texts: Mapping[str, str]) -> None:
+        """Write metrics and Markdown texts of a step, by name. They are in the file when this returns."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        values += [
+            Summary.Value(tag=name, metadata=_TEXT, tensor=TensorProto(dtype=DT_STRING, string_val=[text.encode()]))
+            for name, text in texts.items()
+        ]
         self._add(step=step, summary=Summary(value=values))
         self._file.flush()
 

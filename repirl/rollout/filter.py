@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from repirl.batch import PackedBatch
 from repirl.options import FilterConfig
 from repirl.rollout.engine import Response
 
@@ -42,6 +43,27 @@ class Group:
         """What `state` described, as a group of older weights."""
         responses = [Response(*fields) for fields in state["responses"]]
         return Group(state["row"], responses, state["outcomes"], fresh=False)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a turn has sampled.
+
+    Args:
+        kept: the prompts of the batch, in its order.
+        dropped: those that no turn trains on.
+        batch: the rollouts, to which the turn adds streams; None if no prompt was kept.
+    """
+
+    kept: list[Group]
+    dropped: list[Group]
+    batch: PackedBatch | None
+
+
+def without(groups: list[Group], others: list[Group]) -> list[Group]:
+    """Those of the groups whose responses are not in one of the others, a copy with another `fresh` included."""
+    known = {id(group.responses) for group in others}
+    return [group for group in groups if id(group.responses) not in known]
 
 
 def why_dropped(group: Group, options: FilterConfig) -> str | None:

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from repirl.batch import PackedBatch, pack
 from repirl.config import Config, ConfigError
 from repirl.data.prompts import Cursor, Prompt, PromptSet
-from repirl.data.text import find_end_tokens
+from repirl.data.text import find_end_tokens, response_text
 from repirl.fused import forward_flops
 from repirl.learner import Learner
 from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, sequence_seed
-from repirl.rollout.filter import Group, sample_filtered
+from repirl.rollout.filter import Group, Sampled, sample_filtered, without
 from repirl.verify.process import Verifier
 from repirl.work import PhaseTimer
 
@@ -85,6 +85,7 @@ class Sampler:
         self.world = policy.world
         self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
+        self.sampled: Sampled | None = None  # of the last turn
         self._in_flight: InFlight | None = None
         self._surplus: list[Group] = []  # prompts that passed the filter beyond those of the last turn
         # [R] bool, whether the response tokens of the last batch come from the present weights.
@@ -118,6 +119,7 @@ class Sampler:
                 kept = sampled = self._finish(turn)
                 metrics = {}
             batch = self._pack(kept) if kept else None
+            self.sampled = Sampled(kept, without(sampled, [*kept, *self._surplus]), batch)
             metrics |= self._metrics(sampled, batch)
         if self.config.rollout.overlap == "step" and not last:
             self._push()
@@ -294,7 +296,7 @@ class Sampler:
             self.policy.work.tokens += sum(len(response) for _, response in pairs)
             self.policy.work.flops += sum(forward_flops(self.policy.model, pack(pairs), reads_values=False))
         texts = {
-            i: (self._text(response), answer)
+            i: (response_text(response.token_ids, self.tokenizer, ended=response.ended), answer)
             for i, response in zip(mine, responses, strict=True)
             if (answer := prompts[i].answer) is not None
         }
@@ -313,11 +315,6 @@ class Sampler:
                 f"weights are finite, but too large to be computed with in {self.config.computes_in}; go on from an "
                 "earlier checkpoint with a lower policy.optimizer.lr"
             )
-
-    def _text(self, response: Response) -> str:
-        # The end token is cut off here: `skip_special_tokens` leaves it in if the tokenizer does not call it special.
-        token_ids = response.token_ids[:-1] if response.ended else response.token_ids
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def check(self, mismatch: Tensor) -> None:
         """Check that the engine `transformers` samples from the policy; for other engines nothing is checked here.
