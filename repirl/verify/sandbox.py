@@ -8,7 +8,6 @@ import io
 import queue
 import secrets
 import socket
-import threading
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,7 +90,7 @@ class Sandbox:
             raise ConfigError(f"{workers} workers; expected at least 1")
         self.limits = limits or Limits()
         self._fields = dataclasses.asdict(self.limits)
-        first, self.kind, self.missing = _first_worker(kind, allow_unsandboxed)
+        first, self.kind, self.missing = _first_worker(self._fields, kind, allow_unsandboxed)
         if self.missing:
             warnings.warn(self.missing, stacklevel=2)
         # A candidate and its test run beside each other, in workers of their own.
@@ -192,7 +191,7 @@ class _Slot:
         self, role: str, job: dict[str, Any], limits: dict[str, Any], stdin: str = "", peer: socket.socket | None = None
     ) -> Outcome:
         try:
-            worker = self.workers.get(role) or self.workers.setdefault(role, Worker({"kind": self.kind}))
+            worker = self.workers.get(role) or self.workers.setdefault(role, Worker(self.kind, limits))
             return worker.run(job, stdin, limits, peer)
         except WorkerLost as error:
             self.workers.pop(role).end()
@@ -209,12 +208,12 @@ class _Slot:
         self.workers = {}
 
 
-def _first_worker(kind: str | None, allow_unsandboxed: bool) -> tuple[Worker, str, str]:
+def _first_worker(limits: dict[str, Any], kind: str | None, allow_unsandboxed: bool) -> tuple[Worker, str, str]:
     """A worker of the best kind that works here, its kind, and what is missing."""
     reasons = []
     for name in KINDS if kind is None else (kind,):
         try:
-            worker = Worker({"kind": name})
+            worker = Worker(name, limits)
             return worker, name, worker.report.get("missing", "")
         except RunError as error:
             reasons.append(f"{name}: {error}")
@@ -225,7 +224,7 @@ def _first_worker(kind: str | None, allow_unsandboxed: bool) -> tuple[Worker, st
             + ". Install bubblewrap, or allow user namespaces; or pass --allow-unsandboxed where this machine holds "
             "nothing of value"
         )
-    worker = Worker({"kind": "none"})
+    worker = Worker("none", limits)
     return (
         worker,
         "none",

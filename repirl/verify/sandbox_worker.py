@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,12 +63,21 @@ class WorkerLost(Exception):
 class Worker:
     """A process of launcher and sandbox. Not for several threads."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, kind: str, limits: dict[str, Any]) -> None:
         """Start it, and wait until it is ready.
+
+        Args:
+            kind: of the sandbox.
+            limits: the fields of `sandbox.Limits`.
 
         Raises:
             RunError: it does not start; with its last line.
         """
+        options = {"kind": kind, "memory_mb": limits["memory_mb"], "processes": limits["processes"]}
+        if kind == "bubblewrap":
+            options["bwrap"] = shutil.which("bwrap")
+            if options["bwrap"] is None:
+                raise RunError("it is not installed")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else -1
         numbers = [theirs.fileno(), *([trainer] if trainer >= 0 else [])]

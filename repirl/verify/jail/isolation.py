@@ -1,46 +1,216 @@
-"""What keeps a program to itself, by kind: "namespaces", "bubblewrap", "landlock", "none"."""
+"""What keeps a program to itself, by kind, as the zygote uses it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import time
 from typing import Any
 
+from . import cgroup, kernel, landlock, seccomp, view
 from . import limits as limiting
+
+# Threads that a user may start elsewhere while a program runs.
+_SLACK = 256
 
 
 class Isolation:
-    """No protection: limits only."""
+    """No sandbox: limits, and a filter of system calls where there is one.
+
+    proc: descriptor of a /proc that shows the zygote · own_pid: its number there · kept: a descriptor that the program's
+    process needs until `confine` closes it; -1 for none.
+    """
 
     kind = "none"
+    is_shared = True
 
-    def __init__(self) -> None:
-        self.proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-        self.own_pid = os.getpid()
+    def __init__(self, options: dict[str, Any]) -> None:
+        """Confine the zygote itself.
+
+        Args:
+            options: of the launcher: `proc`, `procs` and `oom` (of cgroup.Group), `folder`, `user` (to become, or
+                None).
+        """
+        self.options, self.proc = options, options["proc"]
+        self.oom_kills, self.kept = 0, -1
+        self.confine_zygote()
+        self.own_pid = int(os.readlink("self", dir_fd=self.proc))
+        self.own_bytes = limiting.address_space(self.proc)
+        self.own_memory = limiting.resident(self.proc)
+        self.threads = limiting.threads_of_user(self.proc) + _SLACK if self.is_shared else self.num_own_threads()
+        self.groups = self._usable_groups()
+
+    def confine_zygote(self) -> None:
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+
+    def num_own_threads(self) -> int:
+        # The zygote and the program's first process.
+        return 2
+
+    def _usable_groups(self) -> list[int]:
+        """The descriptors of the groups, where a process may enter them from here."""
+        groups: list[int] = self.options["procs"]
+        pid = os.fork()
+        if not pid:
+            with contextlib.suppress(OSError):
+                for descriptor in groups:
+                    os.write(descriptor, b"0")
+                os._exit(0)
+            os._exit(1)
+        is_usable = os.waitpid(pid, 0)[1] == 0
+        return groups if is_usable else []
 
     def report(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return {"kind": self.kind, "cgroup": bool(self.groups), "seccomp": seccomp.is_available()}
 
     def fork(self) -> int:
+        """Fork the first process of a program."""
+        self.oom_kills = cgroup.killed_for_memory(self.options["oom"]) if self.groups else 0
         return os.fork()
 
     def kill(self, pid: int) -> None:
+        """End a program: once this returns, none of its processes is left."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        end_descendants(self.proc, self.own_pid)
 
     def wipe(self) -> None:
         """Remove what the program left in files."""
+        wipe_folder(self.options["folder"])
 
     def ran_out_of_memory(self) -> bool:
-        return False
+        return bool(self.groups) and cgroup.killed_for_memory(self.options["oom"]) > self.oom_kills
 
     def enter(self, limits: dict[str, Any]) -> None:
         """In the program's first process, which is trusted."""
         os.setsid()
+        for descriptor in self.groups:
+            os.write(descriptor, b"0")
+        self.enter_folder(limits)
+
+    def enter_folder(self, limits: dict[str, Any]) -> None:
+        os.chdir(self.options["folder"])
+        os.environ["HOME"] = os.environ["TMPDIR"] = self.options["folder"]
 
     def confine(self, limits: dict[str, Any]) -> None:
         """In the process of the program itself, right before it."""
-        limiting.limit_process(limits, 4096)
+        limiting.limit_process(limits, self.own_bytes, self.threads)
+        if self.options["user"] is not None and self.is_shared:
+            os.setresgid(*[self.options["user"]] * 3)
+            os.setresuid(*[self.options["user"]] * 3)
+        self.restrict_files()
+        kernel.drop_capabilities()
+        if seccomp.is_available():
+            only_own = self.is_shared and not (self.kind == "landlock" and landlock.version() >= 6)
+            seccomp.install(seccomp.filter_program(self.is_shared, only_own, os.getpid()))
+
+    def restrict_files(self) -> None:
+        pass
+
+
+class Landlocked(Isolation):
+    """Landlock and seccomp, without namespaces."""
+
+    kind = "landlock"
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        if not seccomp.is_available():
+            raise OSError("system calls cannot be filtered here")
+        self.rules = landlock.Rules(options["folder"])
+        super().__init__(options)
+        self.kept = self.rules.descriptor
+
+    def restrict_files(self) -> None:
+        self.rules.restrict(self.kept)
+
+
+class Namespaced(Isolation):
+    """Namespaces of its own for each program: processes, mounts, network, System V objects. The view of the file
+    system is made already."""
+
+    kind = "namespaces"
+    is_shared = False
+
+    def confine_zygote(self) -> None:
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+        self.own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=self.proc)
+
+    def fork(self) -> int:
+        self.oom_kills = cgroup.killed_for_memory(self.options["oom"]) if self.groups else 0
+        # What is forked now is the first process of a new namespace; what is forked later is not to be in it.
+        kernel.unshare(kernel.CLONE_NEWPID)
+        pid = -1
+        try:
+            pid = os.fork()
+            return pid
+        finally:
+            if pid:
+                kernel.setns(self.own_namespace, kernel.CLONE_NEWPID)
+
+    def kill(self, pid: int) -> None:
+        # The kernel ends the namespace with its first process, and waits for that.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    def wipe(self) -> None:
+        """The folder is gone with the mount namespace."""
+
+    def enter_folder(self, limits: dict[str, Any]) -> None:
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
+        view.own_folder(limits["file_mb"])
+
+
+class Bubblewrapped(Namespaced):
+    """As `Namespaced`, where bubblewrap made the view."""
+
+    kind = "bubblewrap"
+
+
+KINDS: dict[str, type[Isolation]] = {kind.kind: kind for kind in (Isolation, Landlocked, Namespaced, Bubblewrapped)}
+
+
+def end_descendants(proc: int, root: int) -> None:
+    """End all processes below one's own, while they may start others."""
+    seen: set[int] = set()
+    while True:
+        processes = limiting.descendants(proc, root)
+        if not processes:
+            return
+        # Those that are stopped start no others.
+        is_new = False
+        for pid in processes:
+            is_new = is_new or pid not in seen
+            _signal(pid, signal.SIGSTOP if pid not in seen else signal.SIGKILL)
+        if not is_new:
+            time.sleep(0.001)
+        seen |= set(processes)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, number)
+
+
+def wipe_folder(folder: str) -> None:
+    """Remove all that is in a folder, however deep: each folder's content is moved up before it is removed."""
+    number = 0
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for name in os.listdir(entry.path):
+                while os.path.lexists(target := f"{folder}/moved-{number}"):
+                    number += 1
+                inner = f"{entry.path}/{name}"
+                if os.path.isdir(inner) and not os.path.islink(inner):
+                    os.chmod(inner, 0o700)
+                os.rename(inner, target)
+            os.rmdir(entry.path)

@@ -8,6 +8,7 @@ below that the one that runs the program.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -49,9 +50,9 @@ class Zygote:
             message, descriptors = self._receive()
             if not message:
                 return
-            if message != b"kill":
-                if not self._run(json.loads(message), descriptors):
-                    return
+            # A word to end a program may come when it has ended already.
+            if message != b"kill" and not self._run(json.loads(message), descriptors):
+                return
 
     def _receive(self) -> tuple[bytes, list[int]]:
         try:
@@ -116,14 +117,14 @@ class Zygote:
             if events:
                 return "stopped", False
             started = time.monotonic()
-            used = limiting.usage(limiting.descendants(self.proc, self.isolation.own_pid)) if self.proc >= 0 else None
+            used = limiting.usage(limiting.descendants(self.proc, self.isolation.own_pid), self.isolation.own_memory)
             # A long list of processes is not to be read all the time.
             wait = max(_TICK_SECONDS, 20 * (time.monotonic() - started))
-            if used and used.memory > limits["memory_mb"] << 20:
+            if used.memory > limits["memory_mb"] << 20:
                 return "memory", True
-            if used and used.cpu > limits["cpu_seconds"]:
+            if used.cpu > limits["cpu_seconds"]:
                 return "timeout", True
-            if used and used.processes > limits["processes"] + 2:
+            if used.processes > limits["processes"] + 2:
                 return "processes", True
 
     def _init(self, limits: dict[str, Any], descriptors: list[int], status: int) -> None:
@@ -131,24 +132,15 @@ class Zygote:
         code = 255
         try:
             self.control.detach()
+            # The first process of a namespace gets the signals that it handles, and no others.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             self.isolation.enter(limits)
-            # 0 to 4: stdin, stdout, stderr, result, the other program; then job and status, and nothing else.
-            job, standard = descriptors[0], descriptors[1:]
-            high = [os.dup(descriptor) for descriptor in (job, status, *standard)]
-            high = [self._above(descriptor) for descriptor in high]
-            for number, descriptor in enumerate(high[2:]):
-                os.dup2(descriptor, number)
-            os.dup2(high[0], 5)
-            os.dup2(high[1], 6)
-            if len(standard) < 5:
-                with contextlib.suppress(OSError):
-                    os.close(program.PEER)
-            os.closerange(7, 1 << 16)
+            self._arrange(descriptors, status)
             pid = os.fork()
             if not pid:
                 os.close(6)
                 self._program(limits)
-            for number in range(6):
+            for number in (*range(6), 7):
                 with contextlib.suppress(OSError):
                     os.close(number)
             self._wait(pid)
@@ -158,11 +150,21 @@ class Zygote:
         finally:
             os._exit(code)
 
-    @staticmethod
-    def _above(descriptor: int) -> int:
-        import fcntl
-
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD, 32)
+    def _arrange(self, descriptors: list[int], status: int) -> None:
+        """0 to 4: stdin, stdout, stderr, result, the other program; 5, 6: job, status; 7: what the isolation keeps.
+        Nothing else stays open."""
+        job, *standard = descriptors
+        numbers = dict(enumerate(standard)) | {5: job, 6: status}
+        if self.isolation.kept >= 0:
+            numbers[7], self.isolation.kept = self.isolation.kept, 7
+        high = {number: fcntl.fcntl(descriptor, fcntl.F_DUPFD, 32) for number, descriptor in numbers.items()}
+        for number in range(8):
+            if number in high:
+                os.dup2(high[number], number)
+            else:
+                with contextlib.suppress(OSError):
+                    os.close(number)
+        os.closerange(8, 1 << 16)
 
     @staticmethod
     def _wait(pid: int) -> None:
@@ -176,6 +178,7 @@ class Zygote:
         code = 255
         try:
             self.isolation.confine(limits)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             code = program.run(5)
         except BaseException:
             with contextlib.suppress(BaseException):

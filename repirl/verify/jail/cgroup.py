@@ -1,0 +1,110 @@
+"""Control groups: the kernel's own account of memory and processes of a program, where this user may make any."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+_PREFIX = "repirl-"
+# Pages of files that the program reads and writes count, too.
+_EXTRA_MB = 16
+
+
+class Group:
+    """The groups of one worker, in which its programs run.
+
+    procs: descriptors; a process that writes "0" there is in the group · oom: descriptor of the file that counts
+    processes killed for memory, -1 for none.
+    """
+
+    def __init__(self, folders: list[Path], procs: list[int], oom: int) -> None:
+        self.folders, self.procs, self.oom = folders, procs, oom
+
+    def remove(self) -> None:
+        """Remove the groups; their processes are gone, or will be in a moment."""
+        for folder in self.folders:
+            for _ in range(200):
+                try:
+                    folder.rmdir()
+                    break
+                except FileNotFoundError:
+                    break
+                except OSError:
+                    time.sleep(0.01)
+
+
+def create(memory_mb: int, processes: int) -> Group | None:
+    """The groups for programs of such limits; None where this user may not make them."""
+    group = Group([], [], -1)
+    try:
+        for controllers, parent in _parents():
+            folder = parent / f"{_PREFIX}{os.getpid()}"
+            _sweep(parent)
+            folder.mkdir()
+            group.folders.append(folder)
+            is_unified = (parent / "cgroup.controllers").exists()
+            if "memory" in controllers:
+                limit = (folder / "memory.max") if is_unified else (folder / "memory.limit_in_bytes")
+                limit.write_text(str((memory_mb + _EXTRA_MB) << 20))
+                counter = folder / ("memory.events" if is_unified else "memory.oom_control")
+                group.oom = os.open(counter, os.O_RDONLY)
+            if "pids" in controllers:
+                # And the program's first process.
+                (folder / "pids.max").write_text(str(processes + 1))
+            group.procs.append(os.open(folder / "cgroup.procs", os.O_WRONLY))
+    except OSError:
+        close(group)
+        group.remove()
+        return None
+    return group if group.folders else None
+
+
+def close(group: Group) -> None:
+    for descriptor in (*group.procs, group.oom):
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _parents() -> list[tuple[set[str], Path]]:
+    """Where groups may be made below this process's own, with the controllers that work there."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    places = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        for _, mounted, kind, options, *_ in mounts:
+            own = Path(mounted + path)
+            if names and kind == "cgroup" and set(names.split(",")) <= set(options.split(",")):
+                wanted = {"memory", "pids"} & set(names.split(","))
+            elif not names and kind == "cgroup2":
+                control = own / "cgroup.subtree_control"
+                enabled = control.read_text().split() if control.exists() else []
+                wanted = {"memory", "pids"} & set(enabled)
+            else:
+                continue
+            if wanted and os.access(own, os.W_OK):
+                places.append((wanted, own))
+                break
+    return places
+
+
+def killed_for_memory(oom: int) -> int:
+    """How many processes of the group the kernel has killed so far."""
+    if oom < 0:
+        return 0
+    for line in os.pread(oom, 4096, 0).decode().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "oom_kill":
+            return int(value)
+    return 0
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what processes left that were killed before they could."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        number = folder.name.removeprefix(_PREFIX)
+        if number.isdigit() and not os.path.exists(f"/proc/{number}"):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
