@@ -6,12 +6,12 @@ Options that do not fit together are refused here; `repirl.configfile` reads the
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from repirl.dataconfig import DataConfig
+from repirl.judging import check_verifiers, with_answers
 from repirl.lossconfig import LossConfig
 from repirl.options import (
     AdapterConfig,
@@ -37,7 +37,7 @@ from repirl.options import (
     VLLMConfig,
 )
 from repirl.section import Positive, Section
-from repirl.systems import SYSTEMS, System
+from repirl.systems import SYSTEMS, System, find_system
 
 
 class ConfigError(ValueError):
@@ -56,7 +56,11 @@ def first_line(error: BaseException) -> str:
 
 
 class Config(Section):
-    objective: str = Field("repirl", description=f"the training system (systems.py): {', '.join(SYSTEMS)}")
+    """The configuration of a run. `load_config` and `build_config` make one; it does not change."""
+
+    objective: str = Field(
+        "repirl", description=f"the training system: {', '.join(SYSTEMS)}, or a System of your own as module:name"
+    )
     output_dir: str = Field(description="metrics, checkpoints and reports go here")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of sampling and of data order")
     steps: Positive = Field(description="turns of the dual loop")
@@ -104,7 +108,7 @@ class Config(Section):
     @property
     def system(self) -> System:
         """The row of systems.py. A policy without updates is one that is only read."""
-        row = SYSTEMS[self.objective]
+        row = find_system(self.objective)
         if self.policy.updates_per_step > 0 or "policy" not in row.objectives:
             return row
         rest = {name: place for name, place in row.objectives.items() if name != "policy"}
@@ -186,19 +190,18 @@ class Config(Section):
     @field_validator("objective")
     @classmethod
     def _system_exists(cls, objective: str) -> str:
-        if objective not in SYSTEMS:
-            close = difflib.get_close_matches(objective, SYSTEMS, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"input should be one of {[*SYSTEMS]}{hint}")
+        find_system(objective)
         return objective
 
     @model_validator(mode="before")
     @classmethod
     def _beta_of_the_system(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Without prm.beta, it is that of the system."""
+        """Without prm.beta, it is that of the system; without data.answers, what the verifier's kind reads."""
+        values = with_answers(values)
         prm, name = values.get("prm", {}), values.get("objective", "repirl")
-        row = SYSTEMS.get(name) if isinstance(prm, dict) and isinstance(name, str) else None
-        return values if row is None else values | {"prm": {"beta": row.prm_beta} | prm}
+        if not (isinstance(prm, dict) and isinstance(name, str)) or (name not in SYSTEMS and ":" not in name):
+            return values
+        return values | {"prm": {"beta": find_system(name).prm_beta} | prm}
 
     @model_validator(mode="after")
     def _options_fit(self) -> Config:
@@ -231,9 +234,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _verifier_fits(self) -> Config:
-        for name, section in {"verifier": self.verifier, "eval.verifier": self.eval.verifier}.items():
-            if section is not None:
-                section.check(name)
+        check_verifiers(self.verifier, self.eval.verifier, self.data)
         return self
 
     def _data_fits(self) -> None:

@@ -91,10 +91,18 @@ def _as_separator(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    train: Source = Field(None, description="prompts to sample on: a path or hub id, or the options of SourceConfig")
+    train: Source = Field(None, description="prompts to sample on: a path or hub id, or a section with path, name, split, revision")
     eval: Source = Field(None, description="held-out prompts and answers, likewise")
     prompt_column: str = Field("prompt", description="column with the prompt")
     answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
+    answers: Literal["text", "tests"] = Field(
+        "text",
+        description="what answer_column holds: a right answer, or tests of programs, of which public formats are known "
+        "by their own columns, too (repirl/data/code.py); unless it is set, tests where verifier.kind is code",
+    )
+    verifier_column: str | None = Field(
+        None, description="column that names what judges a row: math, code or custom (verifier.kind: mixed)"
+    )
     solution_column: str | None = Field(None, description="column of `train` with expert solution(s)")
     solution_remove: str | None = Field(None, description="regular expression that is cut from expert solutions")
     experts: Annotated[ExpertFileConfig | list[ExpertFileConfig] | None, BeforeValidator(_as_sources)] = Field(
@@ -105,7 +113,7 @@ class DataConfig(Section):
         None, description="most expert solutions of a prompt, taken from its sources in turn; null: all"
     )
     pairs: Annotated[PairFileConfig | None, BeforeValidator(_as_source)] = Field(
-        None, description="preference pairs: a path or hub id, or the options of PairFileConfig"
+        None, description="preference pairs: a path or hub id, or a section with path and columns"
     )
     trajectories: Annotated[TrajectoryFileConfig | None, BeforeValidator(_as_source)] = Field(
         None, description="fixed rollouts with their outcomes, likewise (`repirl sample` makes them)"

@@ -23,7 +23,7 @@ from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import sequence_seed
 from repirl.rollout.sampler import Sampler
 from repirl.run import Run, build_learners, set_up_process
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 from repirl.work import PhaseTimer
 
 
@@ -144,7 +144,7 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     held_out = load_prompts(config.data, tokenizer, "eval")
     policy = build_learners(config, world, timer.work, ("policy",))["policy"]
-    engine, verifier = make_engine(config, policy, tokenizer), Verifier(config.verifier)
+    engine, verifier = make_engine(config, policy, tokenizer), make_verifier(config.verifier)
     sampler = Sampler(config, policy, tokenizer, engine, verifier, None, timer)
     try:
         if path is not None:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from repirl.codeconfig import CodeConfig
 from repirl.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 
@@ -86,8 +87,10 @@ LearnerConfig = PolicyConfig | PRMConfig | CriticConfig
 
 
 class VerifierConfig(Section):
-    kind: Literal["math", "custom"] = Field(
-        "math", description="what judges responses: the verifier of mathematical answers, or a function of your own"
+    kind: Literal["math", "code", "custom", "mixed"] = Field(
+        "math",
+        description="what judges responses: the verifier of mathematical answers, programs run on tests, a function of "
+        "your own, or for each row the one of these that it names (data.verifier_column)",
     )
     function: str | None = Field(
         None,
@@ -99,10 +102,15 @@ class VerifierConfig(Section):
         20.0, description="longest time to judge one answer; then it counts as wrong, and as rollout/verifier_timeouts"
     )
 
+    code: CodeConfig = Field(CodeConfig(), description="how programs are run and judged")
+
     def check(self, name: str) -> None:
         """ValueError for options that do not fit together; name: of this section in the configuration."""
         kind, function = self.kind, self.function
-        if kind != "custom" and function is not None:
+        self.code.check(f"{name}.code")
+        if kind not in ("code", "mixed") and self.code != CodeConfig():
+            raise ValueError(f"{name}.code is set, but {name}.kind {kind!r} runs no programs: leave it out")
+        if kind not in ("custom", "mixed") and function is not None:
             raise ValueError(
                 f"{name}.function is {function!r}, but {name}.kind {kind!r} judges by itself: set {name}.kind: custom, "
                 "or leave the function out"

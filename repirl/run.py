@@ -46,7 +46,7 @@ from repirl.rollout.sampler import Sampler
 from repirl.rounding import break_ties
 from repirl.sources import check_sources
 from repirl.systems import LABELS
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 from repirl.work import PhaseTimer, Work
 
 logger = logging.getLogger(__name__)
@@ -383,7 +383,7 @@ def build(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) 
     resumption = choose_checkpoint(checkpointer, config, fingerprints, changed) if resume else None
 
     # A function of the user's that cannot be loaded shows here, before the models are.
-    verifier = Verifier(config.verifier) if prompts is not None or held_out is not None else None
+    verifier = make_verifier(config.verifier) if prompts is not None or held_out is not None else None
     try:
         learners = build_learners(config, world, timer.work)
     except BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from repirl.apps.lines import LinesFile, refuse_existing
 from repirl.apps.solutions import as_source
 from repirl.config import ConfigError
+from repirl.data.answers import answer_of
 from repirl.data.sources import read_rows
 from repirl.data.values import Place
 from repirl.options import VerifierConfig
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 
 # Rows that are in memory at a time.
 _CHUNK = 1024
@@ -36,36 +37,35 @@ class JudgeCounts:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-def verifier_config(verifier: str, processes: int = 1, timeout_seconds: float = 20.0) -> VerifierConfig:
+def verifier_config(
+    verifier: str, processes: int = 1, timeout_seconds: float = 20.0, code: Mapping[str, Any] | None = None
+) -> VerifierConfig:
     """The options of the verifier that a command line names.
 
     Args:
-        verifier: "math", or a function of your own as "module:function".
+        verifier: "math", "code", or a function of your own as "module:function".
         processes: worker processes.
         timeout_seconds: the longest time for one response.
+        code: of repirl.codeconfig.CodeConfig, what is not to be as by default, for "code".
 
     Raises:
         ConfigError: there is no such verifier, or a number is out of range.
     """
-    if verifier == "code":
-        raise ConfigError("--verifier code: not available in this version; expected math or module:function")
-    if verifier != "math" and ":" not in verifier:
-        raise ConfigError(f"--verifier is {verifier!r}, expected math or module:function")
-    function = None if verifier == "math" else verifier
+    if verifier not in ("math", "code") and ":" not in verifier:
+        raise ConfigError(f"--verifier is {verifier!r}, expected math, code or module:function")
+    function = None if verifier in ("math", "code") else verifier
+    kind = "custom" if function else verifier
     try:
-        config = VerifierConfig(
-            kind="custom" if function else "math",
-            function=function,
-            processes=processes,
-            timeout_seconds=timeout_seconds,
-        )
+        values = {"kind": kind, "function": function, "processes": processes, "timeout_seconds": timeout_seconds}
+        config = VerifierConfig.model_validate(values | ({"code": code} if code else {}))
         config.check("verifier")
     except ValidationError as error:
         first = error.errors()[0]
-        option = {"processes": "--processes", "timeout_seconds": "--timeout"}[str(first["loc"][0])]
+        options = {"processes": "--processes", "timeout_seconds": "--timeout"}
+        option = options.get(str(first["loc"][0]), f"--{str(first['loc'][-1]).replace('_', '-')}")
         raise ConfigError(f"{option} is {first['input']!r}: {first['msg'].lower()}") from error
     except ValueError as error:
-        raise ConfigError(f"--verifier is {verifier!r}, expected math or module:function ({error})") from error
+        raise ConfigError(f"--verifier is {verifier!r}, expected math, code or module:function ({error})") from error
     return config
 
 
@@ -81,7 +81,9 @@ def judge(
 
     Each line of the output is a row of the file, with two more columns: `verdict`, the number that the verifier returns
     (1 right, 0 wrong), and `reason`. Of math these are "equal", "differs: ANSWER vs RIGHT ANSWER", "no final answer
-    found", "answer not readable: ...", "right answer not readable: ...", "too long: ..."; of a function of your own the
+    found", "answer not readable: ...", "right answer not readable: ...", "too long: ..."; of code "passed", "no code
+    found", "compile error: ...", "wrong answer: ...", "timed out: ...", "out of memory: ...", "too much output: ...",
+    "crashed: ..." (repirl.verify.code); of a function of your own the
     attribute `reason` of the number that it returns, else "right" (1), "wrong" (0), "partly right: VERDICT" or "outside
     0 to 1: VERDICT"; of both "timed out: LIMIT" and "out of memory, or its process died", which count as wrong. The
     file appears under its name when it is complete.
@@ -100,8 +102,9 @@ def judge(
     if output is not None:
         refuse_existing(output)
     counts = JudgeCounts()
-    with closing(Verifier(verifier, explain=True)) as judging:
-        read = _rows(rows, response_column, answer_column, adds=output is not None)
+    with closing(make_verifier(verifier, explain=True)) as judging:
+        tests = verifier.kind == "code"
+        read = _rows(rows, response_column, answer_column, adds=output is not None, tests=tests)
         file = None
         while chunk := list(islice(read, _CHUNK)):
             if output is not None and file is None:
@@ -123,14 +126,21 @@ def judge(
 
 
 def _rows(
-    source: str | os.PathLike, response_column: str, answer_column: str, adds: bool
+    source: str | os.PathLike, response_column: str, answer_column: str, *, adds: bool, tests: bool
 ) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
-    """(row, (response, right answer)) of a file; adds: verdict and reason are to be added."""
+    """(row, (response, right answer)) of a file.
+
+    Args:
+        source: the file.
+        response_column, answer_column: where the texts are.
+        adds: verdict and reason are to be added.
+        tests: answers are tests of programs.
+    """
     for _, place, row in read_rows(as_source(os.fspath(source)), "train"):
         if adds and (twice := [name for name in ADDED if name in row]):
             raise place.error(f"there is a column {twice[0]!r} already, which the output adds: rename or remove it")
         response = response_text(place, place.value(row, response_column, "--response-column"), response_column)
-        answer = place.answer(place.value(row, answer_column, "--answer-column"), answer_column)
+        answer = answer_of(row, place, answer_column, "--answer-column", tests=tests)
         yield row, (response, answer)
 
 

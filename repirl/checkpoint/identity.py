@@ -27,7 +27,8 @@ _LEARNERS = ("policy", "prm", "critic")
 # and, with another engine, for the random numbers of the sampling. A section stands for all of its options.
 FREE = [
     *("output_dir", "device", "num_threads", "offload_idle", "batch", "parallel", "eval", "checkpoint", "log"),
-    *("verifier.processes", "rollout.engine", "rollout.max_sequences", "rollout.vllm"),
+    *("verifier.processes", "verifier.code.judge_twice", "verifier.code.allow_unsandboxed"),
+    *("rollout.engine", "rollout.max_sequences", "rollout.vllm"),
     # Of `repirl label`.
     "label",
     *(
@@ -40,9 +41,9 @@ FREE = [
 BY_CONTENT = [
     *(f"{learner}.{option}" for learner in _LEARNERS for option in ("model", "gguf_file")),
     *(f"data.{source}" for source in ("train", "eval", "experts", "pairs", "trajectories", "steps", "eval_steps")),
-    *(f"data.{column}_column" for column in ("prompt", "answer", "solution")),
+    *(f"data.{column}_column" for column in ("prompt", "answer", "solution", "verifier")),
     *("data.step_separator", "data.solution_remove", "data.verify_experts", "data.max_experts_per_prompt"),
-    *("data.max_prompt_tokens", "data.max_expert_tokens", "data.overlong"),
+    *("data.answers", "data.max_prompt_tokens", "data.max_expert_tokens", "data.overlong"),
 ]
 # Longest value that a message shows.
 _MAX_SHOWN = 120

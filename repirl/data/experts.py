@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repirl.batch import EXPERT, PackedBatch, pack
 from repirl.config import ConfigError
+from repirl.data.answers import read_answer
 from repirl.data.errors import DataError
 from repirl.data.prompts import Cursor, LengthLimit, read_prompt
 from repirl.data.responses import decode_response, encode_response, fits
@@ -69,7 +70,7 @@ def load_experts(
             prompt_ids = read_prompt(row, place, source.prompt_column, f"{option}.prompt_column", data, tokenizer)
             answer = ""
             if data.verify_experts and (column := source.answer_column) is not None:
-                answer = place.answer(place.value(row, column, f"{option}.answer_column"), column)
+                answer = read_answer(row, place, column, f"{option}.answer_column", data)
             value = place.value(row, source.solution_column, f"{option}.solution_column")
             for solution in place.solutions(value, source.solution_column):
                 response_ids = _encode(solution, place, source.solution_column, data, ends, tokenizer)

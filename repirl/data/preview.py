@@ -129,6 +129,8 @@ def _text(token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _readable(config: VerifierConfig, answers: list[tuple[Prompt, str]]) -> str:
+    if config.kind in ("code", "mixed"):
+        return f"answers: {len(answers)}, of verifier.kind {config.kind!r}"
     if config.kind == "custom":
         return f"answers: {len(answers)}, for {config.function} to judge"
     # In its processes: a parser may take any time.

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import Config
+from repirl.data.answers import read_answer
 from repirl.data.prompts import LengthLimit, read_prompt
 from repirl.data.sources import read_rows
 from repirl.data.split import Steps, char_ends, split_steps, token_ends
@@ -64,7 +65,7 @@ def load_problems(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pr
             break
         prompt_ids = read_prompt(row, place, data.prompt_column, "data.prompt_column", data, tokenizer)
         prompt = place.value(row, data.prompt_column, "data.prompt_column")
-        answer = place.answer(place.value(row, data.answer_column, "data.answer_column"), data.answer_column)
+        answer = read_answer(row, place, data.answer_column, "data.answer_column", data)
         given = list[list[str]]()
         if (column := options.response_column) is not None:
             value = place.value(row, column, "label.response_column")

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repirl.config import ConfigError
+from repirl.data.answers import read_answer
 from repirl.data.errors import DataError
 from repirl.data.sources import read_rows
 from repirl.data.text import encode_prompt
@@ -149,7 +150,7 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, split: st
         token_ids = read_prompt(row, place, data.prompt_column, "data.prompt_column", data, tokenizer)
         answer = None
         if (column := data.answer_column) is not None:
-            answer = place.answer(place.value(row, column, "data.answer_column"), column)
+            answer = read_answer(row, place, column, "data.answer_column", data)
         if limit.allows(len(token_ids), place, "prompt", "data.max_prompt_tokens", data.max_prompt_tokens):
             prompts.append(Prompt(number, token_ids, answer))
     limit.report(source.path, len(prompts))

@@ -12,7 +12,7 @@ from repirl.data.split import Steps
 from repirl.data.text import find_end_tokens
 from repirl.learner import Learner
 from repirl.rollout.engine import Engine, Response, Sampling, sequence_seed
-from repirl.verify.process import Verifier
+from repirl.verify.choose import AnyVerifier
 
 # A completion's longest length is rounded down to a multiple of this share of the longest response, so that many
 # completions have the same one: those are sampled side by side.
@@ -74,7 +74,7 @@ class Completer:
         policy: Learner,
         tokenizer: PreTrainedTokenizerBase,
         engine: Engine,
-        verifier: Verifier,
+        verifier: AnyVerifier,
     ) -> None:
         self.config, self.tokenizer, self.engine, self.verifier = config, tokenizer, engine, verifier
         self.world = policy.world

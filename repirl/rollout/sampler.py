@@ -25,7 +25,7 @@ from repirl.fused import forward_flops
 from repirl.learner import Learner
 from repirl.rollout.engine import Engine, MismatchError, Response, Sampling, sequence_seed
 from repirl.rollout.filter import Group, Sampled, sample_filtered, without
-from repirl.verify.process import Verifier
+from repirl.verify.choose import AnyVerifier, count_metrics, make_verifier
 from repirl.work import PhaseTimer
 
 # The same model gives slightly different log-probabilities in padded decoding with a KV cache and in the trainer's
@@ -75,13 +75,13 @@ class Sampler:
         policy: Learner,
         tokenizer: PreTrainedTokenizerBase,
         engine: Engine,
-        verifier: Verifier,
+        verifier: AnyVerifier,
         prompts: PromptSet | None,
         timer: PhaseTimer,
     ) -> None:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.engine, self.verifier, self.prompts, self.timer = engine, verifier, prompts, timer
-        self.held_out_verifier = verifier if config.eval.verifier is None else Verifier(config.eval.verifier)
+        self.held_out_verifier = verifier if config.eval.verifier is None else make_verifier(config.eval.verifier)
         self.world = policy.world
         self._end_ids = find_end_tokens(config.data, tokenizer, config.policy.model).ids
         self._cursor = Cursor(len(prompts), config.seed) if prompts is not None else None
@@ -226,10 +226,8 @@ class Sampler:
         return metrics
 
     def _verifier_metrics(self) -> dict[str, float]:
-        verifier = self.verifier
-        counts = self.world.gather([(verifier.num_timeouts, verifier.num_overlong)])
-        timeouts, overlong = (sum(count) for count in zip(*counts, strict=True))
-        return {"rollout/verifier_timeouts": timeouts, "rollout/verifier_overlong": overlong}
+        counts = count_metrics(self.world.gather([self.verifier.counts]))
+        return {f"rollout/verifier_{name}": value for name, value in counts.items()}
 
     def _prompts_of(self, rows: list[int]) -> list[Prompt]:
         assert self.prompts is not None
@@ -238,7 +236,7 @@ class Sampler:
     # Prompts outside the turns, such as held-out ones.
 
     def ask(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float, verifier: Verifier | None = None
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], temperature: float, verifier: AnyVerifier | None = None
     ) -> list[tuple[Response, float | None]]:
         """Sample a response from the policy's current weights for each prompt, and judge it.
 
@@ -284,7 +282,7 @@ class Sampler:
         return mine, future
 
     def _judge(
-        self, prompts: Sequence[Prompt], mine: list[int], responses: list[Response], verifier: Verifier
+        self, prompts: Sequence[Prompt], mine: list[int], responses: list[Response], verifier: AnyVerifier
     ) -> list[tuple[Response, float | None]]:
         """Judge this process's responses, and return those of all processes with their verdicts, in prompt order.
 

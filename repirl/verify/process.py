@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +87,11 @@ class Verifier:
                 worker = self._start(selector)
                 while not worker.is_ready:
                     self._attend(selector, {})
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Answers given up and too long ones, for reports."""
+        return Counter(timeouts=self.num_timeouts, overlong=self.num_overlong)
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Judge responses.

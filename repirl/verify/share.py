@@ -7,7 +7,7 @@ from contextlib import closing
 
 from repirl.distributed.world import World
 from repirl.options import VerifierConfig
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 
 
 def judge_all(config: VerifierConfig, world: World, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -25,6 +25,6 @@ def judge_all(config: VerifierConfig, world: World, pairs: Sequence[tuple[str, s
         ConfigError, RunError: as of `Verifier.judge`.
     """
     mine = range(world.rank, len(pairs), world.size)
-    with closing(Verifier(config)) as verifier:
+    with closing(make_verifier(config)) as verifier:
         rewards = verifier.judge([pairs[i] for i in mine])
     return [reward for _, reward in sorted(world.gather(list(zip(mine, rewards, strict=True))))]

@@ -105,9 +105,9 @@ def test_rows_that_cannot_be_judged_are_named(tmp_path, write, row, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--verifier", "code"], "--verifier code: not available in this version; expected math or module:function"),
-        (["--verifier", "maths"], "--verifier is 'maths', expected math or module:function"),
-        (["--verifier", "a b:c"], "--verifier is 'a b:c', expected math or module:function"),
+        (["--verifier", "code"], "line 1: 'answer' holds 1, expected tests"),
+        (["--verifier", "maths"], "--verifier is 'maths', expected math, code or module:function"),
+        (["--verifier", "a b:c"], "--verifier is 'a b:c', expected math, code or module:function"),
         (["--verifier", "math", "--processes", "0"], "--processes is 0"),
         (["--verifier", "math", "--timeout", "-1"], "--timeout is -1.0"),
         (["--verifier", "math", "--answer", "a"], "did you mean --answer-column?"),

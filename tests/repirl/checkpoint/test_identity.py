@@ -31,6 +31,8 @@ MEANING = [
     *("objective", "seed", "steps", "dtype", "compute_dtype", "order", "adapters"),
     *("loss", "irl", "prime", "discriminator", "iq", "dpo", "dqo", "step_prm", "rollout.filter"),
     *(f"verifier.{name}" for name in ("kind", "function", "timeout_seconds")),
+    *(f"verifier.code.{name}" for name in ("test_seconds", "memory_mb", "float_tolerance", "partial_credit", "checker")),
+    *(f"verifier.code.max_{name}" for name in ("processes", "open_files", "file_mb", "output_kb")),
     *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.max_response_tokens"),
     *("rollout.temperature", "rollout.overlap"),
     *(f"data.{name}" for name in ("chat_template", "system", "chat_template_kwargs", "prompt_template", "end_tokens")),
