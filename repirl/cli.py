@@ -39,6 +39,7 @@ def missing_packages() -> list[str]:
 try:
     from repirl.apps.commands import add_commands, refuse_overrides
     from repirl.apps.score_commands import add_score_commands
+    from repirl.apps.search_commands import add_search_commands
     from repirl.config import Config, ConfigError, RunError
     from repirl.configfile import describe, list_presets, load_config, parse_overrides
 except ModuleNotFoundError:
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tools(commands)
     add_commands(commands)
     add_score_commands(commands)
+    add_search_commands(commands)
     return parser
 
 

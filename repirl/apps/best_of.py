@@ -51,6 +51,21 @@ def softmax(scores: Sequence[float], temperature: float) -> list[float]:
     return [value / total for value in exponentials]
 
 
+def choose(scores: Sequence[float], answers: Sequence[Hashable | None], temperature: float) -> dict[str, int]:
+    """What each way to choose takes of all responses: the index of the response.
+
+    Args:
+        scores: of each response; of equal ones the first counts.
+        answers: of each response; see `vote`.
+        temperature: of the weighted vote; see `softmax`.
+    """
+    return {
+        "best_of_n": max(range(len(scores)), key=lambda i: scores[i]),
+        "majority": vote(answers, [1.0] * len(scores)),
+        "weighted": vote(answers, softmax(scores, temperature)),
+    }
+
+
 def subsets(count: int, size: int, limit: int, seed: str) -> list[tuple[int, ...]]:
     """Subsets of `size` of the numbers below `count`, each in ascending order: all, where there are no more than
     `limit`, else `limit` of them, drawn independently, each as likely as any other."""

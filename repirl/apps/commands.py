@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "judge", help="what a verifier says of responses in a file, and why", allow_abbrev=False
     )
-    _add_verifier(command, required=True)
+    add_verifier(command, required=True)
     command.add_argument("--input", required=True, metavar="FILE", help="rows with a response and a right answer")
     command.add_argument(
         "--output", metavar="FILE", help="JSON lines: the rows, with verdict and reason; default: none"
@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
         help="drawn of each prompt's responses, for votes; default: 200",
     )
     command.add_argument("--seed", type=int, default=0, help="of these draws")
-    _add_verifier(command, required=False)
+    add_verifier(command, required=False)
     command.set_defaults(run=_rerank)
 
 
@@ -90,23 +90,32 @@ def placed(options: argparse.Namespace) -> Any:
     return Placed(options.device, options.dtype, options.reference, options.tokens)
 
 
-def _add_verifier(command: argparse.ArgumentParser, required: bool) -> None:
+def add_verifier(command: argparse.ArgumentParser, required: bool) -> None:
+    """The options that say what judges responses; repirl.apps.judge.verifier_config reads them."""
     command.add_argument(
         "--verifier",
         required=required,
         default="math",
         metavar="NAME",
-        help="math, or a function of your own as module:function" + ("" if required else "; default: math"),
+        help="math, code, or a function of your own as module:function" + ("" if required else "; default: math"),
+    )
+    command.add_argument(
+        "--allow-unsandboxed", action="store_true", help="of code: run programs where there is no sandbox, too"
     )
     command.add_argument("--processes", type=int, default=1, metavar="N", help="that judge; default: 1")
     command.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="for one response; default: 20")
+
+
+def code_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_verifier` say of running programs, for repirl.apps.judge.verifier_config."""
+    return {"allow_unsandboxed": True} if options.allow_unsandboxed else {}
 
 
 def _judge(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
     from repirl.apps.judge import judge, print_counts, verifier_config
 
-    config = verifier_config(options.verifier, options.processes, options.timeout)
+    config = verifier_config(options.verifier, options.processes, options.timeout, code_options(options))
     counts = judge(
         config,
         options.input,
@@ -134,7 +143,7 @@ def _rerank(options: argparse.Namespace, overrides: list[str]) -> int:
         temperature=options.temperature,
         subsets=options.subsets,
         seed=options.seed,
-        verifier=verifier_config(options.verifier, options.processes, options.timeout),
+        verifier=verifier_config(options.verifier, options.processes, options.timeout, code_options(options)),
         placed=on,
     )
     print_results(rerank(options.input, options.output, prm=options.prm, options=chosen))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import rich.progress
 from rich.console import Console
@@ -346,18 +346,27 @@ def _digest(problems: list[Problem]) -> str:
     return f"{len(problems)} rows, digest {digest.hexdigest()}"
 
 
+class Sampled(Protocol):
+    """What `Progress` shows: prompts that are done, and steps and tokens in what was sampled for them."""
+
+    prompts: int
+    steps: int
+    tokens_sampled: int
+
+
 class Progress:
     """Shows how many prompts are done: a bar on a terminal, elsewhere a line now and then. Only the main process does.
 
     Args:
         num_prompts: of the whole input.
         world: the processes.
+        name: what is done.
     """
 
-    def __init__(self, num_prompts: int, world: World) -> None:
-        self.console, self.num_prompts, self.world = Console(), num_prompts, world
+    def __init__(self, num_prompts: int, world: World, name: str = "label") -> None:
+        self.console, self.num_prompts, self.world, self.name = Console(), num_prompts, world, name
         columns = (
-            TextColumn("label"),
+            TextColumn(name),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -378,13 +387,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, counts: LabelCounts) -> None:
+    def show(self, counts: Sampled) -> None:
         """Show what is done."""
         figures = f"{counts.steps} steps, {counts.tokens_sampled} tokens sampled"
         self._bar.update(self._task, completed=counts.prompts, description=figures)
         due = counts.prompts == self.num_prompts or counts.prompts - self._shown >= self.num_prompts / 20
         if self.world.is_main and not self.console.is_terminal and due:
-            self.console.print(f"label {counts.prompts}/{self.num_prompts}: {figures}", soft_wrap=True)
+            self.console.print(f"{self.name} {counts.prompts}/{self.num_prompts}: {figures}", soft_wrap=True)
             self._shown = counts.prompts
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from repirl.apps.best_of import best_of_n, mean_and_error, pass_at_n, softmax, subsets, vote, votes
+from repirl.apps.best_of import best_of_n, choose, mean_and_error, pass_at_n, subsets, votes
 from repirl.apps.lines import refuse_existing
 from repirl.apps.score import AGGREGATES, Progress, aggregate_of
 from repirl.apps.solutions import Solution, as_source, encode, score_encoded
@@ -277,11 +277,7 @@ def _scores(group: Sequence[Sample]) -> list[float]:
 
 def _chosen(group: Sequence[Sample], temperature: float) -> dict[str, Any]:
     scores, answers = _scores(group), [sample.vote for sample in group]
-    indices = {
-        "best_of_n": max(range(len(group)), key=lambda i: scores[i]),
-        "majority": vote(answers, [1.0] * len(group)),
-        "weighted": vote(answers, softmax(scores, temperature)),
-    }
+    indices = choose(scores, answers, temperature)
     return {"prompt": group[0].prompt, "answer": group[0].answer} | {
         method: {"response": group[i].response, "score": scores[i], "right": group[i].right}
         for method, i in indices.items()

@@ -1,4 +1,4 @@
-"""A trained PRM for a command: an exported one, or that of a run's checkpoint."""
+"""A trained PRM or policy for a command: an exported one, or that of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from repirl.checkpoint.fingerprints import fingerprint_model
 from repirl.checkpoint.manifest import checksum, list_checkpoints, resolve_checkpoint
 from repirl.config import ConfigError
 from repirl.export import export_checkpoint
+from repirl.model_files import read_model_config
 from repirl.models import quiet_transformers
-from repirl.prm import PRM, load_prm
+from repirl.prm import PRM, PromptFormat, load_prm
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -62,13 +65,11 @@ def trained_prm(name: str | os.PathLike, placed: Placed) -> Iterator[tuple[PRM, 
         ConfigError: as `load_prm` and `export_checkpoint`.
     """
     quiet_transformers()
-    path = Path(name)
-    is_checkpoint = (path / "manifest.json").is_file() or any(list_checkpoints(p) for p in (path, path / "checkpoints"))
-    if not is_checkpoint:
+    if not is_run(name):
         prm = _load(os.fspath(name), placed)
         yield prm, {"prm": fingerprint_model(os.fspath(name)), **_reference(prm, placed)}
         return
-    checkpoint = resolve_checkpoint(path)
+    checkpoint = resolve_checkpoint(Path(name))
     with TemporaryDirectory(prefix="repirl-") as folder:
         export_checkpoint(checkpoint, folder)
         if not Path(folder, "prm").is_dir():
@@ -79,6 +80,58 @@ def trained_prm(name: str | os.PathLike, placed: Placed) -> Iterator[tuple[PRM, 
         described = prm.description.reference
         moved = described is not None and not Path(described.model).is_relative_to(folder)
         yield prm, prints | (_reference(prm, placed) if moved or placed.reference else {})
+
+
+@contextmanager
+def trained_policy(name: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """Find the policy of an export's folder `policy`, of the hub, or of a run's folder or step_N folder.
+
+    Yields:
+        The folder or hub id of the model, and its fingerprint.
+
+    Raises:
+        ConfigError: there is no model, the run has trained no policy, or it is a PRM.
+    """
+    quiet_transformers()
+    if not is_run(name):
+        policy_options(os.fspath(name))
+        yield os.fspath(name), fingerprint_model(os.fspath(name))
+        return
+    checkpoint = resolve_checkpoint(Path(name))
+    with TemporaryDirectory(prefix="repirl-") as folder:
+        export_checkpoint(checkpoint, folder)
+        policy = Path(folder, "policy")
+        if not policy.is_dir():
+            raise ConfigError(f"the run of {os.fspath(checkpoint)!r} has trained no policy")
+        yield str(policy), f"checkpoint, digest {checksum(checkpoint / 'manifest.json'):08x}"
+
+
+def policy_options(model: str) -> dict[str, Any]:
+    """Options of `data` by which an exported policy was given its prompts; empty for a model that does not say so.
+
+    Raises:
+        ConfigError: there is no model, it is an exported PRM, or what it says of itself cannot be used.
+    """
+    described = getattr(read_model_config(model), "repirl", None)
+    if not isinstance(described, dict):
+        return {}
+    if described.get("role") == "prm":
+        raise ConfigError(
+            f"{model!r} is an exported PRM (config.json, key `repirl`); the policy is the folder `policy` beside it"
+        )
+    try:
+        return PromptFormat.model_validate(described.get("prompt")).model_dump()
+    except ValidationError as error:
+        raise ConfigError(
+            f"the description in {model!r} (config.json, key `repirl`) has a wrong 'prompt': export the policy again "
+            "with this version of repirl"
+        ) from error
+
+
+def is_run(name: str | os.PathLike) -> bool:
+    """Whether it is a run's folder, or a step_N folder, rather than a model."""
+    path = Path(name)
+    return (path / "manifest.json").is_file() or any(list_checkpoints(p) for p in (path, path / "checkpoints"))
 
 
 def _load(name: str, placed: Placed) -> PRM:
