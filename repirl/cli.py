@@ -38,6 +38,7 @@ def missing_packages() -> list[str]:
 
 try:
     from repirl.apps.commands import add_commands, refuse_overrides
+    from repirl.apps.eval_commands import add_benchmark_options, refuse_benchmark_options, run_benchmark
     from repirl.apps.score_commands import add_score_commands
     from repirl.apps.search_commands import add_search_commands
     from repirl.config import Config, ConfigError, RunError
@@ -149,9 +150,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_tools(commands: Any) -> None:
     """The commands that train nothing. commands: the parser's subparsers."""
-    command = commands.add_parser("eval", help="accuracy on the held-out prompts", epilog=OVERRIDES, allow_abbrev=False)
+    command = commands.add_parser(
+        "eval", help="accuracy on held-out prompts, or figures of a benchmark", epilog=OVERRIDES, allow_abbrev=False
+    )
     command.add_argument("--config", metavar="FILE", help="the run's configuration")
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
+    add_benchmark_options(command)
     command.set_defaults(run=_eval)
 
     command = commands.add_parser(
@@ -273,6 +277,9 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.benchmark is not None:
+        return run_benchmark(options, overrides)
+    refuse_benchmark_options(options)
     config = _load(options, overrides)
     from repirl.distributed.world import leave_world
     from repirl.evaluate import evaluate_checkpoint, evaluate_prm_checkpoint

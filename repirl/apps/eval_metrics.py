@@ -44,9 +44,10 @@ def figures(problems: Sequence[Responses], *, votes: bool, seed: int, resamples:
     """The figures of the problems that have responses, by name: `value`, `low` and `high`.
 
     `greedy pass@1` is the share of right responses at temperature 0. Of n sampled responses, the fewest that any
-    problem has, there are `avg@n`, the share of right ones of each problem, averaged; for k = 2, 4, ..., n `pass@k`, 1 - C(n - c, k) / C(n, k) with c right ones (Chen et al. 2021, unbiased), and `maj@k`, the share of
-    subsets of k responses whose most frequent answer is right, over all of them or NUM_SUBSETS drawn ones. Of equally
-    frequent answers that of the first response counts. A figure is the mean over the problems.
+    problem has, there are `avg@n`, the share of right ones of each problem, averaged; for k = 2, 4, ..., n `pass@k`,
+    1 - C(n - c, k) / C(n, k) with c right ones (Chen et al. 2021, unbiased), and `maj@k`, the share of subsets of k
+    responses whose most frequent answer is right, over all of them or NUM_SUBSETS drawn ones. Of equally frequent
+    answers that of the first response counts. A figure is the mean over the problems.
 
     Args:
         problems: each with at least one response.

@@ -47,3 +47,17 @@ def refuse_existing(output: str | os.PathLike) -> None:
     """ConfigError where there is something by this name."""
     if Path(output).exists():
         raise ConfigError(f"--output {os.fspath(output)!r} exists: choose another file, or remove it")
+
+
+def write_json(output: str | os.PathLike, value: Any) -> None:
+    """Write a value as JSON, in place of what is there. RunError where it cannot be written."""
+    path = Path(output)
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error

@@ -25,7 +25,7 @@ from repirl.rollout.engine import Response, sequence_seed
 from repirl.rollout.sampler import Sampler
 from repirl.run import build_learners, set_up_process
 from repirl.sources import check_sources
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 from repirl.work import PhaseTimer
 
 
@@ -70,7 +70,7 @@ def sample(
     tokenizer = check_sources(config)
     prompts = load_prompts(config.data, tokenizer, "train").prompts[:num_prompts]
     counts = SampleCounts(prompts=len(prompts))
-    with _sampler(config, tokenizer, folder) as sampler:
+    with policy_sampler(config, tokenizer, folder) as sampler:
         file = LinesFile(output) if sampler.world.is_main else None
         texts = _prompt_values(config, {prompt.index for prompt in prompts})
         ends = find_end_tokens(config.data, tokenizer, config.policy.model)
@@ -100,11 +100,11 @@ def sample(
 
 
 @contextmanager
-def _sampler(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Iterator[Sampler]:
+def policy_sampler(config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> Iterator[Sampler]:
     """A sampler of the policy as it is in `policy.model`, or in a checkpoint's folder."""
     world, timer = join_world(config), PhaseTimer()
     # A function of the user's that cannot be loaded shows here, before the model is.
-    verifier = Verifier(config.verifier)
+    verifier = make_verifier(config.verifier)
     try:
         policy = build_learners(config, world, timer.work, ("policy",))["policy"]
         engine = make_engine(config, policy, tokenizer)

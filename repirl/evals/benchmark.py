@@ -27,11 +27,13 @@ class Problem:
         id: as the data names it, else the row's number from 0.
         prompt: what the model is asked, without a chat template.
         answer: the right one, as the grader takes it.
+        text: the field `problem` alone, where there is one.
     """
 
     id: str
     prompt: str
     answer: str
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Benchmark:
         stop: texts that end a response; it is cut off before the first of them.
         vote: the form of a response's answer that equal answers share (None: no vote), for majority votes; None where
             responses are not counted by answers.
+        unreadable: the kinds of the grader's reasons (what stands before a colon) of answers that it could not read.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Benchmark:
     optional: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     vote: Callable[[str], Hashable | None] | None = field(default=canonical_answer)
+    unreadable: tuple[str, ...] = ("no final answer found", "answer not readable", "too long")
 
     def until_stop(self, response: str) -> tuple[str, bool]:
         """The response up to the first text of `stop`, and whether there was one."""
@@ -112,7 +116,8 @@ def read_problems(benchmark: Benchmark, source: SourceConfig) -> Iterator[Proble
         fields = {name: _field(name, row, place, benchmark) for name in benchmark.columns}
         prompt = _prompt(benchmark, fields, place)
         given = fields.get("id")
-        problem = Problem(str(number if given is None else given), prompt, benchmark.answer(fields, place))
+        name, answer = str(number if given is None else given), benchmark.answer(fields, place)
+        problem = Problem(name, prompt, answer, fields.get("problem"))
         if (other := seen.setdefault(problem.id, place)) is not place:
             raise place.error(f"its id {problem.id!r} is that of {other.row}, too: ids tell responses apart")
         yield problem

@@ -2,16 +2,19 @@
 
 from repirl.evals.benchmark import BOXED, Benchmark, Sampling
 from repirl.evals.tolerance import is_close
-from repirl.verify.math import math_reward
+from repirl.verify.explain import Verdict, math_verdict
 
 # Answers of this set are often rounded numbers. The usual graders of it allow for this relative difference.
 RELATIVE = "1e-4"
 
 
-def grade(response: str, answer: str) -> float:
-    """1.0 where a response's final answer is equal to the right one, or both are numbers and differ by RELATIVE at
-    most; else 0.0."""
-    return float(math_reward(response, answer) == 1.0 or is_close(response, answer, relative=RELATIVE))
+def grade(response: str, answer: str) -> Verdict:
+    """1 where a response's final answer is equal to the right one, or both are numbers and differ by RELATIVE at most;
+    else 0, with the reason that the verifier of mathematical answers gives."""
+    verdict = math_verdict(response, answer)
+    if not verdict and is_close(response, answer, relative=RELATIVE):
+        return Verdict(1.0, "equal but for rounding")
+    return verdict
 
 
 MINERVA = Benchmark(

@@ -4,7 +4,7 @@ judge (He et al. 2024, arXiv 2402.14008; its `inference` folder has the prompt a
 from repirl.data.values import Place, shown
 from repirl.evals.benchmark import Benchmark, Fields, Sampling
 from repirl.evals.tolerance import allowed_errors, is_close
-from repirl.verify.math import math_reward
+from repirl.verify.explain import Verdict, math_verdict
 
 # Between the right answer and the error that is allowed for, in what the grader gets.
 _ERROR = " +- "
@@ -42,11 +42,14 @@ def answer(fields: Fields, place: Place) -> str:
     return f"{text}{_ERROR}{error}"
 
 
-def grade(response: str, answer: str) -> float:
-    """1.0 where a response's final answers are equal to the right ones, in any order, or are numbers that differ by the
-    allowed errors at most; else 0.0."""
+def grade(response: str, answer: str) -> Verdict:
+    """1 where a response's final answers are equal to the right ones, in any order, or are numbers that differ by the
+    allowed errors at most; else 0, with the reason that the verifier of mathematical answers gives."""
     right, _, error = answer.partition(_ERROR)
-    return float(math_reward(response, right) == 1.0 or (error != "" and is_close(response, right, absolute=error)))
+    verdict = math_verdict(response, right)
+    if not verdict and error and is_close(response, right, absolute=error):
+        return Verdict(1.0, "equal but for the allowed error")
+    return verdict
 
 
 OLYMPIADBENCH = Benchmark(

@@ -1,0 +1,97 @@
+"""`repirl eval`: on what a configuration holds out, or on a benchmark. Whatever takes seconds to import waits until it
+runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from repirl.config import ConfigError
+from repirl.configfile import parse_overrides
+
+# Benchmarks of reward models; those of answers are in repirl.evals.
+STEP_BENCHMARKS = ("processbench", "prmbench")
+
+
+def add_benchmark_options(command: argparse.ArgumentParser) -> None:
+    """The options of `repirl eval --benchmark`."""
+    group = command.add_argument_group("benchmarks")
+    group.add_argument(
+        "--benchmark", metavar="NAME", help=f"a benchmark of answers, such as gsm8k, or {' or '.join(STEP_BENCHMARKS)}"
+    )
+    group.add_argument(
+        "--data", nargs="+", metavar="FILE", help="its data: JSON lines, CSV or Parquet, or owner/name:split of the hub"
+    )
+    group.add_argument("--output", metavar="DIR", help="gets results.json and each response or row")
+    group.add_argument("--resume", action="store_true", help="go on with --output; what is done is kept")
+    answers = command.add_argument_group(
+        "benchmarks of answers (with --model every option of the configuration, such as --rollout.engine or --seed)"
+    )
+    answers.add_argument("--model", metavar="DIR", help="an exported policy, or any causal language model")
+    answers.add_argument("--responses", metavar="FILE", help="judge these instead of asking a model")
+    answers.add_argument("--samples", type=int, metavar="N", help="to each problem, beside the greedy one")
+    answers.add_argument("--temperature", type=float, metavar="X", help="of the samples")
+    answers.add_argument("--max-response-tokens", type=int, metavar="N", help="a response is cut off after so many")
+    answers.add_argument("--problems", type=int, metavar="N", help="the first N problems; default: all")
+    answers.add_argument(
+        "--prompt", metavar="TEXT", help="around the problem, with {problem}; default: the benchmark's"
+    )
+    answers.add_argument("--resamples", type=int, default=1000, metavar="N", help="of the bootstrap; default: 1000")
+    answers.add_argument("--processes", type=int, default=1, metavar="N", help="that judge; default: 1")
+    answers.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="for one response; default: 20")
+
+
+def run_benchmark(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Run `repirl eval --benchmark` and print its figures; ConfigError for options that do not fit together."""
+    for name in ("config", "checkpoint"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is not for benchmarks: export the model (repirl export), and give its folder")
+    if not options.data:
+        raise ConfigError(f"--benchmark {options.benchmark} needs its data: give --data FILE")
+    return _answers(options, parse_overrides(overrides))
+
+
+def refuse_benchmark_options(options: argparse.Namespace) -> None:
+    """ConfigError where there are options of benchmarks without one."""
+    for name in ("data", "output", "model", "responses", "samples", "temperature", "max_response_tokens", "problems"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for benchmarks: give --benchmark NAME, too")
+
+
+def _answers(options: argparse.Namespace, changes: Mapping[str, Any]) -> int:
+    if len(options.data) > 1:
+        raise ConfigError(f"--data names {len(options.data)} files, expected one for --benchmark {options.benchmark}")
+    if (options.model is None) == (options.responses is None):
+        raise ConfigError("give one of --model DIR and --responses FILE")
+    from repirl.apps.eval_answers import GradeOptions, eval_model, eval_responses, print_result
+
+    seed = changes.get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"--seed is {seed!r}, expected a number of at least 0")
+    grading = GradeOptions(options.processes, options.timeout, seed, options.resamples)
+    [data] = options.data
+    if options.model is None:
+        for name in ("samples", "temperature", "max_response_tokens", "problems", "prompt"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --model, not for responses that are there")
+        if others := sorted(set(changes) - {"seed"}):
+            raise ConfigError(f"--{others[0]} is for --model, not for responses that are there")
+        print_result(eval_responses(options.benchmark, data, options.responses, options.output, grading=grading))
+        return 0
+    if options.output is None:
+        raise ConfigError("give --output DIR: the responses are kept there")
+    from repirl.apps.eval_sampling import AskOptions
+    from repirl.distributed.world import leave_world, own_rank
+
+    asking = AskOptions(
+        options.samples, options.temperature, options.max_response_tokens, options.problems, options.prompt, changes
+    )
+    result = eval_model(
+        options.benchmark, data, options.model, options.output, asking, grading=grading, resume=options.resume
+    )
+    leave_world()
+    if own_rank() == 0:
+        print_result(result)
+        print(options.output)
+    return 0
