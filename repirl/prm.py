@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,14 +88,62 @@ class PRMDescription(Section):
     calibration: None = Field(None, description="of thresholds; there is none yet")
 
 
+class Scorer(ABC):
+    """What gives the reward of every token of a response: a model in this process (PRM), or one on a server.
+
+    window: how many tokens a prompt and its response may have together; None where nothing names a limit.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    description: PRMDescription
+    window: int | None
+
+    @abstractmethod
+    def rewards(self, pairs: Sequence[tuple[Part, Part]]) -> list[Tensor]:
+        """For each pair of prompt and response, as token ids, r_t [R] float32 on the CPU."""
+
+    @cached_property
+    def prompts(self) -> DataConfig:
+        """The options by which prompts become tokens (data.text)."""
+        return DataConfig(**self.description.prompt.model_dump())
+
+    @cached_property
+    def ends(self) -> EndTokens:
+        """What ends a response."""
+        # Cached: they are found by rendering the chat template.
+        return find_end_tokens(self.prompts, self.tokenizer)
+
+    def score_steps(self, reward: Tensor, ends: Sequence[int]) -> Tensor:
+        """The score of every step of one response, as `description.steps` says.
+
+        Args:
+            reward: of each token, [R].
+            ends: for each step the index of its last token, increasing; the last one is R - 1.
+
+        Returns:
+            [S], as `PRM.step_scores`.
+        """
+        if self.description.steps.score == "end":
+            return reward[list(ends)].sigmoid()
+        lengths = [b - a for a, b in pairwise([-1, *ends])]
+        return torch.stack([part.mean() for part in reward.split(lengths)])
+
+
 @dataclass(frozen=True)
-class PRM:
+class PRM(Scorer):
     """A PRM and what it takes to read its rewards. learner: frozen. reference: frozen, for `implicit` rewards only."""
 
     learner: Learner
     tokenizer: PreTrainedTokenizerBase
     description: PRMDescription
     reference: Learner | None = None
+
+    @cached_property
+    def window(self) -> int | None:  # type: ignore[override]
+        """As Scorer."""
+        models = [learner.model for learner in (self.learner, self.reference) if learner is not None]
+        windows = [getattr(model.config, "max_position_embeddings", None) for model in models]
+        return min((size for size in windows if size is not None), default=None)
 
     def rewards(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[Tensor]:
         """The reward of every response token.
@@ -143,21 +192,6 @@ class PRM:
             steps = segment(ids, rule.separator, self.tokenizer, ended=ids[-1] in self.ends.ids)
             scores.append(self.score_steps(reward, steps.ends))
         return scores
-
-    def score_steps(self, reward: Tensor, ends: Sequence[int]) -> Tensor:
-        """The score of every step of one response, as `description.steps` says.
-
-        Args:
-            reward: of each token, [R].
-            ends: for each step the index of its last token, increasing; the last one is R - 1.
-
-        Returns:
-            [S], as `step_scores`.
-        """
-        if self.description.steps.score == "end":
-            return reward[list(ends)].sigmoid()
-        lengths = [b - a for a, b in pairwise([-1, *ends])]
-        return torch.stack([part.mean() for part in reward.split(lengths)])
 
     def response_scores(self, pairs: Sequence[tuple[Part, Part]], *, finished: bool = True) -> list[float]:
         """One number for each response: its step scores put together by `description.steps.aggregate`."""
@@ -218,17 +252,6 @@ class PRM:
                 "were the ids made with another tokenizer?"
             )
         return ids
-
-    @cached_property
-    def prompts(self) -> DataConfig:
-        """The options by which prompts become tokens (data.text)."""
-        return DataConfig(**self.description.prompt.model_dump())
-
-    @cached_property
-    def ends(self) -> EndTokens:
-        """What ends a response."""
-        # Cached: they are found by rendering the chat template.
-        return find_end_tokens(self.prompts, self.tokenizer)
 
     def _encode_text(self, text: str, what: str) -> list[int]:
         if what == "response":

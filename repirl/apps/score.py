@@ -8,7 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from statistics import fmean
@@ -19,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from repirl.apps.output import ResumableOutput, encoded
+from repirl.apps.server import Server, served_prm
 from repirl.apps.solutions import (
     Columns,
     EncodedSolution,
@@ -34,7 +36,7 @@ from repirl.apps.solutions import (
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError
 from repirl.data.values import Place
-from repirl.prm import PRM
+from repirl.prm import Scorer
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": fmean,
@@ -61,6 +63,8 @@ class ScoreOptions:
         token_rewards: whether the rewards of all tokens are written.
         prefix: stands before the names of the columns that are added.
         placed: how the PRM is loaded, and how many tokens a batch may hold.
+        server: the vLLM server that computes the rewards of a PRM of kind `value`; None to compute them here. Then
+            `placed.dtype` is the type in which the server computes.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -70,6 +74,7 @@ class ScoreOptions:
     token_rewards: bool = False
     prefix: str = ""
     placed: Placed = field(default_factory=Placed)
+    server: Server | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -94,7 +99,7 @@ class ScoreCounts:
 
 
 def score(
-    prm: str | os.PathLike,
+    prm: str | os.PathLike | None,
     source: str | os.PathLike,
     output: str | os.PathLike,
     options: ScoreOptions | None = None,
@@ -109,7 +114,8 @@ def score(
     made. Progress and tokens/s go to standard error.
 
     Args:
-        prm: an exported PRM, or a run's folder or step_N folder.
+        prm: an exported PRM, or a run's folder or step_N folder. With a server an exported PRM, of which no weights are
+            loaded, or None for the name by which the server found it.
         source: JSON lines, CSV, Parquet, a folder of them, or a data set of the hub ("name:split" for a split of it).
         output: the file to write.
         options: how; None for the defaults.
@@ -117,20 +123,31 @@ def score(
 
     Raises:
         ConfigError: rows, models or options that cannot be used, or an output that exists and may not be replaced.
-        RunError: the output cannot be written, or a reward is not finite.
+        RunError: the output cannot be written, a reward is not finite, or the server does not answer as it should.
     """
     options = options or ScoreOptions()
     with ResumableOutput(output, "repirl score", resume=resume) as file:
         solutions = read_solutions(as_source(os.fspath(source)), options.columns, finished=options.finished)
         made_with = _made_with(solutions, options)
-        with trained_prm(prm, options.placed) as (loaded, prints):
+        with _opened(prm, options) as (loaded, prints):
             tokens = [encode(solution, loaded, options.split) for solution in solutions]
             file.begin(made_with | prints, len(solutions))
             return _score_all(loaded, solutions, tokens, file, options)
 
 
+@contextmanager
+def _opened(prm: str | os.PathLike | None, options: ScoreOptions) -> Iterator[tuple[Scorer, dict[str, str]]]:
+    if options.server is not None:
+        yield served_prm(prm, options.server, options.placed)
+    elif prm is None:
+        raise ConfigError("give a trained PRM by --prm DIR, or a server by --server URL")
+    else:
+        with trained_prm(prm, options.placed) as opened:
+            yield opened
+
+
 def _score_all(
-    prm: PRM,
+    prm: Scorer,
     solutions: Sequence[Solution],
     tokens: Sequence[EncodedSolution],
     file: ResumableOutput,
@@ -163,7 +180,7 @@ def _score_all(
     return counts
 
 
-def aggregate_of(prm: PRM) -> str:
+def aggregate_of(prm: Scorer) -> str:
     """How the PRM's description puts step scores together, a key of AGGREGATES."""
     name = prm.description.steps.aggregate
     return "prod" if name == "product" else name
@@ -207,7 +224,7 @@ def _made_with(solutions: Sequence[Solution], options: ScoreOptions) -> dict[str
             )
         digest.update(encoded(dump(solution.row, solution.place)) + b"\n")
     made_with = asdict(options)
-    placed, columns = made_with.pop("placed"), made_with.pop("columns")
+    placed, columns, _ = made_with.pop("placed"), made_with.pop("columns"), made_with.pop("server")
     made_with |= {f"{name} column": column for name, column in columns.items()}
     made_with |= {"tokens": placed["tokens"], "dtype": placed["dtype"]}
     return made_with | {"input": f"{len(solutions)} rows, digest {digest.hexdigest()}"}

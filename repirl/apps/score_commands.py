@@ -15,7 +15,15 @@ def add_score_commands(commands: Any) -> None:
     command = commands.add_parser(
         "score", help="token, step and response scores of solutions in a file, by a trained PRM", allow_abbrev=False
     )
-    add_prm(command)
+    add_prm(command, required=False, more="; with --server, what the server serves")
+    command.add_argument(
+        "--server",
+        metavar="URL",
+        help="a vLLM server that computes the rewards, such as http://127.0.0.1:8000; --dtype is the type it uses",
+    )
+    command.add_argument(
+        "--server-timeout", type=float, default=300.0, metavar="SECONDS", help="for one answer; default: 300"
+    )
     command.add_argument(
         "--input", required=True, metavar="FILE", help=f"rows with prompt and response or steps; {SOURCES}"
     )
@@ -73,6 +81,7 @@ def _score(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
     on = placed(options)
     from repirl.apps.score import ScoreOptions, score
+    from repirl.apps.server import Server
     from repirl.apps.solutions import Columns
 
     chosen = ScoreOptions(
@@ -83,6 +92,7 @@ def _score(options: argparse.Namespace, overrides: list[str]) -> int:
         token_rewards=options.token_rewards,
         prefix=options.prefix,
         placed=on,
+        server=None if options.server is None else Server(options.server, options.server_timeout),
     )
     counts = score(options.prm, options.input, options.output, chosen, resume=options.resume)
     print(f"{options.output}: {counts.rows} rows, {counts.steps} steps, {counts.tokens} tokens scored")

@@ -20,7 +20,7 @@ from repirl.data.steps import encode_steps
 from repirl.data.text import encode_solution
 from repirl.data.values import Place, shown
 from repirl.dataconfig import SourceConfig
-from repirl.prm import PRM
+from repirl.prm import Scorer
 
 # What --split calls the usual separators. Any other separator is the PRM's own.
 SEPARATORS = {"newline": "\n", "blank-line": "\n\n"}
@@ -156,7 +156,7 @@ def check_split(split: str | None) -> None:
         )
 
 
-def encode(solution: Solution, prm: PRM, split: str | None) -> EncodedSolution:
+def encode(solution: Solution, prm: Scorer, split: str | None) -> EncodedSolution:
     """A solution as tokens, encoded as in training, and where its steps end.
 
     Args:
@@ -203,14 +203,11 @@ def _untagged(text: str, place: Place, tag: str) -> tuple[str, ...]:
     return tuple(step.strip() for step in steps)
 
 
-def _check_window(place: Place, prm: PRM, prompt: int, response: int) -> None:
-    models = [learner.model for learner in (prm.learner, prm.reference) if learner is not None]
-    windows = [getattr(model.config, "max_position_embeddings", None) for model in models]
-    window = min((size for size in windows if size is not None), default=None)
-    if window is not None and prompt + response > window:
+def _check_window(place: Place, prm: Scorer, prompt: int, response: int) -> None:
+    if prm.window is not None and prompt + response > prm.window:
         raise place.error(
             f"{prompt + response} tokens ({prompt} of the prompt, {response} of the response), but the PRM's window "
-            f"has {window} (max_position_embeddings in its config.json): shorten the row, or leave it out"
+            f"has {prm.window} (max_position_embeddings in its config.json): shorten the row, or leave it out"
         )
 
 
@@ -225,7 +222,9 @@ def chunks(lengths: Sequence[int], num_tokens: int) -> list[tuple[int, int]]:
     return list(pairwise([*cuts, len(lengths)])) if lengths else []
 
 
-def score_encoded(prm: PRM, solutions: Sequence[EncodedSolution], tokens: int) -> Iterator[tuple[int, ScoredSolution]]:
+def score_encoded(
+    prm: Scorer, solutions: Sequence[EncodedSolution], tokens: int
+) -> Iterator[tuple[int, ScoredSolution]]:
     """Score solutions batch by batch, the longest first, so that a batch holds solutions of similar length.
 
     Args:
