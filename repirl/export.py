@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,16 +18,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from repirl.adapter_export import save_adapter
 from repirl.checkpoint.load import load_weights
-from repirl.checkpoint.manifest import resolve_checkpoint
+from repirl.checkpoint.manifest import check_format, resolve_checkpoint
 from repirl.config import Config, ConfigError
 from repirl.configfile import load_config
 from repirl.distributed.world import World
+from repirl.fused import fuse
+from repirl.hub import repository
 from repirl.learner import Learner
-from repirl.modelcard import model_card
+from repirl.modelcard import Model, metrics_until, model_card
 from repirl.models import build_model, load_tokenizer, quiet_transformers, save_tokenizer
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import PRM_TEMPERATURE, build_learners
+from repirl.serving import take_probe
 from repirl.value_head import add_value_head, head_name
 from repirl.work import Work
 
@@ -41,6 +45,8 @@ def export_checkpoint(
     *,
     step_separator: str | None = None,
     dtype: torch.dtype | None = None,
+    adapter_only: bool = False,
+    hub: str | None = None,
 ) -> list[Path]:
     """Export policy and PRM of a checkpoint into OUTPUT/policy and OUTPUT/prm.
 
@@ -54,37 +60,81 @@ def export_checkpoint(
         step_separator: what ends a step of a response, for whoever scores steps by the PRM; None for the run's
             `data.step_separator`.
         dtype: of the weights written; by default as they were trained.
+        adapter_only: write the LoRA adapters of the run as folders of peft, without their base; `repirl.json` there
+            says what config.json says otherwise.
+        hub: the name OWNER/NAME under which the folders will be pushed to the hub (hub.push), for what names another
+            model there.
 
     Returns:
         The folders written.
 
     Raises:
-        ConfigError: where the checkpoint is missing, damaged, or not one, or has weights that `dtype` cannot hold.
+        ConfigError: where the checkpoint is missing, damaged, or not one, has weights that `dtype` cannot hold, or has
+            no adapters and those alone are asked for.
     """
     quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
     config = load_config(folder / "config.yaml")
-    models = _merged(folder, config) if config.adapters is not None else _whole(folder)
+    if adapter_only and config.adapters is None:
+        raise ConfigError(f"{str(folder)!r} holds whole models, no adapters: export it without --adapter-only")
+    policy = repository(hub, "policy") if hub is not None else str(Path(output) / "policy")
+    step = int(check_format(folder)["step"])
+    metrics = metrics_until(folder.parent.parent, step)
     written = []
-    for name, model in models.items():
-        tokenizer, target = load_tokenizer(str(folder / name)), Path(output) / name
-        if dtype is not None:
-            _round(model, name, dtype)
-        # transformers keeps keys that it does not know; one of a model that this one was trained from is replaced.
-        described = describe_prm(config, step_separator, str(Path(output) / "policy")) if name == "prm" else None
-        model.config.repirl = describe_policy(config) if described is None else described.model_dump(mode="json")
-        settings = _generation_settings(folder / name, tokenizer)
-        if described is None:
-            # Others may be what transformers does not like to save, and are written below.
-            special = ("bos_token_id", "eos_token_id", "pad_token_id")
-            model.generation_config = GenerationConfig(**{key: settings.get(key) for key in special})
-        model.save_pretrained(target)
-        if described is None and len(settings) > len(special):
-            (target / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        save_tokenizer(tokenizer, target)
-        (target / "README.md").write_text(model_card(name, config, type(model).__name__, described))
+    for name, learner in _learners(folder, config).items():
+        described = describe_prm(config, step_separator, policy) if name == "prm" else None
+        target = Path(output) / name
+        target.mkdir(parents=True, exist_ok=True)
+        if adapter_only:
+            architecture = _write_adapter(learner, folder / name, target, config, dtype)
+            says = describe_policy(config) if described is None else described.model_dump(mode="json")
+            (target / "repirl.json").write_text(json.dumps(says, indent=2) + "\n")
+        else:
+            model = learner.model if config.adapters is None else _merged(learner, folder / name)
+            architecture = type(model).__name__
+            _write_model(model, folder / name, target, described or describe_policy(config), dtype)
+        card = Model(name, config, architecture, described, step, metrics, adapter_only)
+        (target / "README.md").write_text(model_card(card))
         written.append(target)
     return written
+
+
+def _write_model(
+    model: PreTrainedModel,
+    source: Path,
+    target: Path,
+    described: PRMDescription | dict[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
+    """source: the checkpoint's folder of the model."""
+    tokenizer, is_prm = load_tokenizer(str(source)), isinstance(described, PRMDescription)
+    if dtype is not None:
+        _round(model, source.name, dtype)
+    # transformers keeps keys that it does not know; one of a model that this one was trained from is replaced.
+    model.config.repirl = described.model_dump(mode="json") if isinstance(described, PRMDescription) else described
+    settings = _generation_settings(source, tokenizer)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if not is_prm:
+        # Others may be what transformers does not like to save, and are written below.
+        model.generation_config = GenerationConfig(**{key: settings.get(key) for key in special})
+    model.save_pretrained(target)
+    if not is_prm and len(settings) > len(special):
+        (target / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_tokenizer(tokenizer, target)
+    if isinstance(described, PRMDescription) and described.reward == "value":
+        take_probe(model if hasattr(model, "packs") else fuse(model)).save(target)
+
+
+def _write_adapter(learner: Learner, source: Path, target: Path, config: Config, dtype: torch.dtype | None) -> str:
+    """Returns the class that the base is loaded as."""
+    head, architecture = None, type(learner.model).__name__
+    if learner.reads_values:
+        with torch.device("meta"):
+            classifier = _classifier(source)
+        head, architecture = head_name(classifier), type(classifier).__name__
+    save_adapter(learner, target, config.start_of(source.name)[0], head, dtype)
+    save_tokenizer(load_tokenizer(str(source)), target)
+    return architecture
 
 
 def _generation_settings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -152,43 +202,48 @@ def _prompt_format(config: Config) -> PromptFormat:
     return PromptFormat(**config.data.model_dump(include=set(PromptFormat.model_fields)))
 
 
-def _whole(folder: Path) -> dict[str, PreTrainedModel]:
-    models = {}
-    for name in EXPORTED:
-        if (folder / name).is_dir():
-            models[name] = build_model(folder / name)
-            load_weights(folder, name, Learner(models[name], None, tokens_per_microbatch=1))
-    return models
-
-
-def _merged(folder: Path, config: Config) -> dict[str, PreTrainedModel]:
-    # Options of training, which may ask for a GPU, do not matter here.
-    plain = {"gradient_checkpointing": False, "activation_offload": False}
-    sections = {name: section.model_copy(update=plain) for name, section in config.trained_sections.items()}
-    world = World(torch.device("cpu"))
-    # Nobody asks for a critic after training.
-    names = tuple(name for name in config.system.trains if name in EXPORTED)
-    learners = build_learners(config.model_copy(update=sections), world, Work(), names)
-    models = {}
+def _learners(folder: Path, config: Config) -> dict[str, Learner]:
+    """The learners that are exported, with their weights."""
+    learners = {}
+    if config.adapters is None:
+        for name in EXPORTED:
+            if (folder / name).is_dir():
+                learners[name] = Learner(build_model(folder / name), None, tokens_per_microbatch=1)
+    else:
+        # Options of training, which may ask for a GPU, do not matter here.
+        plain = {"gradient_checkpointing": False, "activation_offload": False}
+        sections = {name: section.model_copy(update=plain) for name, section in config.trained_sections.items()}
+        world = World(torch.device("cpu"))
+        # Nobody asks for a critic after training.
+        names = tuple(name for name in config.system.trains if name in EXPORTED)
+        learners = build_learners(config.model_copy(update=sections), world, Work(), names)
     for name, learner in learners.items():
         load_weights(folder, name, learner)
-        weights = dict(learner.weights())
-        output = next(key for key, m in learner.model.named_modules() if m is learner.model.get_output_embeddings())
-        plain_config = AutoConfig.from_pretrained(folder / name)
-        factory: Any = AutoModelForCausalLM
-        if learner.reads_values:
-            add_value_head(plain_config)
-            factory = AutoModelForTokenClassification
-            weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{output}.")}
-            head: Any = learner.model.value_head
-        # A small adapter would be rounded away in bfloat16.
-        model = factory.from_config(plain_config, dtype=torch.float32)
-        if learner.reads_values:
-            own = head_name(model)
-            weights |= {f"{own}.weight": head.weight.detach(), f"{own}.bias": head.bias.detach()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        # Tied heads have no weights of their own.
-        assert not unexpected, unexpected
-        assert set(missing) <= {f"{output}.weight"}, missing
-        models[name] = model
-    return models
+    return learners
+
+
+def _classifier(source: Path) -> PreTrainedModel:
+    """A token classifier with one output, of the family in a checkpoint's folder, with random weights."""
+    config = AutoConfig.from_pretrained(source)
+    add_value_head(config)
+    # A small adapter would be rounded away in bfloat16.
+    model: PreTrainedModel = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+    return model
+
+
+def _merged(learner: Learner, source: Path) -> PreTrainedModel:
+    """A plain model with a learner's adapter worked into its weights."""
+    weights = dict(learner.weights())
+    output = next(key for key, m in learner.model.named_modules() if m is learner.model.get_output_embeddings())
+    if learner.reads_values:
+        model, head = _classifier(source), cast(nn.Linear, learner.model.value_head)
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{output}.")}
+        own = head_name(model)
+        weights |= {f"{own}.weight": head.weight.detach(), f"{own}.bias": head.bias.detach()}
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    # Tied heads have no weights of their own.
+    assert not unexpected, unexpected
+    assert set(missing) <= {f"{output}.weight"}, missing
+    return model

@@ -13,7 +13,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.configfile import build_config
+from repirl.export import describe_prm, export_checkpoint
 from repirl.models import load_model
+from repirl.prm import load_prm
+from repirl.serving import read_probe
 from repirl.sources import check_sources
 
 CPU = torch.device("cpu")
@@ -118,3 +121,48 @@ def test_each_export_has_a_model_card(value, logprob):
     assert "# Policy trained by repirl" in cards["value policy"]
     assert "Started from `" in cards["value policy"]
     assert "load_prm(" not in cards["value policy"]
+
+
+def test_a_card_says_how_the_model_was_made_and_what_it_is_not(value, logprob):
+    folder, values = value
+    cards = {name: (folder / "out" / name / "README.md").read_text() for name in ("policy", "prm")}
+    for name, card in cards.items():
+        assert "library_name: transformers" in card
+        assert "objective: repirl`: PRM by inverse reinforcement learning" in card
+        assert "the weights after 1 of 1 steps" in card
+        assert f"sampled: `{values['data']['train']}`" in card
+        assert f"expert solutions: column `solution` of `{values['data']['train']}`" in card
+        assert "by the verifier `math`" in card
+        assert "| train accuracy |" in card
+        assert ("| expert - policy reward |" in card) == (name == "prm")
+        assert "(step 1) |" in card
+        assert "## Limits" in card
+        assert "Exported by repirl " in card
+        # A folder of this machine is no model of the hub.
+        assert "base_model:" not in card
+    assert "pipeline_tag: token-classification" in cards["prm"]
+    assert "Rewards are no probabilities" in cards["prm"]
+    assert '--pooler-config \'{"task": "token_classify", "use_activation": false}\'' in cards["prm"]
+    assert "## On a server" not in (logprob[0] / "out" / "prm" / "README.md").read_text()
+
+
+def test_a_value_prm_has_the_rewards_that_a_server_has_to_give(value, logprob):
+    prm = value[0] / "out" / "prm"
+    probe = read_probe(str(prm))
+    [rewards] = load_prm(prm, device="cpu").rewards([(probe.token_ids[:1], probe.token_ids[1:])])
+    torch.testing.assert_close(torch.tensor(probe.rewards), rewards, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"has no probe.json"):
+        read_probe(str(logprob[0] / "out" / "prm"))
+
+
+def test_models_on_the_hub_name_each_other_as_they_are_called_there(value, tmp_path):
+    _, values = value
+    config = build_config(values)
+    prm = config.prm.model_copy(update={"reward": "implicit", "reference": "policy"})
+    config = config.model_copy(update={"prm": prm})
+    assert describe_prm(config, policy="me/mine-policy").reference.model == "me/mine-policy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repirl.export.describe_prm", lambda _, __, policy: describe_prm(config, policy=policy))
+        export_checkpoint(values["output_dir"], tmp_path / "out", hub="me/mine")
+    described = json.loads((tmp_path / "out" / "prm" / "config.json").read_text())["repirl"]
+    assert described["reference"]["model"] == "me/mine-policy"
