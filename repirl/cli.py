@@ -39,6 +39,7 @@ def missing_packages() -> list[str]:
 try:
     from repirl.apps.commands import add_commands, refuse_overrides
     from repirl.apps.eval_commands import add_benchmark_options, refuse_benchmark_options, run_benchmark
+    from repirl.apps.export_commands import add_export_commands
     from repirl.apps.score_commands import add_score_commands
     from repirl.apps.search_commands import add_search_commands
     from repirl.config import Config, ConfigError, RunError
@@ -144,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tools(commands)
     add_commands(commands)
     add_score_commands(commands)
+    add_export_commands(commands)
     add_search_commands(commands)
     return parser
 
@@ -157,16 +159,6 @@ def _add_tools(commands: Any) -> None:
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
     add_benchmark_options(command)
     command.set_defaults(run=_eval)
-
-    command = commands.add_parser(
-        "export", help="write policy and PRM as plain Hugging Face models", allow_abbrev=False
-    )
-    command.add_argument("--checkpoint", metavar="DIR", required=True, help="a run's folder or a step_N folder")
-    command.add_argument("--output", metavar="DIR", required=True, help="gets policy/ and prm/")
-    command.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as they were trained"
-    )
-    command.set_defaults(run=_export)
 
     command = commands.add_parser(
         "label",
@@ -293,18 +285,6 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     accuracy, count = evaluate_checkpoint(config, options.checkpoint)
     leave_world()
     print(f"accuracy {accuracy:.4f} on {count} held-out prompts")
-    return 0
-
-
-def _export(options: argparse.Namespace, overrides: list[str]) -> int:
-    refuse_overrides(overrides)
-    import torch
-
-    from repirl.export import export_checkpoint
-
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    for folder in export_checkpoint(options.checkpoint, options.output, dtype=dtype):
-        print(folder)
     return 0
 
 
