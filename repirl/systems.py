@@ -6,6 +6,9 @@ import torch, which is slow. So the table holds the objectives' names; `objectiv
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -150,3 +153,29 @@ SYSTEMS: dict[str, System] = {
         online=False,
     ),
 }
+
+
+def find_system(name: str) -> System:
+    """The row of a name, or a System of somebody's own as "module:name", from the working directory or an installed
+    package.
+
+    Raises:
+        ValueError: there is none; or its module cannot be imported.
+    """
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, SYSTEMS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"input should be one of {[*SYSTEMS]}{hint}, or a System of your own as module:name")
+    if "" not in sys.path and "." not in sys.path:
+        # The command `repirl` does not look there by itself, as `python` does.
+        sys.path.append("")
+    try:
+        system = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(f"objective {name!r} cannot be imported ({type(error).__name__}: {error})") from error
+    if not isinstance(system, System):
+        raise ValueError(f"objective {name!r} is of type {type(system).__name__}, expected a repirl.System")
+    return system
