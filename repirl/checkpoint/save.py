@@ -19,7 +19,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
 
-from repirl import __version__
 from repirl.checkpoint.errors import reason, root_cause
 from repirl.checkpoint.manifest import FORMAT, Manifest, list_checkpoints, make_manifest, newest_sound
 from repirl.checkpoint.rng import rng_state
@@ -28,6 +27,7 @@ from repirl.distributed.world import World
 from repirl.learner import Learner
 from repirl.models import save_description
 from repirl.options import CheckpointConfig
+from repirl.version import __version__
 
 logger = logging.getLogger(__name__)
 # One process is what is meant here, not an oversight to be warned of.
