@@ -414,6 +414,12 @@ class LogConfig(Section):
         description="what one device can do, for the utilisation (mfu/...); null: a product is timed at the start",
     )
     tensorboard: bool = Field(True, description="TensorBoard files beside metrics.jsonl")
+    trackers: list[Literal["wandb", "mlflow", "trackio", "tensorboard"]] = Field(
+        [],
+        description="trackers that also get metrics, sampled responses, and how the run was started; tensorboard: the "
+        "same as log.tensorboard",
+    )
+    project: str = Field("repirl", min_length=1, description="of the trackers; the run has the name of its output_dir")
     samples_per_turn: NonNegative = Field(
         4, description="responses of each turn, and of each evaluation, that samples.jsonl keeps; 0: none"
     )

@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 
-import repirl
 from repirl.config import Config, first_line
 from repirl.report.log import explained
+from repirl.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def record_start(config: Config, start_step: int, device: torch.device, num_proc
     entry = {
         "step": start_step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": repirl.__version__,
+        "version": __version__,
         "revision": revision(),
         "machine": _machine(device) | {"processes": num_processes},
         "packages": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
@@ -88,7 +88,7 @@ def read_starts(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
 @cache
 def revision() -> str | None:
     """The commit of the sources that run, in a checkout or installed from a repository; None where it is not known."""
-    root = Path(repirl.__file__).parents[1]
+    root = Path(__file__).parents[2]
     if (root / ".git").exists():
         try:
             commit = _git(root, "rev-parse", "--short=12", "HEAD")
