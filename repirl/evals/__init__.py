@@ -4,7 +4,10 @@ from repirl.evals.aime import AIME
 from repirl.evals.amc import AMC
 from repirl.evals.benchmark import Benchmark, Problem, Sampling
 from repirl.evals.gsm8k import GSM8K
+from repirl.evals.humaneval import HUMANEVAL, HUMANEVAL_BASE
+from repirl.evals.livecodebench import LIVECODEBENCH
 from repirl.evals.math500 import MATH500
+from repirl.evals.mbpp import MBPP
 from repirl.evals.minerva import MINERVA
 from repirl.evals.olympiadbench import OLYMPIADBENCH
 
@@ -20,5 +23,9 @@ BENCHMARKS = {
         AMC,
         MINERVA,
         OLYMPIADBENCH,
+        HUMANEVAL,
+        HUMANEVAL_BASE,
+        MBPP,
+        LIVECODEBENCH,
     )
 }
