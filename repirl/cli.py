@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from repirl import __version__
 from repirl.interrupt import Interrupted, Signals, end_at_next_signal, end_with_torchrun
 from repirl.systems import LABELS
 
@@ -40,8 +39,11 @@ try:
     from repirl.apps.commands import add_commands, refuse_overrides
     from repirl.apps.eval_commands import add_benchmark_options, refuse_benchmark_options, run_benchmark
     from repirl.apps.export_commands import add_export_commands
+    from repirl.apps.help_commands import ShowOptions, ShowVersions, add_help_commands
+    from repirl.apps.report_commands import add_report_commands
     from repirl.apps.score_commands import add_score_commands
     from repirl.apps.search_commands import add_search_commands
+    from repirl.apps.signal_commands import add_signal_commands
     from repirl.config import Config, ConfigError, RunError
     from repirl.configfile import describe, list_presets, load_config, parse_overrides
 except ModuleNotFoundError:
@@ -49,7 +51,7 @@ except ModuleNotFoundError:
     if not missing_packages():
         raise
 
-OVERRIDES = "every option of the configuration can be given as --a.b VALUE"
+OVERRIDES = "every option of the configuration can be given as --a.b VALUE; repirl help lists them"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    parser = _parser()
+    parser = make_parser()
     options, overrides = parser.parse_known_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -96,15 +98,19 @@ def _check_spelling(options: argparse.Namespace, overrides: list[str]) -> None:
                 raise ConfigError(f"unknown option {name} (did you mean {close[0]}?)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line, with all commands."""
     parser = argparse.ArgumentParser(
         prog="repirl", description="Process reward models and policies, trained together by inverse RL."
     )
-    parser.add_argument("--version", action="version", version=f"repirl {__version__}")
+    parser.add_argument("--version", action=ShowVersions)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    command = commands.add_parser("train", help="train from a configuration", epilog=OVERRIDES, allow_abbrev=False)
-    command.add_argument("--config", metavar="FILE", help=f"YAML; its key `preset` may name one of {list_presets()}")
+    command = commands.add_parser(
+        "train", help="train from a configuration", epilog=OVERRIDES, allow_abbrev=False, add_help=False
+    )
+    command.add_argument("-h", "--help", action=ShowOptions)
+    command.add_argument("--config", metavar="FILE", help="YAML; its key `preset` may name one (repirl presets)")
     command.add_argument(
         "--resume",
         nargs="?",
@@ -135,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("demo", help="the whole loop in minutes, without any download", allow_abbrev=False)
-    command.add_argument("--output-dir", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    command.add_argument(
+        "--task", choices=("arithmetic", "code"), default="arithmetic", help="code: programs, run on tests"
+    )
+    command.add_argument("--output-dir", metavar="DIR", help="default: runs/demo, of code runs/demo-code")
     command.add_argument("--seed", type=int, default=0, help="of data, model and sampling")
     command.add_argument(
         "--threads", type=int, default=1, metavar="N", help="CPU threads; default 1, the model is too small for more"
@@ -147,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     add_score_commands(commands)
     add_export_commands(commands)
     add_search_commands(commands)
+    add_signal_commands(commands)
+    add_report_commands(commands)
+    add_help_commands(commands)
     return parser
 
 
@@ -155,7 +167,7 @@ def _add_tools(commands: Any) -> None:
     command = commands.add_parser(
         "eval", help="accuracy on held-out prompts, or figures of a benchmark", epilog=OVERRIDES, allow_abbrev=False
     )
-    command.add_argument("--config", metavar="FILE", help="the run's configuration")
+    command.add_argument("--config", metavar="FILE", help="default: that of the checkpoint's run")
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
     add_benchmark_options(command)
     command.set_defaults(run=_eval)
@@ -193,9 +205,15 @@ def _names_configuration(options: argparse.Namespace, overrides: list[str]) -> b
 
 
 def _load(options: argparse.Namespace, overrides: list[str]) -> Config:
-    if not _names_configuration(options, overrides):
+    """The configuration that is given; where only a checkpoint is, the one that its run was made with."""
+    checkpoint = getattr(options, "checkpoint", None)
+    if _names_configuration(options, overrides):
+        return load_config(options.config, overrides)
+    if checkpoint is None:
         raise ConfigError(f"give --config FILE, or --preset NAME with one of {list_presets()}")
-    return load_config(options.config, overrides)
+    from repirl.checkpoint.manifest import resolve_checkpoint
+
+    return load_config(resolve_checkpoint(checkpoint) / "config.yaml", overrides)
 
 
 # Imports of torch and transformers take seconds, so they wait until the configuration is known to be right.
@@ -265,7 +283,8 @@ def _demo(options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(f"--threads is {options.threads}, expected at least 1")
     from repirl.apps.demo import run
 
-    return run(options.output_dir, options.seed, options.threads)
+    folder = options.output_dir or {"arithmetic": "runs/demo", "code": "runs/demo-code"}[options.task]
+    return run(folder, options.seed, options.threads, options.task)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,7 +1,8 @@
 """The start of the demo and of the study: a small model with a bad habit, and the problems to unlearn it on.
 
-A small model learns to add and subtract from neat notes, then picks up a bad habit from a sloppy student's, who loses
-a ten with probability `slip` at every step that carries or borrows.
+A small model learns a task from neat notes, then picks up a bad habit from a sloppy student's. In `arithmetic` the
+student loses a ten with probability `slip` at every step that carries or borrows; in `code` it takes an operation for
+another one (repirl.data.tasks.programs).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,20 +21,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
-from repirl.data.tasks.arithmetic import (
-    Problem,
-    Solution,
-    build_tokenizer,
-    expert_solution,
-    planted_error,
-    problems,
-    sloppy_solution,
-)
+from repirl.data.tasks import arithmetic, programs
+from repirl.data.tasks.arithmetic import Problem, Solution
 from repirl.export import export_checkpoint
 from repirl.loop import train
 
+# Their modules have the same functions.
+TASKS: dict[str, ModuleType] = {"arithmetic": arithmetic, "code": programs}
 # Fewest and most steps of a problem.
-NUM_STEPS = (4, 5)
+NUM_STEPS = {"arithmetic": (4, 5), "code": (3, 4)}
+# Whose options the warm-ups have.
+PRESETS = {"arithmetic": "demo", "code": "demo-code"}
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,21 @@ class Start:
     slip: float = 0.6
 
 
-def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
+def make_data(folder: Path, seed: int, start: Start, task: str = "arithmetic") -> list[Solution]:
     """Write `folder`/data/{warm,sloppy,train,eval}.jsonl, all of distinct problems, and the files of few experts.
+
+    Args:
+        folder: gets them.
+        seed: of the problems, and of the student's slips.
+        start: how many.
+        task: a name in TASKS.
 
     Returns:
         Solutions to judge PRMs on: the first half has a planted error each, the other half is right.
     """
-    rng, stream = random.Random(seed), problems(seed, NUM_STEPS)
+    module = TASKS[task]
+    expert_solution = module.expert_solution
+    rng, stream = random.Random(seed), module.problems(seed, NUM_STEPS[task])
     (folder / "data").mkdir(parents=True)
 
     def write(name: str, solutions: Iterable[Solution]) -> None:
@@ -69,7 +76,7 @@ def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
                 file.write(json.dumps(row) + "\n")
 
     write("warm", map(expert_solution, islice(stream, start.num_warm)))
-    write("sloppy", (sloppy_solution(p, rng, start.slip) for p in islice(stream, start.num_sloppy)))
+    write("sloppy", (module.sloppy_solution(p, rng, start.slip) for p in islice(stream, start.num_sloppy)))
     experts = [expert_solution(problem) for problem in islice(stream, start.num_train)]
     write("train", experts)
     for number in start.num_experts:
@@ -77,12 +84,12 @@ def make_data(folder: Path, seed: int, start: Start) -> list[Solution]:
     write("eval", map(expert_solution, islice(stream, start.num_held_out)))
     judged: list[Problem] = list(islice(stream, start.num_planted))
     half = len(judged) // 2
-    return [planted_error(p, rng) for p in judged[:half]] + [expert_solution(p) for p in judged[half:]]
+    return [module.planted_error(p, rng) for p in judged[:half]] + [expert_solution(p) for p in judged[half:]]
 
 
-def make_base(folder: Path, seed: int) -> None:
+def make_base(folder: Path, seed: int, task: str = "arithmetic") -> None:
     """Save a two-layer model of Qwen3's architecture with random weights, and the task's own tokenizer."""
-    tokenizer = build_tokenizer()
+    tokenizer = TASKS[task].build_tokenizer()
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -104,19 +111,22 @@ def make_base(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_start(folder: Path, seed: int, start: Start) -> list[Solution]:
+def make_start(folder: Path, seed: int, start: Start, task: str = "arithmetic") -> list[Solution]:
     """Make the data, and in `folder`/start the model with the bad habit; `make_data` says what is returned."""
-    tests = make_data(folder, seed, start)
-    make_base(folder / "base", seed)
-    train(_warm_up_config(folder, seed, "warm", folder / "base", start.warm_turns, 3e-3))
-    export_checkpoint(folder / "warm", folder / "warm" / "export")
-    train(_warm_up_config(folder, seed, "sloppy", folder / "warm" / "export" / "policy", start.sloppy_turns, 1e-3))
-    export_checkpoint(folder / "sloppy", folder / "sloppy" / "export")
+    tests = make_data(folder, seed, start, task)
+    make_base(folder / "base", seed, task)
+
+    def warm_up(name: str, model: Path, turns: int, lr: float) -> None:
+        train(_warm_up_config(folder, seed, PRESETS[task], name, model, turns=turns, lr=lr))
+        export_checkpoint(folder / name, folder / name / "export")
+
+    warm_up("warm", folder / "base", start.warm_turns, 3e-3)
+    warm_up("sloppy", folder / "warm" / "export" / "policy", start.sloppy_turns, 1e-3)
     (folder / "sloppy" / "export" / "policy").rename(folder / "start")
     return tests
 
 
-def _warm_up_config(folder: Path, seed: int, name: str, model: Path, turns: int, lr: float) -> Config:
+def _warm_up_config(folder: Path, seed: int, preset: str, name: str, model: Path, *, turns: int, lr: float) -> Config:
     values: dict[str, Any] = {
         "objective": "sft",
         "seed": seed,
@@ -129,4 +139,4 @@ def _warm_up_config(folder: Path, seed: int, name: str, model: Path, turns: int,
         "checkpoint": {"every": turns},
         "log": {"tensorboard": False},
     }
-    return build_config(merge(load_preset("demo"), values))
+    return build_config(merge(load_preset(preset), values))

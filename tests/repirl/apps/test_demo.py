@@ -1,6 +1,7 @@
 """The demo, end to end with a few steps: every part of it, none of its learning."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -13,11 +14,10 @@ from repirl.report.log import read_metrics
 @pytest.fixture
 def short(monkeypatch):
     start = Start(40, 40, 40, num_held_out=10, num_planted=12, num_experts=(4,), warm_turns=3, sloppy_turns=2)
-    monkeypatch.setattr(demo, "START", start)
     few = {"steps": 2, "checkpoint": {"every": 2}, "rollout": {"prompts_per_step": 3}, "log": {"tensorboard": False}}
-    runs = {name: (preset, demo.merge(changes, few)) for name, (preset, changes) in demo.RUNS.items()}
-    monkeypatch.setattr(demo, "NUM_EXPERTS", 4)
-    monkeypatch.setattr(demo, "RUNS", runs)
+    for task, shown in demo.DEMOS.items():
+        runs = {name: (preset, demo.merge(changes, few)) for name, (preset, changes) in shown.runs.items()}
+        monkeypatch.setitem(demo.DEMOS, task, replace(shown, start=start, runs=runs, num_experts=4))
 
 
 def test_demo_makes_its_table_and_its_page(tmp_path, short, capsys):
@@ -25,7 +25,7 @@ def test_demo_makes_its_table_and_its_page(tmp_path, short, capsys):
     assert demo.run(str(folder), seed=1) == 0
     printed = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
-    assert results["columns"] == ["", "start", *demo.RUNS]
+    assert results["columns"] == ["", "start", *demo.ARITHMETIC.runs]
     labels = [row[0] for row in results["rows"]]
     for label in ("held-out accuracy", "planted error, AUROC", "planted error, first-error F1", "tokens/s"):
         assert label in labels
@@ -49,18 +49,19 @@ def test_all_runs_start_from_the_same_weights_and_prompts(tmp_path, short):
     folder = tmp_path / "demo"
     demo.run(str(folder), seed=1)
     firsts = []
-    for name in demo.RUNS:
+    for name in demo.ARITHMETIC.runs:
         config = demo.run_config(folder, 1, name)
         if not config.system.online:
             continue
         lines = read_metrics(f"{config.output_dir}/metrics.jsonl")
         firsts.append((lines[0]["eval/accuracy"], lines[1]["rollout/outcome"], lines[1]["policy/entropy"]))
-    assert len(firsts) == len(demo.RUNS) - 1
+    assert len(firsts) == len(demo.ARITHMETIC.runs) - 1
     assert len(set(firsts)) == 1
 
 
-def test_data_files_share_no_problem(tmp_path, short):
-    tests = make_data(tmp_path, 0, demo.START)
+@pytest.mark.parametrize("task", ["arithmetic", "code"])
+def test_data_files_share_no_problem(tmp_path, short, task):
+    tests = make_data(tmp_path, 0, demo.DEMOS[task].start, task)
     seen = [test.problem.prompt for test in tests]
     for name in ("warm", "sloppy", "train", "eval"):
         seen += [json.loads(line)["prompt"] for line in (tmp_path / "data" / f"{name}.jsonl").open()]
