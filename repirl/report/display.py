@@ -13,17 +13,23 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# The metrics that the display shows: name, label, format.
+# The metrics that the display shows: name, label, format. `tokens/second` are those of the whole step.
 SHOWN = [
     ("eval/accuracy", "held-out accuracy", "{:.1%}"),
     ("rollout/outcome", "train accuracy", "{:.1%}"),
+    ("rollout/length", "response length (tokens)", "{:.1f}"),
+    ("rollout/truncated", "truncated responses", "{:.1%}"),
     ("policy/entropy", "entropy (nats/token)", "{:.3f}"),
+    ("policy/approx_kl", "KL from the rollouts (nats/token)", "{:.2g}"),
+    ("policy/kl_reference", "KL from the reference (nats/token)", "{:.2g}"),
+    ("policy/clip_fraction", "clipped tokens", "{:.1%}"),
     ("prm/ess_fraction", "effective sample share", "{:.2f}"),
     ("prm/reward_gap", "expert - policy reward", "{:+.3f}"),
     ("policy/margin", "chosen - rejected reward", "{:+.3f}"),
     ("policy/loss", "policy loss", "{:+.4f}"),
     ("critic/loss", "critic loss", "{:+.4f}"),
     ("prm/loss", "PRM loss", "{:+.4f}"),
+    ("tokens/second", "tokens/s", "{:,.0f}"),
     ("seconds/step", "seconds", "{:.2f}"),
 ]
 
@@ -69,6 +75,8 @@ class ProgressDisplay:
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Show that `step` steps are done, with the metrics of the last one."""
+        if metrics.get("tokens") and metrics.get("seconds/step"):
+            metrics = metrics | {"tokens/second": metrics["tokens"] / metrics["seconds/step"]}
         for name, value in metrics.items():
             self._history.setdefault(name, []).append(value)
         self._progress.update(self._task, completed=step)
