@@ -100,5 +100,5 @@ def _row(step: int, index: int, scored: Sequence[Scored]) -> dict[str, Any]:
         "reward": rounded(fmean(reward for _, reward in rewards)) if rewards else None,
         "reward_failed": rounded(fmean(failed)) if failed else None,
         "logprob": rounded(fmean(fmean(x.response.logprobs) for x in scored if x.response.logprobs)),
-        "length": fmean(len(x.response.token_ids) for x in scored),
+        "length": rounded(fmean(len(x.response.token_ids) for x in scored)),
     }

@@ -78,7 +78,7 @@ class SampleFiles:
         self._max_bytes = max_mb * 1e6
         self._file: RowFile | None = None
         files = sample_files(output_dir)
-        for file in files:
+        for file in files or [self._path]:
             keep_until(file, start_step, _WHAT, is_sample)
         with explained(self._path, _WHAT):
             for file in files:
