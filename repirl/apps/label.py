@@ -31,7 +31,7 @@ from repirl.packing import fit_window
 from repirl.rollout.choose import make_engine
 from repirl.rollout.completions import Completer, Request, Trajectory
 from repirl.run import build_learners, set_up_process
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 from repirl.work import Work
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _sample_and_label(
     policy = build_learners(config, world, Work(), ("policy",))["policy"]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     fit_window(policy.model, config.policy.model, longest)
-    verifier = Verifier(config.verifier)
+    verifier = make_verifier(config.verifier)
     completer = Completer(config, policy, tokenizer, make_engine(config, policy, tokenizer), verifier)
     try:
         _label_all(problems, completer, file, config)

@@ -17,12 +17,13 @@ from repirl.apps.score import AGGREGATES, Progress, aggregate_of
 from repirl.apps.solutions import Solution, as_source, encode, score_encoded
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError, RunError
+from repirl.data.answers import answer_of
 from repirl.data.sources import read_rows
 from repirl.data.values import Place, shown
 from repirl.dataconfig import SourceConfig
 from repirl.options import VerifierConfig
 from repirl.verify.canonical import canonical_answer
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 
 METHODS = {"best_of_n": "best of N", "majority": "majority vote", "weighted": "weighted vote", "oracle": "oracle"}
 # A sum of steps prefers long responses.
@@ -150,7 +151,7 @@ def read_samples(source: SourceConfig, options: RerankOptions) -> list[Sample]:
             score = None if one.get(options.score) is None else _number(one[options.score], place, options.score)
             named = next((name for name in ("verdict", "outcome") if one.get(name) is not None), None)
             right = None if named is None else _number(one[named], place, named) > 0.5
-            answer = _answer(one, place, options.answer)
+            answer = _answer(one, place, options)
             samples.append(Sample(place, one, prompt, response, answer, score, right, canonical_answer(response)))
     return samples
 
@@ -191,10 +192,11 @@ def _number(value: Any, place: Place, column: str) -> float:
     return float(value)
 
 
-def _answer(row: dict[str, Any], place: Place, column: str) -> str | None:
+def _answer(row: dict[str, Any], place: Place, options: RerankOptions) -> str | None:
+    column = options.answer
     if column == "answer" and row.get("answer") is None:
         return None
-    return place.answer(place.value(row, column, "--answer-column"), column)
+    return answer_of(row, place, column, "--answer-column", tests=options.verifier.kind == "code")
 
 
 def _score(samples: Sequence[Sample], prm: str | os.PathLike | None, options: RerankOptions) -> dict[str, Any]:
@@ -238,7 +240,7 @@ def _judge(samples: Sequence[Sample], options: RerankOptions) -> bool:
             return False
         place = next(sample.place for sample in without if sample.answer is None)
         raise place.error(f"there is neither 'verdict', 'outcome' nor {options.answer!r}, but other rows have one")
-    with closing(Verifier(options.verifier)) as verifier:
+    with closing(make_verifier(options.verifier)) as verifier:
         for sample, reward in zip(without, verifier.judge(pairs), strict=True):
             sample.right = reward > 0.5
     return True
