@@ -6,6 +6,7 @@
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make study     where the training systems differ, within an hour on two cores; options: make study STUDY="--only exact"
+# make reference docs/reference.md, from what the program says of its commands and options
 # make lint      ruff (rules and format), clang-format and mypy
 # make format    rewrite what the two formatters of make lint would change
 
@@ -19,7 +20,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 # auto: see tests/conftest.py.
 WORKERS ?= auto
 
-.PHONY: install demo study test test-integrations test-vllm bench lint format clean
+.PHONY: install demo study test test-integrations test-vllm bench reference lint format clean
 
 install: $(STAMP)
 
@@ -76,6 +77,9 @@ bench: install
 		"torch==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
 	$(BIN)/python -m bench.run --json runs/bench/latest/ops.json $(BENCH)
 	$(BIN)/python -m bench.report --results runs/bench --page runs/bench/README.md
+
+reference: install
+	$(BIN)/python -m repirl.reference_page --write docs/reference.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,6 +23,15 @@ def list_presets() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def preset_text(name: str) -> str:
+    """The file of a preset that comes with repirl; errors as of `load_preset`."""
+    if name not in list_presets():
+        raise ConfigError(
+            f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
+        )
+    return (resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_preset(name: str) -> dict[str, Any]:
     """The values of a preset that comes with repirl.
 
@@ -31,11 +40,7 @@ def load_preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no preset has this name. The message lists all names.
     """
-    if name not in list_presets():
-        raise ConfigError(
-            f"there is no preset {name!r}{_nearest(str(name), list_presets())}; shipped: {list_presets()}"
-        )
-    values = load_yaml((resources.files("repirl") / "presets" / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = load_yaml(preset_text(name))
     base = values.pop("extends", None)
     return values if base is None else merge(load_preset(base), values)
 

@@ -91,7 +91,7 @@ def _as_separator(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    train: Source = Field(None, description="prompts to sample on: a path or hub id, or a section with path, name, split, revision")
+    train: Source = Field(None, description="prompts to sample on: a path or hub id, or a section with path and split")
     eval: Source = Field(None, description="held-out prompts and answers, likewise")
     prompt_column: str = Field("prompt", description="column with the prompt")
     answer_column: str | None = Field("answer", description="column with the right answer; null: no verifier")
