@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from repirl.batch import PackedBatch
-from repirl.callbacks import Callbacks, any_stops
+from repirl.callbacks import Callbacks, any_stops, begin
 from repirl.config import Config
 from repirl.evaluate import evaluate_run
 from repirl.interrupt import Interrupted, Signals, end_with_torchrun
@@ -54,6 +54,7 @@ def _train(run: Run, callbacks: Callbacks) -> int:
     with Reporter(config, run.world, start) as reporter:
         if start == 0 and run.evaluates and config.eval.every:
             reporter.log(0, evaluate_run(run, 0, reporter) | timer.step_metrics(run.world, peak_flops))
+        begin(callbacks, config)
         with Signals(defer=True) as signals:
             for done in range(start + 1, config.steps + 1):
                 metrics = online_turn(run, done - 1, reporter) if config.system.online else offline_turn(run)

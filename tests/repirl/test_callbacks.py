@@ -1,17 +1,18 @@
 """Callbacks of a run: what they are told, and how they end it."""
 
+import math
 from pathlib import Path
 
 import pytest
 from tiny import tiny_config
 
-from repirl.callbacks import any_stops
+from repirl.callbacks import Callback, EarlyStopping, any_stops
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.loop import train
 from repirl.report.log import read_metrics
 
 
-class Recorder:
+class Recorder(Callback):
     """Keeps what it is told, and ends the run after a turn."""
 
     def __init__(self, last: int | None = None) -> None:
@@ -53,3 +54,63 @@ def test_one_process_ends_the_run_for_all():
     recorder = Recorder()
     assert any_stops([recorder], 1, {}, World())
     assert not any_stops([], 1, {}, type("Alone", (), {"gather": lambda self, items: list(items)})())
+
+
+class Evaluations(Callback):
+    """Keeps the turns of evaluations, and ends the run after one."""
+
+    def __init__(self, last=None):
+        self.last, self.turns, self.records = last, [], None
+
+    def begin(self, records):
+        self.records = [(record["step"], record.get("eval/accuracy")) for record in records]
+
+    def after_evaluation(self, turn, metrics):
+        assert "eval/accuracy" in metrics
+        self.turns.append(turn)
+        return turn == self.last
+
+
+def test_evaluations_are_told_and_what_was_before_a_resumed_run(tmp_path):
+    config = tiny_config(tmp_path, objective="sft", steps=4)
+    first, again = Evaluations(last=2), Evaluations()
+    assert train(config, callbacks=[first]) == 2
+    assert [step for step, _ in first.records] == [0]
+    assert first.turns == [2]
+    assert train(config, resume=True, callbacks=[again]) == 4
+    assert [step for step, _ in again.records] == [0, 1, 2]
+    assert again.records[1][1] is None
+    assert again.turns == [4]
+
+
+def stops(stopping, values):
+    """The first of these evaluations, counted from 1, that ends the run."""
+    stopping.begin([])
+    for turn, value in enumerate(values, 1):
+        if stopping.after_evaluation(turn, {stopping.metric: value}):
+            return turn
+    return None
+
+
+def test_early_stopping_waits_for_improvements():
+    assert stops(EarlyStopping(patience=2), [0.1, 0.3, 0.3, 0.2]) == 4
+    assert stops(EarlyStopping(patience=2), [0.1, 0.0, 0.2, 0.1, 0.3]) is None
+    assert stops(EarlyStopping(patience=1, min_delta=0.05), [0.1, 0.14]) == 2
+    assert stops(EarlyStopping("eval/loss", patience=2, mode="min"), [3.0, 2.0, 2.5, 1.0, 1.0, math.nan]) == 6
+    assert stops(EarlyStopping(patience=3), [math.nan, math.nan, math.nan]) == 3
+
+
+def test_early_stopping_goes_on_from_the_log():
+    stopping = EarlyStopping(patience=2)
+    stopping.begin([{"step": 0, "eval/accuracy": 0.5}, {"step": 1}, {"step": 2, "eval/accuracy": 0.4}])
+    assert (stopping.best, stopping.best_turn, stopping.since_best) == (0.5, 0, 1)
+    assert stopping.after_evaluation(4, {"eval/accuracy": 0.5})
+
+
+def test_early_stopping_says_what_is_wrong():
+    with pytest.raises(KeyError, match=r"turn 3 has no 'eval/f1' to stop by; its evaluation has eval/accuracy"):
+        EarlyStopping("eval/f1").after_evaluation(3, {"eval/accuracy": 0.5, "policy/loss": 1.0})
+    with pytest.raises(ValueError, match="patience is 0, expected at least 1"):
+        EarlyStopping(patience=0)
+    with pytest.raises(ValueError, match="mode is 'up', expected 'max' or 'min'"):
+        EarlyStopping(mode="up")
