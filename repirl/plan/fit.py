@@ -203,6 +203,20 @@ def describe_fit(fit: Fit) -> str:
     return f"{size} ({room} usable): does not fit as it is; fits with {', '.join(fit.switches)}: {peak}"
 
 
+def device_note(config: Config, planned: str, asked: str | None = None) -> str:
+    """For which device a plan is, and why.
+
+    Args:
+        config: the run's.
+        planned: "cuda" or "cpu", as the plan has it.
+        asked: the device that was asked for beside the configuration, if any.
+    """
+    name, other = ("a GPU", "cpu") if planned == "cuda" else ("a CPU", "cuda")
+    if asked is None and config.device == "auto":
+        return f"planned for {name}, which device 'auto' takes where there is one; for a CPU: --device {other}"
+    return f"planned for {name}, as device {asked or config.device!r} says"
+
+
 def print_plan(
     config: Config, memories: Sequence[float], ranks: int = 1, device: str | None = None, console: Console | None = None
 ) -> None:
@@ -213,6 +227,7 @@ def print_plan(
     one, several = ("GPU", "GPUs") if memory_plan.device == "cuda" else ("CPU process", "CPU processes")
     title = f"{config.policy.model}, {config.objective}, {ranks} {several if ranks > 1 else one}: GiB of each"
     print_table(title, *table(memory_plan), console=console)
+    show(device_note(config, memory_plan.device, device))
     show(
         f"peak: {gib(memory_plan.peak.total)} GiB in {memory_plan.peak.name}; every prompt and response at its longest"
     )
