@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # Names in config.json of the number of tokens that a layer looks back over at most.
 _WINDOWS = ("sliding_window", "attention_chunk_size", "index_topk")
 
+# What to do about a model that cannot be trained.
+OTHERS = "take a causal language model of another family, such as Llama, Qwen3, Gemma, OLMo or Mistral"
+
 
 @torch.no_grad()
 def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,7 +39,7 @@ def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype:
     except FILE_ERRORS as error:
         raise ConfigError(
             f"model {name!r} ({type(model).__name__}) does not run as transformers has it ({type(error).__name__}: "
-            f"{first_line(error)}); the families that are tested are in docs/models.md"
+            f"{first_line(error)}); {OTHERS}"
         ) from error
     if not expected.isfinite().all():
         raise ConfigError(
@@ -53,7 +56,7 @@ def check_packed(model: PreTrainedModel, name: str, device: torch.device, dtype:
         what = "log-probabilities" if isinstance(model, PackedCausalLM) else "hidden states"
         raise ConfigError(
             f"model {name!r} ({type(model).__name__}) computes its outputs in a way that the trainer does not know: "
-            f"{what} differ by {difference:.3g}; the families that are tested are in docs/models.md"
+            f"{what} differ by {difference:.3g}; {OTHERS}"
         )
 
 
