@@ -42,14 +42,20 @@ _CHUNK_BYTES_CPU, _CHUNK_BYTES_GPU = 256 << 20, 2 << 30
 
 
 class TokenLoss(NamedTuple):
-    """What :func:`linear_token_loss` returns."""
+    """What :func:`linear_token_loss` returns.
+
+    Attributes:
+        loss: the sum of ``token_loss``, a scalar. Call its ``backward()``: the gradients are there already, and are
+            multiplied by the one that comes in.
+        token_loss: ``[*]``, the shape of ``targets``; what ``loss_fn`` returned for each row, 0 in ignored rows;
+            detached.
+        stats: :class:`TokenStats` of all rows, each ``[*]``; detached. With ``with_argmax=True``
+            :class:`TokenStatsWithArgmax`.
+    """
 
     loss: Tensor
-    """Sum of ``token_loss``, a scalar: call its ``backward()``."""
     token_loss: Tensor
-    """``[*]``, the losses that ``loss_fn`` returned, 0 in ignored rows; detached."""
     stats: AnyTokenStats
-    """Statistics ``[*]`` of all rows, detached."""
 
 
 LossFunction = Callable[[Any, slice], Tensor]
