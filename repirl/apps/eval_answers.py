@@ -45,12 +45,14 @@ class GradeOptions:
         timeout_seconds: for one response.
         seed: of the bootstrap, and of the subsets that votes are averaged over.
         resamples: of the bootstrap.
+        allow_unsandboxed: run programs where there is no sandbox, too.
     """
 
     processes: int = 1
     timeout_seconds: float = 20.0
     seed: int = 0
     resamples: int = 1000
+    allow_unsandboxed: bool = False
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
@@ -179,7 +181,8 @@ def _graded(
     benchmark: Benchmark, parts: Iterable[list[Given]], grading: GradeOptions
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of responses.jsonl, part by part."""
-    config = verifier_config(benchmark.grader, grading.processes, grading.timeout_seconds)
+    code = {"allow_unsandboxed": True} if grading.allow_unsandboxed else None
+    config = verifier_config(benchmark.grader, grading.processes, grading.timeout_seconds, code)
     with closing(make_verifier(config, explain=True)) as verifier:
         for part in parts:
             texts = [benchmark.until_stop(one.text) for one in part]
