@@ -42,8 +42,14 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ConfigError(f"limit {field.name} is {value!r}; expected a positive number")
+            is_whole = not field.name.endswith("_seconds")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int if is_whole else int | float)
+                or not 0 < value < 1e9
+            ):
+                what = "whole number" if is_whole else "number"
+                raise ConfigError(f"limit {field.name} is {value!r}; expected a positive {what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +95,12 @@ class Sandbox:
         if workers < 1:
             raise ConfigError(f"{workers} workers; expected at least 1")
         self.limits = limits or Limits()
-        self._fields = dataclasses.asdict(self.limits)
-        first, self.kind, self.missing = _first_worker(self._fields, kind, allow_unsandboxed)
+        first, self.kind, self.missing = _first_worker(self._fields(), kind, allow_unsandboxed)
         if self.missing:
             warnings.warn(self.missing, stacklevel=2)
         # A candidate and its test run beside each other, in workers of their own.
         self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
-        self._slots = [_Slot(self.kind) for _ in range(workers)]
+        self._slots = [_Slot(self.kind, self._fields()) for _ in range(workers)]
         self._slots[-1].workers["candidate"] = first
         for slot in self._slots:
             self._idle.put(slot)
@@ -116,24 +121,28 @@ class Sandbox:
             self._idle.get().end()
         self._tests.shutdown()
 
-    def run_program(self, source: str, stdin: str = "") -> Execution:
+    def run_program(self, source: str, stdin: str = "", limits: Limits | None = None) -> Execution:
         """Run a whole program.
 
         Args:
             source: of it.
             stdin: what it reads there.
+            limits: of this program, instead of the sandbox's; not more memory or processes than those.
         """
         with self._slot() as slot:
-            outcome = slot.run("candidate", {"kind": "program", "source": source}, self._fields, stdin)
+            outcome = slot.run("candidate", {"kind": "program", "source": source}, self._fields(limits), stdin)
         return _execution(outcome, _messages(outcome))
 
-    def call_functions(self, source: str, name_path: str, calls: Sequence[Sequence[Any]]) -> list[Execution]:
+    def call_functions(
+        self, source: str, name_path: str, calls: Sequence[Sequence[Any]], limits: Limits | None = None
+    ) -> list[Execution]:
         """Call a function of a program several times, in one process. The limits are for all calls together.
 
         Args:
             source: of the program.
             name_path: "f", or "Solution.f" for a method of an object that is made without arguments.
             calls: the arguments of each, plain data.
+            limits: as of `run_program`.
 
         Returns:
             What came of each; with the output of all of them.
@@ -143,10 +152,12 @@ class Sandbox:
         """
         job = {"kind": "calls", "source": source, "name": name_path, "calls": [list(call) for call in calls]}
         with self._slot() as slot:
-            outcome = slot.run("candidate", job, self._fields)
+            outcome = slot.run("candidate", job, self._fields(limits))
         return _call_executions(outcome, len(calls))
 
-    def run_assertions(self, source: str, test: str, entry_point: str | Sequence[str]) -> Execution:
+    def run_assertions(
+        self, source: str, test: str, entry_point: str | Sequence[str], limits: Limits | None = None
+    ) -> Execution:
         """Run tests on functions of a program. The tests run in another process, which the program cannot see.
 
         Args:
@@ -154,20 +165,36 @@ class Sandbox:
             test: assertions, or a function `check(candidate)`, which are trusted. Other functions that they use have
                 to stand in it.
             entry_point: the function that the tests call by its name or as `candidate`, or several.
+            limits: as of `run_program`; the test has as many for itself.
 
         Returns:
             Status "ok" where the test passed.
         """
+        fields = self._fields(limits)
         names = [entry_point] if isinstance(entry_point, str) else list(entry_point)
         nonce = secrets.token_bytes(16)
         ours, theirs = socket.socketpair()
         served = {"kind": "serve", "source": source}
         checked = {"kind": "test", "source": test, "names": names, "nonce": nonce}
-        with self._slot() as slot:
-            later = self._tests.submit(slot.run, "test", checked, self._fields, "", ours)
-            candidate = slot.run("candidate", served, self._fields, "", theirs)
-            tested = later.result()
+        # Closed by whoever hands them on. Where one is not handed on, its end tells the other side.
+        with self._slot() as slot, ours, theirs:
+            # Its start is not to take of the candidate's time.
+            slot.worker("test")
+            later = self._tests.submit(slot.run, "test", checked, fields, "", ours)
+            try:
+                candidate = slot.run("candidate", served, fields, "", theirs)
+            finally:
+                theirs.close()
+                tested = later.result()
         return _assertion_execution(candidate, tested, nonce)
+
+    def _fields(self, limits: Limits | None = None) -> dict[str, Any]:
+        own = dataclasses.asdict(self.limits)
+        if limits is None:
+            return own
+        return dataclasses.asdict(limits) | {
+            name: min(own[name], getattr(limits, name)) for name in ("memory_mb", "processes")
+        }
 
     @contextlib.contextmanager
     def _slot(self) -> Any:
@@ -183,16 +210,24 @@ class Sandbox:
 class _Slot:
     """What runs one program: a worker for candidates, and one for tests, which know what is right."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, limits: dict[str, Any]) -> None:
+        self.kind, self.limits = kind, limits
         self.workers: dict[str, Worker] = {}
+
+    def worker(self, role: str) -> Worker:
+        """The worker for candidates or for tests, which starts if there is none."""
+        if role not in self.workers:
+            self.workers[role] = Worker(self.kind, self.limits)
+        return self.workers[role]
 
     def run(
         self, role: str, job: dict[str, Any], limits: dict[str, Any], stdin: str = "", peer: socket.socket | None = None
     ) -> Outcome:
         try:
-            worker = self.workers.get(role) or self.workers.setdefault(role, Worker(self.kind, limits))
-            return worker.run(job, stdin, limits, peer)
+            outcome = self.worker(role).run(job, stdin, limits, peer)
+            if outcome.status == "broken":
+                raise RunError("the sandbox cannot start a program any more; the reason stands above")
+            return outcome
         except WorkerLost as error:
             self.workers.pop(role).end()
             return Outcome("killed", None, b"", str(error).encode(), b"", 0.0)
@@ -213,7 +248,7 @@ def _first_worker(limits: dict[str, Any], kind: str | None, allow_unsandboxed: b
     reasons = []
     for name in KINDS if kind is None else (kind,):
         try:
-            worker = Worker(name, limits)
+            worker = _tried_worker(name, limits)
             return worker, name, worker.report.get("missing", "")
         except RunError as error:
             reasons.append(f"{name}: {error}")
@@ -224,12 +259,30 @@ def _first_worker(limits: dict[str, Any], kind: str | None, allow_unsandboxed: b
             + ". Install bubblewrap, or allow user namespaces; or pass --allow-unsandboxed where this machine holds "
             "nothing of value"
         )
-    worker = Worker("none", limits)
+    worker = _tried_worker("none", limits)
     return (
         worker,
         "none",
         "programs run without a sandbox: they see the files, the network and the processes of the user",
     )
+
+
+def _tried_worker(kind: str, limits: dict[str, Any]) -> Worker:
+    """A worker that has run a program.
+
+    Raises:
+        RunError: it cannot.
+    """
+    worker = Worker(kind, limits)
+    try:
+        outcome = worker.run({"kind": "program", "source": "print(1)"}, "", limits)
+    except WorkerLost as error:
+        worker.end()
+        raise RunError(f"it does not run a program: {error}") from None
+    if outcome.stdout != b"1\n" or outcome.status != "exited":
+        worker.end()
+        raise RunError(f"it does not run a program: {outcome.status}")
+    return worker
 
 
 def _messages(outcome: Outcome) -> list[tuple[bytes, bytes]]:

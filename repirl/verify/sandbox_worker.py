@@ -43,9 +43,9 @@ _ENVIRONMENT = {
 class Outcome(NamedTuple):
     """What came of a job.
 
-    status: "exited", "timeout", "memory", "processes", "output" (too much), "killed" (the worker is gone) · code: how
-    the process ended, as of `os.waitstatus_to_exitcode`; None where it is not known · result: its messages, cut off
-    where there were too many.
+    status: "exited", "timeout", "memory", "processes", "output" (too much), "killed" (the worker is gone), "broken" (a
+    fault of the sandbox: the program did not begin) · code: how the process ended, as of `os.waitstatus_to_exitcode`;
+    None where it is not known · result: its messages, cut off where there were too many.
     """
 
     status: str

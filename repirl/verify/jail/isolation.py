@@ -18,8 +18,8 @@ _SLACK = 256
 class Isolation:
     """No sandbox: limits, and a filter of system calls where there is one.
 
-    proc: descriptor of a /proc that shows the zygote · own_pid: its number there · kept: a descriptor that the program's
-    process needs until `confine` closes it; -1 for none.
+    proc: descriptor of a /proc that shows the zygote · own_pid: its number there · kept: a descriptor that the
+    program's process needs until `confine` closes it; -1 for none.
     """
 
     kind = "none"

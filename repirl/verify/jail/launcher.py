@@ -214,8 +214,7 @@ def _attend(link: socket.socket, trainer: int, user: int | None) -> None:
 
 def _warm() -> None:
     """Import what programs often use, once for all of them."""
-    for name in (
-        "bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools math "
-        "operator random re statistics string typing"
-    ).split():
+    names = "bisect cmath collections copy dataclasses datetime decimal enum fractions functools heapq itertools math"
+    names += " operator random re statistics string typing"
+    for name in names.split():
         __import__(name)

@@ -29,17 +29,20 @@ def limit_process(limits: dict[str, Any], own_bytes: int, threads: int) -> None:
     """
     for kind, value in (
         (resource.RLIMIT_AS, own_bytes + (limits["memory_mb"] << 20)),
-        (resource.RLIMIT_CPU, int(limits["cpu_seconds"]) + 1),
         (resource.RLIMIT_FSIZE, limits["file_mb"] << 20),
         (resource.RLIMIT_NOFILE, limits["open_files"]),
         (resource.RLIMIT_NPROC, threads + limits["processes"]),
-        (resource.RLIMIT_CORE, 0),
+        # With 0, a handler of cores that the system has would still run.
+        (resource.RLIMIT_CORE, 1),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+    # The watch ends it earlier, unless it is kept from running. The first limit can be told from other ends.
+    seconds = int(limits["cpu_seconds"]) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def descendants(proc: int, root: int) -> dict[int, list[str]]:

@@ -29,9 +29,20 @@ NAME = "solution.py"
 MAX_MESSAGE = 1 << 26
 # What a candidate raises in a test's process. Others, StopIteration above all, would end the test's own loops early.
 _RAISED = (
-    "Exception ArithmeticError AttributeError IndexError KeyError LookupError NotImplementedError OverflowError "
-    "RecursionError RuntimeError TypeError ValueError ZeroDivisionError"
-).split()
+    "Exception",
+    "ArithmeticError",
+    "AttributeError",
+    "IndexError",
+    "KeyError",
+    "LookupError",
+    "NotImplementedError",
+    "OverflowError",
+    "RecursionError",
+    "RuntimeError",
+    "TypeError",
+    "ValueError",
+    "ZeroDivisionError",
+)
 
 
 class CandidateError(RuntimeError):
@@ -42,10 +53,10 @@ def run(job_descriptor: int) -> int:
     """Run the job and return the exit code."""
     with open(job_descriptor, "rb") as file:
         job = plain.decode(file.read())
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.argv = [NAME]
+    sys.stdin = sys.__stdin__ = _stream(0, "r", "replace")
+    sys.stdout = sys.__stdout__ = _stream(1, "w", "backslashreplace")
+    sys.stderr = sys.__stderr__ = _stream(2, "w", "backslashreplace")
+    sys.argv = sys.orig_argv = [NAME]
     try:
         code = _JOBS[job["kind"]](job)
         threading._shutdown()  # type: ignore[attr-defined]
@@ -57,6 +68,10 @@ def run(job_descriptor: int) -> int:
         with contextlib.suppress(Exception):
             stream.flush()
     return code
+
+
+def _stream(descriptor: int, mode: str, errors: str) -> Any:
+    return open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False)
 
 
 def say(tag: bytes, data: bytes = b"", descriptor: int = RESULT) -> None:
@@ -71,7 +86,7 @@ def _main(source: str, name: str = NAME) -> types.ModuleType | None:
     try:
         compiled = compile(source, name, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, OverflowError) as error:
-        say(b"C", "".join(traceback.format_exception_only(error)).encode("utf-8", "backslashreplace"))
+        say(b"C", _text(error).encode("utf-8", "backslashreplace"))
         return None
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     module = types.ModuleType("__main__")
@@ -79,6 +94,11 @@ def _main(source: str, name: str = NAME) -> types.ModuleType | None:
     sys.modules["__main__"] = module
     exec(compiled, module.__dict__)
     return module
+
+
+def _text(error: BaseException) -> str:
+    """What went wrong, cut off: a line of the source may be in it."""
+    return "".join(traceback.format_exception_only(error)).strip()[-2000:]
 
 
 def _guarded(function: Callable[[], Any]) -> int:
@@ -135,9 +155,9 @@ def _say_call(function: Callable[..., Any], arguments: Any, keywords: dict[str, 
     except MemoryError:
         say(b"M", b"", descriptor)
     except BaseException as error:
-        names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _RAISED]
-        text = "".join(traceback.format_exception_only(error)).strip()[:2000]
-        say(b"X", plain.encode([names[0] if names else "", text]), descriptor)
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+        names = [name for name in names if name in _RAISED]
+        say(b"X", plain.encode([names[0] if names else "", _text(error)]), descriptor)
     else:
         say(b"V", data, descriptor)
 
@@ -215,7 +235,7 @@ def _test(job: dict[str, Any]) -> int:
     except MemoryError:
         raise
     except BaseException as error:
-        say(b"X", plain.encode(["", "".join(traceback.format_exception_only(error)).strip()[:2000]]))
+        say(b"X", plain.encode(["", _text(error)]))
         return 1
     say(b"P", job["nonce"])
     return 0
@@ -225,14 +245,17 @@ def _answer(message: tuple[bytes, bytes] | None) -> Any:
     if message is None:
         raise CandidateError("the candidate's process has ended")
     tag, data = message
+    if tag not in (b"V", b"X"):
+        raise CandidateError(data.decode("utf-8", "replace") or "out of memory")
+    try:
+        value = plain.decode(data)
+    except plain.PlainError as error:
+        raise CandidateError(f"no plain data: {error}") from None
     if tag == b"V":
-        return plain.decode(data)
-    if tag == b"X":
-        name, text = plain.decode(data)
-        if name in _RAISED:
-            raise getattr(builtins, name)(text)
-        raise CandidateError(str(text))
-    raise CandidateError(data.decode("utf-8", "replace") or "out of memory")
+        return value
+    if isinstance(value, list) and len(value) == 2 and value[0] in _RAISED:
+        raise getattr(builtins, value[0])(str(value[1]))
+    raise CandidateError(f"the candidate raised {value!r:.2000}")
 
 
 def read_message(file: io.BufferedReader | io.BytesIO) -> tuple[bytes, bytes] | None:

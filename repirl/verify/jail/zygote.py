@@ -24,6 +24,8 @@ from . import program
 from .isolation import Isolation
 
 _TICK_SECONDS = 0.02
+# On the status pipe, before the exit code: the program is confined, and begins.
+_STARTED = b"s"
 
 
 class Zygote:
@@ -79,27 +81,29 @@ class Zygote:
         except OSError as error:
             for descriptor in (*descriptors, status_read, status_write):
                 os.close(descriptor)
-            self._reply({"status": "killed", "code": None, "seconds": 0.0, "reason": f"cannot fork: {error}"})
+            sys.excepthook(type(error), error, error.__traceback__)
+            self._reply({"status": "broken", "code": None, "seconds": 0.0})
             return True
         if not pid:
             self._init(limits, descriptors, status_write)
         for descriptor in (*descriptors, status_write):
             os.close(descriptor)
-        status, is_wanted = self._watch(limits, status_read, began)
+        said = bytearray()
+        status, is_wanted = self._watch(limits, status_read, said, began)
         self.isolation.kill(pid)
-        written = b""
-        with contextlib.suppress(OSError):
-            written = os.read(status_read, 4)
         os.close(status_read)
         self.isolation.wipe()
-        code = struct.unpack("<i", written)[0] if len(written) == 4 else None
-        if status == "exited" and self.isolation.ran_out_of_memory():
+        code = struct.unpack("<i", said[1:5])[0] if len(said) >= 5 else None
+        if status == "exited" and said[:1] != _STARTED:
+            status = "broken"
+        elif status == "exited" and self.isolation.ran_out_of_memory():
             status = "memory"
         self._reply({"status": status, "code": code, "seconds": time.monotonic() - began})
         return is_wanted
 
-    def _watch(self, limits: dict[str, Any], status: int, began: float) -> tuple[str, bool]:
-        """Wait for the program's end: why it is to end, and whether the trainer is still there."""
+    def _watch(self, limits: dict[str, Any], status: int, said: bytearray, began: float) -> tuple[str, bool]:
+        """Wait for the program's end: why it is to end, and whether the trainer is still there. What comes on the
+        status pipe is added to `said`."""
         poll = select.poll()
         for descriptor in (status, self.control.fileno(), *self.watched):
             poll.register(descriptor, select.POLLIN)
@@ -110,7 +114,11 @@ class Zygote:
                 return "timeout", True
             events = dict(poll.poll(1000 * min(left, wait) + 1))
             if status in events:
-                return "exited", True
+                data = os.read(status, 8)
+                said += data
+                if not data or len(said) >= 5:
+                    return "exited", True
+                continue
             if self.control.fileno() in events:
                 message, _ = self._receive()
                 return "stopped", bool(message)
@@ -138,7 +146,6 @@ class Zygote:
             self._arrange(descriptors, status)
             pid = os.fork()
             if not pid:
-                os.close(6)
                 self._program(limits)
             for number in (*range(6), 7):
                 with contextlib.suppress(OSError):
@@ -179,6 +186,8 @@ class Zygote:
         try:
             self.isolation.confine(limits)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(6, _STARTED)
+            os.close(6)
             code = program.run(5)
         except BaseException:
             with contextlib.suppress(BaseException):
