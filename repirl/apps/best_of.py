@@ -110,3 +110,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
         return mean, None
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
+
+
+def shown_mean(mean: float, error: float | None) -> str:
+    """A mean and its standard error as text."""
+    return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"

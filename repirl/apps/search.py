@@ -12,29 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from repirl.apps.beams import METHODS, Beam, SearchedPrompt, SearchResult
-from repirl.apps.best_of import mean_and_error
+from repirl.apps.beams import METHODS, Beam, SearchResult
+from repirl.apps.best_of import mean_and_error, shown_mean
 from repirl.apps.label import Progress
 from repirl.apps.output import ResumableOutput, encoded
+from repirl.apps.prompt_rows import PromptRow, fitted_config, read_prompt_rows
 from repirl.apps.score import dump
-from repirl.apps.searcher import CHOICES, Row, Searcher, SearchOptions, shown_number
+from repirl.apps.searcher import CHOICES, Searcher, SearchOptions, shown_number
 from repirl.apps.solutions import as_source
 from repirl.apps.trained import policy_options, trained_policy, trained_prm
 from repirl.config import Config, ConfigError
-from repirl.configfile import build_config, merge
-from repirl.data.prompts import load_prompts
-from repirl.data.sources import read_rows
+from repirl.configfile import merge
 from repirl.data.text import find_end_tokens
 from repirl.distributed.world import World, join_world
-from repirl.model_checks import check_positions, check_vocabulary, longest_position
 from repirl.models import load_tokenizer
 from repirl.prm import PRM
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import Sampling
 from repirl.rollout.steps import StepSampler
 from repirl.run import build_learners, set_up_process
-from repirl.sources import check_source
-from repirl.verify.process import Verifier
+from repirl.verify.choose import make_verifier
 from repirl.work import Work
 
 ADDED = ("response", "finished", "score", "right", "tokens", "chosen", "beams", "baseline")
@@ -141,7 +138,7 @@ def search(
 
 def _read(
     policy: str, prm: str, source: str, options: SearchOptions, values: Mapping[str, Any]
-) -> tuple[Config, list[Row]]:
+) -> tuple[Config, list[PromptRow]]:
     """The configuration by which the policy samples, and the rows."""
     device = options.placed.device
     given = as_source(source)
@@ -162,39 +159,20 @@ def _read(
         "rollout": {"temperature": options.temperature},
         "verifier": options.verifier.model_dump(),
     }
-    config = build_config(merge(plain, dict(values)))
-    described = check_source(policy, config.policy.gguf_file, "causal")
-    tokenizer = load_tokenizer(policy, config.policy.gguf_file)
-    check_vocabulary(described, policy, tokenizer, policy)
-    prompts = {prompt.index: prompt.token_ids for prompt in load_prompts(config.data, tokenizer, "train").prompts}
-    longest, window = max(map(len, prompts.values())), longest_position(described)
-    limit = options.max_tokens or config.rollout.max_response_tokens
-    if options.max_tokens is None and window is not None:
-        limit = max(1, min(limit, window[0] - longest))
-    fitting = {"data": {"max_prompt_tokens": longest}, "rollout": {"max_response_tokens": limit}}
-    config = build_config(merge(merge(plain, dict(values)), fitting))
-    check_positions(described, policy, config.longest_sequence)
-    rows = []
-    for number, place, row in read_rows(given, "train"):
-        if number not in prompts:
-            continue
-        if taken := [name for name in ADDED if name in row]:
-            raise place.error(f"there is a column {taken[0]!r} already, which the output adds: rename or remove it")
-        prompt = place.prompt(place.value(row, options.prompt, "--prompt-column"), options.prompt)
-        answer = None
-        if options.answer != "answer" or row.get("answer") is not None:
-            answer = place.answer(place.value(row, options.answer, "--answer-column"), options.answer)
-        rows.append(Row(place, row, prompt, answer, SearchedPrompt(number, prompts[number])))
-    if (without := [row for row in rows if row.answer is None]) and len(without) < len(rows):
-        raise without[0].place.error(f"there is no {options.answer!r}, but other rows have one")
+    config, prompts = fitted_config(merge(plain, dict(values)), options.max_tokens)
+    tests = config.verifier.kind == "code"
+    rows = read_prompt_rows(given, prompts, options.prompt, options.answer, tests=tests)
+    for row in rows:
+        if taken := [name for name in ADDED if name in row.row]:
+            raise row.place.error(f"there is a column {taken[0]!r} already, which the output adds: rename or remove it")
     return config, rows
 
 
-def _made_with(config: Config, rows: Sequence[Row], options: SearchOptions) -> dict[str, Any]:
+def _made_with(config: Config, rows: Sequence[PromptRow], options: SearchOptions) -> dict[str, Any]:
     """What the output depends on besides models."""
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(encoded(dump(row.row, row.place)) + b"\n" + json.dumps(row.searched.token_ids).encode())
+        digest.update(encoded(dump(row.row, row.place)) + b"\n" + json.dumps(row.token_ids).encode())
     made_with = dataclasses.asdict(options)
     placed, verifier, shape = (made_with.pop(name) for name in ("placed", "verifier", "shape"))
     rollout = config.rollout.model_dump(include={"engine", "temperature", "max_response_tokens"})
@@ -214,7 +192,7 @@ def _made_with(config: Config, rows: Sequence[Row], options: SearchOptions) -> d
 def _searcher(config: Config, world: World, prm: PRM, options: SearchOptions) -> Iterator[Searcher]:
     """Load the policy and its engine."""
     # A function of the user's that cannot be loaded shows here, before the model is.
-    verifier = Verifier(config.verifier)
+    verifier = make_verifier(config.verifier)
     try:
         tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
         ends = find_end_tokens(config.data, tokenizer, config.policy.model)
@@ -235,7 +213,7 @@ def _searcher(config: Config, world: World, prm: PRM, options: SearchOptions) ->
 
 
 def _search_all(
-    searcher: Searcher, rows: Sequence[Row], file: ResumableOutput, counts: SearchCounts, world: World
+    searcher: Searcher, rows: Sequence[PromptRow], file: ResumableOutput, counts: SearchCounts, world: World
 ) -> None:
     """Search part by part, always the same ones: what is sampled depends, by rounding, on what is sampled with it."""
     size = searcher.options.prompts
@@ -255,7 +233,9 @@ def _search_all(
             progress.show(counts)
 
 
-def _line(searcher: Searcher, row: Row, result: SearchResult, samples: Sequence[Beam], counts: SearchCounts) -> str:
+def _line(
+    searcher: Searcher, row: PromptRow, result: SearchResult, samples: Sequence[Beam], counts: SearchCounts
+) -> str:
     """A line of the output; what is in it is counted."""
     line, right = searcher.judged(row, result.beams)
     counts.prompts += 1
@@ -297,8 +277,8 @@ def print_counts(counts: SearchCounts, method: str) -> None:
         rows.append([label])
         for side in sides:
             num_right = counts.right.get(f"{side} {choice}", 0)
-            mean, error = mean_and_error([1.0] * num_right + [0.0] * (counts.judged - num_right))
-            rows[-1].append(f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}")
+            verdicts = [1.0] * num_right + [0.0] * (counts.judged - num_right)
+            rows[-1].append(shown_mean(*mean_and_error(verdicts)))
     for label, names in {
         "responses": ("responses", "baseline_responses"),
         "tokens sampled": ("tokens_sampled", "baseline_tokens"),

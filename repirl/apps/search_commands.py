@@ -1,4 +1,4 @@
-"""`repirl search`, and its options. Whatever takes seconds to import waits until it runs."""
+"""`repirl search` and `repirl adapt`, and their options. Whatever takes seconds to import waits until they run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from repirl.apps.commands import add_prm, add_verifier, code_options, placed
 from repirl.apps.score_commands import SOURCES
+from repirl.config import ConfigError
 from repirl.configfile import parse_overrides
 
 OVERRIDES = "other options of the configuration can be given as --a.b VALUE, such as --rollout.engine vllm"
@@ -74,6 +75,51 @@ def add_search_commands(commands: Any) -> None:
     command.add_argument("--resume", action="store_true", help="go on with the file; what is done is kept")
     command.set_defaults(run=_search)
 
+    command = commands.add_parser(
+        "adapt",
+        help="test-time training: a policy on prompts, by the rewards of a frozen PRM, without outcomes",
+        epilog=OVERRIDES,
+        allow_abbrev=False,
+    )
+    command.add_argument("--policy", required=True, metavar="DIR", help="an exported policy, or any causal model")
+    add_prm(command)
+    command.add_argument("--prompts", required=True, metavar="FILE", help=f"rows with a prompt; {SOURCES}")
+    command.add_argument(
+        "--output", required=True, metavar="DIR", help="gets policy/, adapt.json, responses.jsonl, and the run"
+    )
+    command.add_argument("--turns", type=int, default=100, metavar="N", help="it stops after so many; default: 100")
+    command.add_argument(
+        "--max-kl",
+        default="0.1",
+        metavar="X",
+        help="it stops further than so many nats a token from the start; none: no limit; default: 0.1",
+    )
+    command.add_argument(
+        "--every", type=int, default=5, metavar="N", help="turns whose rollouts are one evaluation; default: 5"
+    )
+    command.add_argument(
+        "--patience",
+        default="4",
+        metavar="K",
+        help="it stops when the PRM's reward has not risen in so many evaluations; none: no limit; default: 4",
+    )
+    command.add_argument("--lr", type=float, default=1e-6, metavar="X", help="learning rate; default: 1e-6")
+    command.add_argument("--prompts-per-turn", type=int, default=32, metavar="N", help="default: 32, or all")
+    command.add_argument("--samples", type=int, default=4, metavar="K", help="responses to a prompt; default: 4")
+    command.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of a response; default: 3000, or what the model has positions for"
+    )
+    command.add_argument("--prompt-column", default="prompt", metavar="NAME", help="default: prompt")
+    command.add_argument(
+        "--answer-column",
+        metavar="NAME",
+        help="right answers, for the accuracy before and after alone",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of sampling, and of the order of the prompts")
+    add_verifier(command, required=False)
+    command.add_argument("--resume", action="store_true", help="go on after an interruption")
+    command.set_defaults(run=_adapt)
+
 
 def _search(options: argparse.Namespace, overrides: list[str]) -> int:
     values, on = parse_overrides(overrides), placed(options)
@@ -103,3 +149,45 @@ def _search(options: argparse.Namespace, overrides: list[str]) -> int:
     print_counts(counts, options.method)
     print(f"{options.output}: {counts.prompts} rows")
     return 0
+
+
+def _adapt(options: argparse.Namespace, overrides: list[str]) -> int:
+    values, on = parse_overrides(overrides), placed(options)
+    max_kl, patience = (_number(options, name) for name in ("max_kl", "patience"))
+    from repirl.apps.adapt import AdaptOptions, adapt, print_result
+    from repirl.apps.judge import verifier_config
+    from repirl.apps.stop_rule import StopOptions
+    from repirl.distributed.world import leave_world
+
+    if patience is not None and patience != int(patience):
+        raise ConfigError(f"--patience is {options.patience!r}, expected a whole number, or none")
+    chosen = AdaptOptions(
+        stop=StopOptions(options.turns, max_kl, options.every, None if patience is None else int(patience)),
+        learning_rate=options.lr,
+        prompts=options.prompts_per_turn,
+        samples=options.samples,
+        max_tokens=options.max_tokens,
+        prompt=options.prompt_column,
+        answer=options.answer_column,
+        seed=options.seed,
+        verifier=verifier_config(options.verifier, options.processes, options.timeout, code_options(options)),
+        placed=on,
+    )
+    result = adapt(
+        options.policy, options.prm, options.prompts, options.output, chosen, values=values, resume=options.resume
+    )
+    leave_world()
+    print_result(result)
+    print(f"{options.output}/policy")
+    return 0
+
+
+def _number(options: argparse.Namespace, name: str) -> float | None:
+    """A number, or None for the word none."""
+    text = getattr(options, name)
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"--{name.replace('_', '-')} is {text!r}, expected a number, or none") from error

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from repirl.apps.beams import Beam, SearchedPrompt, SearchResult, SearchShape, search_steps
 from repirl.apps.best_of import choose
+from repirl.apps.prompt_rows import PromptRow
 from repirl.apps.score import AGGREGATES, aggregate_of
 from repirl.apps.solutions import Solution, encode, score_encoded
 from repirl.apps.trained import Placed
 from repirl.config import ConfigError
 from repirl.data.responses import decode_response
 from repirl.data.text import EndTokens
-from repirl.data.values import Place
 from repirl.options import VerifierConfig
 from repirl.prm import PRM
 from repirl.rollout.steps import Begun, StepSampler
 from repirl.verify.canonical import canonical_answer
-from repirl.verify.process import Verifier
+from repirl.verify.choose import AnyVerifier
 
 # How one of several responses is chosen.
 CHOICES = {"best_of_n": "best by the PRM", "majority": "majority vote", "weighted": "weighted vote", "oracle": "oracle"}
@@ -75,57 +75,41 @@ class SearchOptions:
             raise ConfigError("--separator is empty, expected a text that ends each step, newline or blank-line")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the input. ids: of its prompt, as the policy sees it."""
-
-    place: Place
-    row: dict[str, Any]
-    prompt: Any
-    answer: str | None
-    searched: SearchedPrompt
-
-
 @dataclass
 class Searcher:
     """All that a search needs. end: what ends a response of the policy; aggregate: a key of AGGREGATES."""
 
     sampler: StepSampler
     prm: PRM
-    verifier: Verifier
+    verifier: AnyVerifier
     ends: EndTokens
     options: SearchOptions
 
     def __post_init__(self) -> None:
         self.aggregate = AGGREGATES[self.options.aggregate or aggregate_of(self.prm)]
 
-    def search(self, rows: Sequence[Row]) -> list[SearchResult]:
+    def search(self, rows: Sequence[PromptRow]) -> list[SearchResult]:
         """Search for responses to the prompts of a few rows, side by side."""
 
         def score(beams: Sequence[tuple[int, Beam]]) -> list[tuple[tuple[float, ...], float]]:
             return self.score([rows[i] for i, _ in beams], [beam for _, beam in beams])
 
-        return search_steps([row.searched for row in rows], self.sampler.continued, score, self.options.shape)
+        prompts = [SearchedPrompt(row.number, row.token_ids) for row in rows]
+        return search_steps(prompts, self.sampler.continued, score, self.options.shape)
 
-    def score(self, rows: Sequence[Row], beams: Sequence[Beam]) -> list[tuple[tuple[float, ...], float]]:
-        """Step scores of each beam, by its text as `repirl score` reads it, and their aggregate. A beginning without
-        text has no steps, and the lowest score."""
-        texts = [self.text(beam) for beam in beams]
-        places = [i for i, beam in enumerate(beams) if beam.ended or texts[i]]
-        solutions = [
-            encode(Solution(rows[i].place, {}, rows[i].prompt, texts[i], beams[i].ended), self.prm, None)
-            for i in places
+    def score(self, rows: Sequence[PromptRow], beams: Sequence[Beam]) -> list[tuple[tuple[float, ...], float]]:
+        """Step scores of each beam, by its text as `repirl score` reads it, and their aggregate; see
+        `score_responses`."""
+        responses = [
+            Solution(row.place, {}, row.prompt, self.text(beam), beam.ended)
+            for row, beam in zip(rows, beams, strict=True)
         ]
-        scores: list[tuple[tuple[float, ...], float]] = [((), -math.inf)] * len(beams)
-        for number, scored in score_encoded(self.prm, solutions, self.options.placed.tokens):
-            steps = tuple(float(str(value)) for value in scored.steps.numpy())
-            scores[places[number]] = (steps, self.aggregate(steps))
-        return scores
+        return score_responses(self.prm, responses, self.aggregate, self.options.placed.tokens)
 
     def text(self, beam: Beam) -> str:
         return decode_response(beam.token_ids, self.ends, self.sampler.tokenizer)
 
-    def baseline(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[Beam]]:
+    def baseline(self, rows: Sequence[PromptRow], budgets: Sequence[int]) -> list[list[Beam]]:
         """Whole responses to each prompt, in the order of their seeds, up to the one that reaches the budget."""
         sampled: list[list[Beam]] = [[] for _ in rows]
 
@@ -138,11 +122,11 @@ class Searcher:
 
         while any(counts := [missing(i) for i in range(len(rows))]):
             asked = [
-                (i, ("whole", rows[i].searched.number, len(sampled[i]) + k))
+                (i, ("whole", rows[i].number, len(sampled[i]) + k))
                 for i, count in enumerate(counts)
                 for k in range(count)
             ]
-            begun = [Begun(rows[i].searched.token_ids, (), key, whole=True) for i, key in asked]
+            begun = [Begun(rows[i].token_ids, (), key, whole=True) for i, key in asked]
             for (i, _), new in zip(asked, self.sampler.continued(begun), strict=True):
                 sampled[i].append(Beam(new.token_ids, ended=new.ended, finished=True))
         for i, budget in enumerate(budgets):
@@ -156,7 +140,7 @@ class Searcher:
             ]
         return sampled
 
-    def judged(self, row: Row, beams: Sequence[Beam]) -> tuple[dict[str, Any], dict[str, bool]]:
+    def judged(self, row: PromptRow, beams: Sequence[Beam]) -> tuple[dict[str, Any], dict[str, bool]]:
         """The columns `response`, `finished`, `score`, `right` and `chosen` of what is chosen among the beams, and
         whether it is right, by the key of CHOICES."""
         texts = [self.text(beam) for beam in beams]
@@ -172,6 +156,30 @@ class Searcher:
         verdicts = self.verifier.judge([(text, row.answer) for text in texts])
         right = {name: verdicts[i] > 0.5 for name, i in chosen.items()} | {"oracle": any(v > 0.5 for v in verdicts)}
         return line | {"right": right["best_of_n"], "chosen": right}, right
+
+
+def score_responses(
+    prm: PRM, responses: Sequence[Solution], aggregate: Callable[[Sequence[float]], float], tokens: int
+) -> list[tuple[tuple[float, ...], float]]:
+    """Step scores of each response, and their aggregate. A beginning without text has no steps, and the lowest score.
+
+    Args:
+        prm: the PRM.
+        responses: given as text.
+        aggregate: of step scores.
+        tokens: in one batch at most; a longer response has one of its own.
+
+    Raises:
+        DataError: a response is longer than the PRM's window.
+        RunError: a reward is not finite.
+    """
+    places = [i for i, one in enumerate(responses) if one.finished or one.response]
+    encoded = [encode(responses[i], prm, None) for i in places]
+    scores: list[tuple[tuple[float, ...], float]] = [((), -math.inf)] * len(responses)
+    for number, scored in score_encoded(prm, encoded, tokens):
+        steps = tuple(float(str(value)) for value in scored.steps.numpy())
+        scores[places[number]] = (steps, aggregate(steps))
+    return scores
 
 
 def shown_number(score: float) -> float | None:

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
-from repirl_kernels.packed import segment_sum
+from repirl_kernels.packed import segment_mean, segment_sum
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -60,12 +60,21 @@ class FrozenPRM(RLOO):
         return tokenizer, set(find_end_tokens(config.data, tokenizer, config.policy.model).ids)
 
     def prepare(self, batch: PackedBatch) -> Metrics:
-        """As RLOO. Reports `step_reward`, the mean chance of a step, and `steps`, the mean number in a response."""
+        """As RLOO. Reports `response_reward`, the mean over responses of the mean reward of their tokens, or of the
+        mean chance of their steps; in the latter case also `step_reward`, the mean chance of a step, and `steps`, the
+        mean number in a response."""
         metrics = super().prepare(batch)
-        if not self.reads_rewards or self.rule is None:
+        if not self.reads_rewards:
             return metrics
+        if self.rule is None:
+            of_responses = segment_mean(batch.read("reward"), batch.response_cu_seqlens)
+            return metrics | {"response_reward": float(of_responses.mean())}
         chances = batch.read("reward")[self.ends].sigmoid()
-        return metrics | {"step_reward": float(chances.mean()), "steps": len(self.ends) / batch.num_sequences}
+        return metrics | {
+            "response_reward": float(segment_mean(chances, self.step_cu_seqlens).mean()),
+            "step_reward": float(chances.mean()),
+            "steps": len(self.ends) / batch.num_sequences,
+        }
 
     def token_advantages(self, batch: PackedBatch) -> Tensor:
         if not self.reads_rewards or self.rule is None:

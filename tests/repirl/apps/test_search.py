@@ -9,8 +9,9 @@ from tiny import make_model
 
 from repirl.apps.beams import Beam, SearchShape
 from repirl.apps.output import ResumableOutput
+from repirl.apps.prompt_rows import PromptRow
 from repirl.apps.search import SearchCounts, SearchOptions, search
-from repirl.apps.searcher import Row, Searcher
+from repirl.apps.searcher import Searcher
 from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.data.text import find_end_tokens
@@ -185,7 +186,7 @@ def test_a_beginning_without_text_has_the_lowest_score(place):
     prm = load_prm(place / "prm", device="cpu")
     sampler, ends = SimpleNamespace(tokenizer=prm.tokenizer), find_end_tokens(prm.prompts, prm.tokenizer)
     searcher = Searcher(sampler, prm, None, ends, OPTIONS)
-    row = Row(Place("in.jsonl", "line 1"), {}, "1+1=", None, None)
+    row = PromptRow(Place("in.jsonl", "line 1"), {}, "1+1=", None, 0, (1,))
     beams = [Beam((prm.tokenizer.pad_token_id,)), Beam((ends.turn,), ended=True, finished=True)]
     [(nothing, lowest), (steps, score)] = searcher.score([row, row], beams)
     assert (nothing, lowest) == ((), -math.inf)

@@ -67,6 +67,8 @@ def test_steps_take_the_place_of_tokens(tmp_path, loss):
     torch.testing.assert_close(advantage, of_steps.repeat_interleave(lengths))
     assert metrics["steps"] == sum(counts) / 4
     assert metrics["step_reward"] == pytest.approx(float(reward[ends].sigmoid().mean()))
+    of_responses = [part.mean() for part in reward[ends].sigmoid().split(counts)]
+    assert metrics["response_reward"] == pytest.approx(float(torch.stack(of_responses).mean()))
     # A number inside a step is nobody's.
     changed = reward.clone()
     changed[0] = 9.0
@@ -79,7 +81,10 @@ def test_a_prm_of_tokens_gives_token_rewards(tmp_path):
     config = build_config(values(tmp_path, prm={"reward": "logprob", "model": str(tmp_path / "model")}))
     policy, batch = FrozenPRM(config), rollouts()
     policy.select(batch, Data())
-    assert "steps" not in policy.prepare(batch)
+    metrics = policy.prepare(batch)
+    assert "steps" not in metrics
+    means = [part.mean() for part in batch.read("reward").split(batch.response_cu_seqlens.diff().tolist())]
+    assert metrics["response_reward"] == pytest.approx(float(torch.stack(means).mean()))
     expected = rloo_advantages(
         batch.outcome,
         batch.read("reward"),
