@@ -94,6 +94,43 @@ def calibrate(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float
     return threshold
 
 
+def calibrate_kept(scores: Sequence[Sequence[float]], wrong: Sequence[Sequence[int]]) -> float:
+    """The threshold with the best PRM-Score, over all thresholds there are. A step above it is kept.
+
+    Args:
+        scores: of the steps of each solution.
+        wrong: of each solution the wrong steps, from 0.
+
+    Returns:
+        The middle of the first interval of thresholds with the best score.
+
+    Raises:
+        ValueError: there are not steps of both kinds.
+    """
+    steps = sorted((s, i in bad) for one, bad in zip(scores, wrong, strict=True) for i, s in enumerate(one))
+    num_wrong = sum(is_wrong for _, is_wrong in steps)
+    if not 0 < num_wrong < len(steps):
+        raise ValueError(f"a threshold needs wrong and right steps, there are {num_wrong} and {len(steps) - num_wrong}")
+    # Below the least score all steps are kept; then they are rejected one after the other.
+    true_negatives, false_negatives = 0, 0
+    best, threshold = _prm_score(len(steps) - num_wrong, num_wrong, 0, 0), steps[0][0] - 1.0
+    for number, (score, is_wrong) in enumerate(steps):
+        true_negatives, false_negatives = true_negatives + is_wrong, false_negatives + (not is_wrong)
+        last = number + 1 == len(steps)
+        if not last and steps[number + 1][0] == score:
+            continue
+        value = _prm_score(
+            len(steps) - num_wrong - false_negatives, num_wrong - true_negatives, true_negatives, false_negatives
+        )
+        if value > best:
+            best, threshold = value, score + 1.0 if last else (score + steps[number + 1][0]) / 2
+    return threshold
+
+
+def _prm_score(tp: int, fp: int, tn: int, fn: int) -> float:
+    return (_f1(tp, fp, fn) + _f1(tn, fn, fp)) / 2
+
+
 @dataclass(frozen=True)
 class PRMBenchRow:
     """PRMBench's figures of one solution; shares from 0 to 1, None where there is no such step.
@@ -129,8 +166,7 @@ def prmbench_row(kept: Sequence[bool], error_steps: Iterable[int]) -> PRMBenchRo
     """PRMBench's figures of one solution.
 
     Args:
-        kept: for each step whether it is judged valid; PRMBench's rule is a score above 0.5, for the classification
-            `redundency` above 0.15.
+        kept: for each step whether it is judged valid; PRMBench's rule is a score above 0.5.
         error_steps: the wrong steps, counted from 1 as in PRMBench's files.
 
     Raises:
@@ -158,9 +194,8 @@ def prmbench_scores(rows: Iterable[PRMBenchRow]) -> PRMBenchScores:
     counts = Counter[str]()
     for row in rows:
         counts.update(row.f1_matrix)
-    f1 = _f1(counts["TP"], counts["FP"], counts["FN"])
-    negative = _f1(counts["TN"], counts["FN"], counts["FP"])
-    return PRMBenchScores(f1, negative, (f1 + negative) / 2)
+    tp, fp, tn, fn = (counts[name] for name in ("TP", "FP", "TN", "FN"))
+    return PRMBenchScores(_f1(tp, fp, fn), _f1(tn, fn, fp), _prm_score(tp, fp, tn, fn))
 
 
 def _f1(hits: int, false: int, missed: int) -> float:

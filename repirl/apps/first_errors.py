@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from repirl.apps.benchmarks import ProcessBenchScores, calibrate, processbench_scores
 from repirl.apps.lines import LinesFile, refuse_existing
@@ -15,7 +16,7 @@ from repirl.apps.score import Progress
 from repirl.apps.solutions import Columns, Solution, as_source, check_split, encode, read_solutions, score_encoded
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError
-from repirl.data.values import shown
+from repirl.evals.processbench import first_wrong
 from repirl.prm import PRM
 
 # Of step scores that are probabilities, where none is given.
@@ -106,12 +107,10 @@ def localize(
     files = {name: _read(name, options, output=output is not None) for name in names}
     tuned = None if calibration is None else _read(os.fspath(calibration), options)
     with trained_prm(prm, options.placed) as (loaded, _):
-        if options.threshold is None and tuned is None and loaded.description.steps.score != "end":
-            raise ConfigError(
-                "step scores of this PRM are no probabilities, so that no threshold goes without saying: give "
-                "--threshold NUMBER, or --calibrate FILE"
-            )
-        threshold, origin = _threshold(loaded, tuned, options, os.fspath(calibration or ""), names)
+        check_threshold(loaded, options.threshold, calibrated=tuned is not None)
+        tuned_on = os.fspath(calibration or "")
+        known = None if tuned is None else (_step_scores(loaded, tuned, options, tuned_on), tuned.labels)
+        threshold, origin = choose_threshold(options.threshold, known, tuned_on, names)
         scored = {name: _step_scores(loaded, file, options, name) for name, file in files.items()}
     predicted = {name: [_predict(steps, threshold) for steps in scored[name]] for name in names}
     if output is not None:
@@ -125,19 +124,40 @@ def _predict(scores: Sequence[float], threshold: float) -> int:
     return -1 if error is None else error
 
 
-def _threshold(
-    prm: PRM, tuned: _File | None, options: LocalizeOptions, name: str, names: Sequence[str]
+def check_threshold(prm: PRM, threshold: float | None, *, calibrated: bool) -> None:
+    """ConfigError where there is no threshold, neither given nor calibrated, and none goes without saying."""
+    if threshold is None and not calibrated and prm.description.steps.score != "end":
+        raise ConfigError(
+            "step scores of this PRM are no probabilities, so that no threshold goes without saying: give "
+            "--threshold NUMBER, or --calibrate FILE"
+        )
+
+
+def choose_threshold(
+    given: float | None,
+    tuned: tuple[Sequence[Sequence[float]], Sequence[Any]] | None,
+    name: str,
+    names: Sequence[str],
+    best: Callable[[Sequence[Sequence[float]], Sequence[Any]], float] = calibrate,
 ) -> tuple[float, str]:
-    """The threshold, and where it is from. name: of the file `tuned`; names: of the inputs."""
-    if options.threshold is not None:
-        return options.threshold, "given"
+    """The threshold, and where it is from.
+
+    Args:
+        given: by the user; None if it is not.
+        tuned: step scores and labels to calibrate it on; None for none.
+        name: of the file that these are from.
+        names: of the inputs.
+        best: finds the threshold.
+    """
+    if given is not None:
+        return given, "given"
     if tuned is None:
         return EVEN_CHANCE, "an even chance, as step scores are probabilities"
     try:
-        threshold = calibrate(_step_scores(prm, tuned, options, name), tuned.labels)
+        threshold = best(*tuned)
     except ValueError as error:
         raise ConfigError(f"--calibrate {name}: {error}") from error
-    told = f"calibrated on {name}, {len(tuned.labels)} solutions"
+    told = f"calibrated on {name}, {len(tuned[1])} solutions"
     if any(Path(name) == Path(source) for source in names):
         told += "; that is an input, too: its own figures are optimistic"
     return threshold, told
@@ -148,15 +168,9 @@ def _read(name: str, options: LocalizeOptions, *, output: bool = False) -> _File
     labels = []
     for solution in solutions:
         place, column = solution.place, options.label_column
-        label = place.value(solution.row, column, "--label-column")
         if isinstance(solution.response, str):
             raise place.error("the response is text, expected a list of steps, which the label counts")
-        count = len(solution.response)
-        if not isinstance(label, int) or isinstance(label, bool) or not -1 <= label < count:
-            raise place.error(
-                f"{column!r} is {shown(label)}, expected the number of the first wrong step, from 0 to {count - 1}, or "
-                "-1 for none"
-            )
+        label = first_wrong(solution.row, place, len(solution.response), column, "--label-column")
         if output and (taken := [name for name in ADDED if name in solution.row]):
             raise place.error(f"there is a column {taken[0]!r} already, which --output would replace: rename it")
         labels.append(label)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from repirl.apps.benchmarks import calibrate, prmbench_row, prmbench_scores, processbench_scores
+from repirl.apps.benchmarks import calibrate, calibrate_kept, prmbench_row, prmbench_scores, processbench_scores
 from repirl.apps.localize import best_threshold, first_error, first_error_f1
 
 
@@ -72,3 +72,23 @@ def test_prmbench_without_any_hit_divides_by_nothing():
     for kept, steps in (([], []), ([True], [2]), ([True], [0])):
         with pytest.raises(ValueError, match=r"\(from 1\) of a solution with \d steps"):
             prmbench_row(kept, steps)
+
+
+def test_calibration_for_prmbench_tries_every_threshold():
+    rng = random.Random(0)
+    for _ in range(60):
+        scores = [[float(rng.randint(-3, 3)) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(2, 8))]
+        wrong = [[i for i in range(len(steps)) if rng.random() < 0.4] for steps in scores]
+        wrong[0], wrong[1] = [0], []
+
+        def prm_score(value, scores=scores, wrong=wrong):
+            rows = [
+                prmbench_row([score > value for score in steps], [i + 1 for i in bad])
+                for steps, bad in zip(scores, wrong, strict=True)
+            ]
+            return prmbench_scores(rows).prm_score
+
+        threshold = calibrate_kept(scores, wrong)
+        assert prm_score(threshold) == pytest.approx(max(prm_score(i / 2) for i in range(-9, 10)))
+    with pytest.raises(ValueError, match="there are 0 and 1"):
+        calibrate_kept([[1.0]], [[]])
