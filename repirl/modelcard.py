@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import transformers
 
-from repirl import __version__
 from repirl.config import Config
 from repirl.dataconfig import SourceConfig
 from repirl.prm import PRMDescription
 from repirl.report.display import SHOWN
 from repirl.report.log import read_metrics
 from repirl.serving import serve_command
+from repirl.version import __version__
 
 # How r_t of a response token a_t is read, by kind.
 READ = {

@@ -18,8 +18,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.batch import pack
 from repirl.config import ConfigError
-from repirl.data.split import segment
-from repirl.data.text import EndTokens, encode_prompt, encode_solution, find_end_tokens
+from repirl.data.split import StepForm, segment
+from repirl.data.text import EndTokens, encode_joined, encode_prompt, encode_solution, find_end_tokens
 from repirl.dataconfig import DataConfig, Token
 from repirl.learner import Learner
 from repirl.model_checks import check_vocabulary
@@ -92,11 +92,13 @@ class Scorer(ABC):
     """What gives the reward of every token of a response: a model in this process (PRM), or one on a server.
 
     window: how many tokens a prompt and its response may have together; None where nothing names a limit.
+    form: how responses are written, for a PRM of others (repirl.foreign).
     """
 
     tokenizer: PreTrainedTokenizerBase
     description: PRMDescription
     window: int | None
+    form: StepForm | None = None
 
     @abstractmethod
     def rewards(self, pairs: Sequence[tuple[Part, Part]]) -> list[Tensor]:
@@ -137,8 +139,9 @@ class PRM(Scorer):
     tokenizer: PreTrainedTokenizerBase
     description: PRMDescription
     reference: Learner | None = None
+    form: StepForm | None = None
 
-    @cached_property
+    @property
     def window(self) -> int | None:  # type: ignore[override]
         """As Scorer."""
         models = [learner.model for learner in (self.learner, self.reference) if learner is not None]
@@ -227,6 +230,10 @@ class PRM(Scorer):
         for number, pair in enumerate(pairs):
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise TypeError(f"pair {number} is {pair!r:.60}, expected (prompt, response)")
+            if self.form is not None and isinstance(pair[0], str) and isinstance(pair[1], str):
+                text = self.form.write(self.form.steps(pair[1]))
+                joined = encode_joined(pair[0], text, self.prompts, self.tokenizer)
+                pair = (list(joined[0]), list(joined[1]))
             prompt = self._ids(pair[0], number, "prompt")
             response = self._ids(pair[1], number, "response")
             if isinstance(pair[1], str) and finished:

@@ -74,6 +74,11 @@ def add_prm(command: argparse.ArgumentParser, required: bool = True, more: str =
         "--prm", required=required, metavar="DIR", help=f"an exported PRM, or a run's folder or a step_N folder{more}"
     )
     command.add_argument("--reference", metavar="DIR", help="of `implicit` rewards, if it moved")
+    command.add_argument(
+        "--convention",
+        choices=("classifier", "qwen-math-prm", "math-shepherd"),
+        help="the PRM is one of others, which scores ends of steps by this convention; docs/models.md says how",
+    )
     command.add_argument("--tokens", type=int, default=16384, metavar="N", help="in a batch; default: 16384")
     command.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     command.add_argument(
@@ -87,7 +92,7 @@ def placed(options: argparse.Namespace) -> Any:
         raise ConfigError(f"--tokens is {options.tokens}, expected at least 1")
     from repirl.apps.trained import Placed
 
-    return Placed(options.device, options.dtype, options.reference, options.tokens)
+    return Placed(options.device, options.dtype, options.reference, options.tokens, options.convention)
 
 
 def add_verifier(command: argparse.ArgumentParser, required: bool) -> None:

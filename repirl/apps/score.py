@@ -227,6 +227,8 @@ def _made_with(solutions: Sequence[Solution], options: ScoreOptions) -> dict[str
     placed, columns, _ = made_with.pop("placed"), made_with.pop("columns"), made_with.pop("server")
     made_with |= {f"{name} column": column for name, column in columns.items()}
     made_with |= {"tokens": placed["tokens"], "dtype": placed["dtype"]}
+    if placed["convention"] is not None:
+        made_with["convention"] = placed["convention"]
     return made_with | {"input": f"{len(solutions)} rows, digest {digest.hexdigest()}"}
 
 

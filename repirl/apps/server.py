@@ -193,7 +193,8 @@ def served_prm(
     """
     quiet_transformers()
     placed = placed or Placed()
-    for option, value in (("--device", placed.device), ("--reference", placed.reference)):
+    refused = {"--device": placed.device, "--reference": placed.reference, "--convention": placed.convention}
+    for option, value in refused.items():
         if value is not None:
             raise ConfigError(f"{option} {value}: the server at {server.url} computes the rewards, leave it out")
     serves = server.models()

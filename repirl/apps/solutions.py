@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from repirl.config import ConfigError, RunError
+from repirl.data.errors import DataError
 from repirl.data.prompts import read_prompt
 from repirl.data.sources import read_rows
-from repirl.data.split import segment
+from repirl.data.split import StepForm, segment
 from repirl.data.steps import encode_steps
-from repirl.data.text import encode_solution
+from repirl.data.text import encode_joined, encode_solution
 from repirl.data.values import Place, shown
 from repirl.dataconfig import SourceConfig
 from repirl.prm import Scorer
@@ -174,6 +175,8 @@ def encode(solution: Solution, prm: Scorer, split: str | None) -> EncodedSolutio
             "the prompt is a list of messages, but this PRM was trained on prompts without a chat template (prompt in "
             "its description): give text"
         )
+    if prm.form is not None:
+        return _encode_form(solution, prm, prm.form, split)
     prompt = read_prompt({"prompt": solution.prompt}, place, "prompt", "--prompt-column", prm.prompts, prm.tokenizer)
     response, separator = solution.response, SEPARATORS.get(split or "", described.steps.separator)
     if isinstance(response, str) and split is not None and split.startswith(TAG):
@@ -190,6 +193,33 @@ def encode(solution: Solution, prm: Scorer, split: str | None) -> EncodedSolutio
         ids, ends = encode_steps(response, place, separator, prm.ends, prm.tokenizer, finished=solution.finished)
     _check_window(place, prm, len(prompt), len(ids))
     # Arrays take a quarter of the memory, or less.
+    return EncodedSolution(place, array("i", prompt), array("i", ids), ends)
+
+
+def _encode_form(solution: Solution, prm: Scorer, form: StepForm, split: str | None) -> EncodedSolution:
+    """A solution as a PRM of others wants it: `split` says what ends a step in a text, a tag of the PRM behind it."""
+    place, response = solution.place, solution.response
+    if isinstance(response, str):
+        if split is not None and split.startswith(TAG):
+            response = _untagged(response, place, split.removeprefix(TAG))
+        else:
+            response = tuple(replace(form, split=SEPARATORS.get(split or "", form.split)).steps(response))
+    steps = [step.strip() for step in response]
+    if not steps or not all(steps):
+        raise place.error("the response has no tokens" if not steps else "a step is empty")
+    try:
+        prompt, ids = encode_joined(solution.prompt, form.write(steps), prm.prompts, prm.tokenizer)
+    except DataError as error:
+        raise place.error(str(error)) from error
+    if not prompt:
+        raise place.error("the prompt has no tokens")
+    ends = segment(ids, form.tag, prm.tokenizer, ended=False).ends
+    if len(ends) != len(steps):
+        raise place.error(
+            f"the tag {form.tag!r}, which the PRM scores behind each of the {len(steps)} steps, is read {len(ends)} "
+            "times: give steps that do not hold it"
+        )
+    _check_window(place, prm, len(prompt), len(ids))
     return EncodedSolution(place, array("i", prompt), array("i", ids), ends)
 
 

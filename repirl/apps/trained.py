@@ -17,6 +17,7 @@ from repirl.checkpoint.fingerprints import fingerprint_model
 from repirl.checkpoint.manifest import checksum, list_checkpoints, resolve_checkpoint
 from repirl.config import ConfigError
 from repirl.export import export_checkpoint
+from repirl.foreign import CONVENTIONS, load_foreign
 from repirl.model_files import read_model_config
 from repirl.models import quiet_transformers
 from repirl.prm import PRM, PromptFormat, load_prm
@@ -33,16 +34,22 @@ class Placed:
         dtype: of its weights, one of DTYPES.
         reference: where the reference of `implicit` rewards is now, if it moved.
         tokens: what one forward pass may hold.
+        convention: how a PRM of others is read, a key of foreign.CONVENTIONS; None for one that describes itself.
     """
 
     device: str | None = None
     dtype: str = "float32"
     reference: str | None = None
     tokens: int = 16384
+    convention: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"--tokens is {self.tokens}, expected at least 1")
+        if self.convention is not None and self.convention not in CONVENTIONS:
+            raise ConfigError(f"--convention is {self.convention!r}, expected one of {', '.join(CONVENTIONS)}")
+        if self.convention is not None and self.reference is not None:
+            raise ConfigError(f"--reference {self.reference}: rewards by --convention have none, leave it out")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.device is not None:
@@ -135,10 +142,15 @@ def is_run(name: str | os.PathLike) -> bool:
 
 
 def _load(name: str, placed: Placed) -> PRM:
+    dtype = getattr(torch, placed.dtype)
+    if placed.convention is not None:
+        return load_foreign(
+            name, placed.convention, device=placed.device, dtype=dtype, tokens_per_microbatch=placed.tokens
+        )
     return load_prm(
         name,
         device=placed.device,
-        dtype=getattr(torch, placed.dtype),
+        dtype=dtype,
         tokens_per_microbatch=placed.tokens,
         reference=placed.reference,
     )

@@ -26,6 +26,34 @@ class Steps:
     ends: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class StepForm:
+    """How a PRM that scores the end of each step wants responses to be written.
+
+    Args:
+        tag: stands behind each step, the last one too; the step is scored at its last token.
+        split: what ends a step in a response that is one text.
+        between: stands between a tag and the next step.
+        numbered: whether steps begin with "Step 1: ", "Step 2: ", ...
+    """
+
+    tag: str
+    split: str
+    between: str = ""
+    numbered: bool = False
+
+    def steps(self, text: str) -> list[str]:
+        """The steps of a response that is one text; none where it is blank."""
+        return [step for part in text.split(self.split) if (step := part.strip())]
+
+    def write(self, steps: Sequence[str]) -> str:
+        """The text of a response with these steps."""
+        if self.numbered:
+            numbers = [f"Step {number}:" for number in range(1, len(steps) + 1)]
+            steps = [s if s.startswith(n) else f"{n} {s}" for s, n in zip(steps, numbers, strict=True)]
+        return self.between.join(step + self.tag for step in steps)
+
+
 def split_steps(text: str, separator: str) -> list[str]:
     """Split a text behind each separator. What is blank belongs to the step before it, or to the first one.
 

@@ -109,10 +109,35 @@ def encode_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTraine
 
     DataError where the options do not fit the prompt or the tokenizer.
     """
+    return _encode_written(write_prompt(prompt, data, tokenizer), data, tokenizer)
+
+
+def encode_joined(
+    prompt: str | Messages, response: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of a prompt and what follows it, encoded as one text, which matters where they meet within a line.
+
+    Returns:
+        Those that the prompt alone has as well, and the rest.
+    """
+    text = write_prompt(prompt, data, tokenizer)
+    alone, ids = (_encode_written(part, data, tokenizer) for part in (text.rstrip(" "), text + response))
+    same = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
+    return ids[:same], ids[same:]
+
+
+def _encode_written(text: str, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if not data.chat_template:
+        return _encode_start(text, tokenizer)
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def write_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a prompt; see encode_prompt."""
     if isinstance(prompt, str):
         prompt = data.prompt_template.replace("{prompt}", prompt)
         if not data.chat_template:
-            return _encode_start(prompt, tokenizer)
+            return prompt
         messages = [{"role": "user", "content": prompt}]
     else:
         if not data.chat_template:
@@ -128,7 +153,7 @@ def encode_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTraine
     for what, message in [("data.system", messages[0])] * (data.system is not None) + [("the prompt", messages[-1])]:
         if "".join(message["content"].split()) not in "".join(text.split()):
             raise DataError(f"the chat template leaves out {what}: it does not support the role {message['role']!r}")
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    return text
 
 
 def _encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
