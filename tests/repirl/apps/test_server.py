@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 import time
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 from pooling_server import pooling_server
+from shared import ROOT
 from tiny import make_model, make_step_prm
 
 from repirl.apps import server as module
@@ -252,6 +255,37 @@ def test_a_probe_is_of_the_weights_as_exported(tmp_path):
     assert 0 < (torch.tensor(rounded.rewards) - expected).abs().max() < 0.5
 
 
-def test_the_command_that_serves_is_one_line():
-    assert serve_command("out/prm", "bfloat16")[:3] == ["vllm", "serve", "out/prm"]
+def readme():
+    """What README says of serving."""
+    return (ROOT / "README.md").read_text().partition("## Serve a PRM\n")[2].partition("\n## ")[0]
+
+
+def commands(text):
+    """The commands in indented lines, as words."""
+    lines = re.findall(r"^    (.+)$", text.replace("\\\n", " ").partition("```")[0], re.M)
+    return [shlex.split(line) for line in lines]
+
+
+def test_readme_starts_a_server_as_messages_do():
+    [serve, score, _] = commands(readme())
+    assert serve == serve_command("out/prm")
+    assert score[:4] == ["repirl", "score", "--server", "http://127.0.0.1:8000"]
     assert "bfloat16" in serve_command("out/prm", "bfloat16")
+
+
+def test_clients_in_readme_get_rewards(prm, served):
+    loaded = load_prm(prm, device="cpu")
+    [_, _, curl] = commands(readme())
+    address, header, body = curl[1], curl[3], curl[5]
+    request = Request(address.replace("http://127.0.0.1:8000", served.url), body.encode())
+    request.add_header(*header.split(": "))
+    with urlopen(request) as answer:
+        values = [value for [value] in json.load(answer)["data"][0]["data"]]
+    ids = json.loads(body)["input"][0]
+    assert values[1:] == pytest.approx(loaded.rewards([(ids[:1], ids[1:])])[0].tolist(), abs=1e-5)
+
+    code = readme().partition("```python\n")[2].partition("```")[0]
+    result = {}
+    exec(code.replace("http://127.0.0.1:8000", served.url).replace("out/prm", str(prm)), result)
+    [expected] = loaded.rewards([("8+7-3=", "8+7=15; 15-3=12; #### 12")])
+    assert result["rewards"] == pytest.approx(expected.tolist(), abs=1e-5)
