@@ -152,6 +152,7 @@ def _called(test: str, place: Place, name: str) -> list[str]:
     except (SyntaxError, ValueError, RecursionError) as error:
         raise place.error(f"{name!r} holds a test that is no Python: {error}") from error
     bound = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -57,8 +57,7 @@ class CodeVerifier:
     """Judges programs, several at a time, as repirl.verify.process.Verifier judges answers. A right answer is the text
     of repirl.verify.code_tests.Tests.
 
-    num_timeouts, num_overlong: as there; no answer is overlong. counts: responses so far by what was wrong (keys of
-    KINDS), and `judged_twice` and `differing`.
+    counts: responses so far by what was wrong (keys of KINDS), and `judged_twice` and `differing` of these.
     """
 
     def __init__(self, config: VerifierConfig) -> None:
@@ -71,17 +70,14 @@ class CodeVerifier:
         self.config, self.options = config, config.code
         self.reasons: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
-        self.num_overlong = 0
         self._checker: Verifier | None = None
+        # One checker for all threads.
         self._lock = threading.Lock()
+        self._gives_up = threading.Event()
         if self.options.checker is not None:
             self._checker = Verifier(VerifierConfig(kind="custom", function=self.options.checker))
         self._sandbox: Sandbox | None = None
         self._opened()
-
-    @property
-    def num_timeouts(self) -> int:
-        return self.counts["timeouts"]
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Judge responses.
@@ -97,6 +93,7 @@ class CodeVerifier:
             RunError: the user's checker is at fault.
         """
         self.reasons = {}
+        self._gives_up.clear()
         sandbox = self._opened()
         with warnings.catch_warnings(), ThreadPoolExecutor(self.config.processes, "code") as threads:
             warnings.simplefilter("ignore")
@@ -106,6 +103,8 @@ class CodeVerifier:
                 verdicts = [judgement.result() for judgement in judgements]
                 second = {i: judgement.result() for i, judgement in again.items()}
             except BaseException:
+                # What runs now is waited for, and no more.
+                self._gives_up.set()
                 for judgement in (*judgements, *again.values()):
                     judgement.cancel()
                 raise
@@ -138,7 +137,10 @@ class CodeVerifier:
                 output_kb=options.max_output_kb,
             )
             workers, anywhere = self.config.processes, options.allow_unsandboxed
-            self._sandbox = Sandbox(limits, workers=workers, allow_unsandboxed=anywhere)
+            try:
+                self._sandbox = Sandbox(limits, workers=workers, allow_unsandboxed=anywhere)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (in a configuration verifier.code.allow_unsandboxed: true)") from error
         return self._sandbox
 
     def _judged_twice(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
@@ -171,6 +173,8 @@ class CodeVerifier:
             yield from self._calls(sandbox, code, tests)
             return
         for test in tests.tests:
+            if self._gives_up.is_set():
+                return
             if monotonic() > deadline:
                 yield late
             elif tests.style == "program":

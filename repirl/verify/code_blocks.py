@@ -73,7 +73,8 @@ def fenced_blocks(text: str) -> list[Block]:
         is_inner = len(line) - len(line.lstrip()) > indent + 3 and not line.strip().strip(fence[0])
         line = line[min(indent, len(line) - len(line.lstrip())) :]
         if line.rstrip().endswith(fence) and not is_inner:
-            lines.append(line.rstrip().rstrip(fence[0]))
+            if last := line.rstrip().rstrip(fence[0]):
+                lines.append(last)
             blocks.append(Block("\n".join(lines) + "\n", tag, closed=True))
             fence = ""
         else:

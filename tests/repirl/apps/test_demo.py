@@ -7,8 +7,10 @@ import pytest
 
 from repirl.apps import demo
 from repirl.apps.start import Start, make_data
+from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.report.log import read_metrics
+from repirl.verify.code import KINDS
 
 
 @pytest.fixture
@@ -24,6 +26,9 @@ def test_demo_makes_its_table_and_its_page(tmp_path, short, capsys):
     folder = tmp_path / "demo"
     assert demo.run(str(folder), seed=1) == 0
     printed = capsys.readouterr().out
+    assert "stage 1 of 7: make the model and the data" in printed
+    assert "stage 3 of 7: RLOO" in printed
+    assert "stage 7 of 7: find planted errors by each PRM" in printed
     results = json.loads((folder / "results.json").read_text())
     assert results["columns"] == ["", "start", *demo.ARITHMETIC.runs]
     labels = [row[0] for row in results["rows"]]
@@ -43,6 +48,19 @@ def test_demo_makes_its_table_and_its_page(tmp_path, short, capsys):
     with pytest.raises(ConfigError, match="exists and is no earlier demo"):
         demo.run(str(other))
     assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_demo_of_programs_runs_them_on_their_tests(tmp_path, short, capsys):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--task", "code", "--output-dir", str(folder), "--seed", "1"]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["task"], results["columns"]) == ("code", ["", "start", *demo.CODE.runs])
+    lines = read_metrics(demo.run_config(folder, 1, "rePIRL", "code").output_dir + "/metrics.jsonl")
+    # What such a new model writes is seldom a program, and each of 2 x 3 x 4 responses has been judged.
+    wrong = sum(lines[-1].get(f"rollout/verifier_{kind}", 0) for kind in KINDS)
+    assert 20 <= wrong <= 24
+    assert "takes some operations for others" in (folder / "report.html").read_text()
 
 
 def test_all_runs_start_from_the_same_weights_and_prompts(tmp_path, short):

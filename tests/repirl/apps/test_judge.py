@@ -80,6 +80,19 @@ def test_a_function_of_the_users_judges_within_its_limits(tmp_path, write, funct
     assert not (tmp_path / "b.jsonl").exists()
 
 
+def test_programs_are_run_on_the_tests_of_their_rows(tmp_path, write, capsys):
+    tests = [{"input": [2], "output": 4}, {"input": [3], "output": 9}]
+    texts = ["```python\ndef f(x):\n    return x * x\n```", "```python\ndef f(x):\n    return 4\n```", "no"]
+    rows = write(*({"response": text, "tests": tests, "entry_point": "f"} for text in texts))
+    output = tmp_path / "out.jsonl"
+    arguments = ["--answer-column", "tests", "--output", str(output), "--timeout", "60"]
+    assert main(["judge", "--verifier", "code", "--input", rows, *arguments]) == 0
+    assert [row["verdict"] for row in rows_of(output)] == [1, 0, 0]
+    reasons = ["passed", "wrong answer: test 2 of 2: 4 instead of 9", "no code found"]
+    assert [row["reason"] for row in rows_of(output)] == reasons
+    assert "3 responses, 33.3% right" in capsys.readouterr().out
+
+
 def test_counting_writes_nothing(tmp_path, write):
     counts = judge(verifier_config("math"), write({"response": "#### 1", "answer": 1, "verdict": 0.5}))
     assert (counts.responses, counts.right, counts.reasons) == (1, 1, {"equal": 1})

@@ -1,11 +1,14 @@
 """Benchmarks of programs: rows of each public format, what is asked, and what the tests say of right and wrong ones."""
 
+import gzip
 import json
 from contextlib import closing
 
 import pytest
+from tiny import make_model
 
 from repirl.apps.judge import verifier_config
+from repirl.cli import main
 from repirl.dataconfig import SourceConfig
 from repirl.evals import BENCHMARKS
 from repirl.evals.benchmark import read_problems
@@ -75,3 +78,17 @@ def test_a_base_model_goes_on_from_the_head_until_something_else_begins(tmp_path
     assert (text, ended) == ("    return [2 * x for x in xs]\n", True)
     with closing(make_verifier(verifier_config("code"))) as verifier:
         assert verifier.judge([(text, problem.answer)]) == [1]
+
+
+def test_a_model_is_asked_on_the_command_line(tmp_path, capsys):
+    model = make_model(tmp_path / "policy")
+    rows = [HUMANEVAL | {"prompt": f'def f(x):\n """{i}"""\n', "entry_point": "f", "task_id": str(i)} for i in range(2)]
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--data", str(tmp_path / "HumanEval.jsonl.gz"), "--model", str(model), "--prompt", "{problem}"]
+    arguments += ["--samples", "2", "--max-response-tokens", "4", "--timeout", "60"]
+    assert main(["eval", "--benchmark", "humaneval", *arguments, "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(result["figures"]) == ["greedy pass@1", "avg@2", "pass@2"]
+    assert result["sampled"]["unreadable"] == 4
+    assert "humaneval: 2 problems" in capsys.readouterr().out
