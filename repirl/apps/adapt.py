@@ -136,14 +136,7 @@ def adapt(
     config, rows = _read(policy, prm, os.fspath(prompts), folder, options, values or {})
     check_output_dir(config, resume)
     before = _answers(config, rows, options, prm)
-    rule = StopRule(options.stop)
-    checkpoints = list_checkpoints(folder / "run" / "checkpoints")
-    if checkpoints:
-        done = int(checkpoints[-1].name.removeprefix("step_"))
-        lines = read_metrics(folder / "run" / "metrics.jsonl")
-        rule.begin([line for line in lines if line["step"] <= done])
-    if not rule.reason:
-        train(config, resume=bool(checkpoints), callbacks=[rule])
+    rule = _train(config, options)
     export_checkpoint(folder / "run", folder)
     adapted = config.model_copy(update={"policy": config.policy.model_copy(update={"model": str(folder / "policy")})})
     after = _answers(adapted, rows, options, prm)
@@ -203,6 +196,18 @@ def _read(
         raise ConfigError("checkpoint.every is 0, so that there would be no policy to export: leave it out")
     tests = config.verifier.kind == "code"
     return config, read_prompt_rows(given, prompts, options.prompt, options.answer, tests=tests)
+
+
+def _train(config: Config, options: AdaptOptions) -> StopRule:
+    """Train until the rule says stop; a run that goes on may have ended already."""
+    rule, run = StopRule(options.stop), Path(config.output_dir)
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if checkpoints:
+        done = int(checkpoints[-1].name.removeprefix("step_"))
+        rule.begin([line for line in read_metrics(run / "metrics.jsonl") if line["step"] <= done])
+    if not rule.reason:
+        train(config, resume=bool(checkpoints), callbacks=[rule])
+    return rule
 
 
 def _holds(values: Mapping[str, Any], keys: Sequence[str]) -> bool:

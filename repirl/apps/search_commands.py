@@ -15,6 +15,11 @@ OVERRIDES = "other options of the configuration can be given as --a.b VALUE, suc
 
 def add_search_commands(commands: Any) -> None:
     """commands: the parser's subparsers."""
+    _add_search(commands)
+    _add_adapt(commands)
+
+
+def _add_search(commands: Any) -> None:
     command = commands.add_parser(
         "search",
         help="step-level search for responses by a trained PRM: beam search or DVTS",
@@ -75,6 +80,8 @@ def add_search_commands(commands: Any) -> None:
     command.add_argument("--resume", action="store_true", help="go on with the file; what is done is kept")
     command.set_defaults(run=_search)
 
+
+def _add_adapt(commands: Any) -> None:
     command = commands.add_parser(
         "adapt",
         help="test-time training: a policy on prompts, by the rewards of a frozen PRM, without outcomes",
