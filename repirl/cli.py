@@ -151,14 +151,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_demo)
 
-    _add_tools(commands)
-    add_commands(commands)
-    add_score_commands(commands)
-    add_export_commands(commands)
-    add_search_commands(commands)
-    add_signal_commands(commands)
-    add_report_commands(commands)
-    add_help_commands(commands)
+    for add in (_add_tools, add_commands, add_score_commands, add_export_commands, add_search_commands):
+        add(commands)
+    for add in (add_signal_commands, add_report_commands, add_help_commands):
+        add(commands)
     return parser
 
 
