@@ -8,6 +8,9 @@
 | APPS, TACO    | `input_output`: JSON of inputs, outputs and maybe fn_name; `starter_code`                  |
 | LeetCode      | `test` as HumanEval's, `entry_point` such as Solution().twoSum, `starter_code`            |
 | one's own     | a list of {"input": ..., "output": ...} or {"assert": ...}, or JSON of one; `entry_point` |
+
+What is given to functions and what they return is plain data: numbers, texts, lists, tuples, sets and dicts. Tests with
+other objects, such as the nodes of a tree, do not pass.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import zlib
 from typing import Any
 
 from repirl.data.values import Place, shown
+from repirl.verify.code_blocks import whole_head
 from repirl.verify.code_tests import Tests, parse_tests
 
 # Columns by which a format is known, where the column of answers is not there.
@@ -104,7 +108,7 @@ def _named(name: str, starter: str) -> str:
 def _check_function(row: dict[str, Any], place: Place, test: str, name: str) -> Tests:
     """HumanEval's test, LeetCode's, or assertions in one text."""
     entry = _entry(row, place)
-    starter = _text(row, "starter_code") or _starter_of(_text(row, "prompt"))
+    starter = "\n\n".join(filter(None, [_starter_of(_text(row, "prompt")), _text(row, "starter_code")]))
     if re.search(r"^def\s+check\s*\(", test, re.M):
         if entry is None:
             raise place.error(f"{name!r} defines check(candidate), but there is no column 'entry_point' that names it")
@@ -119,7 +123,7 @@ def _check_function(row: dict[str, Any], place: Place, test: str, name: str) -> 
 def _without(starter: str, entry: str) -> str:
     """What tests may use of the starter code, such as imports and helpers: all but the function that is asked for."""
     try:
-        tree = ast.parse(starter)
+        tree = ast.parse(whole_head(starter))
     except (SyntaxError, ValueError, RecursionError):
         return ""
     kept = [node for node in tree.body if getattr(node, "name", None) not in entry.split(".")]

@@ -49,7 +49,7 @@ def preview(
     lines.append(f"a response ends with {' or '.join(names)}")
     answers = [(prompt, prompt.answer) for prompt in prompts if prompt.answer is not None]
     if answers:
-        lines += [f"first answer: {answers[0][1]!r}", _readable(config.verifier, answers)]
+        lines += [f"first answer: {_quoted(answers[0][1])}", _readable(config.verifier, answers)]
     return lines
 
 
@@ -124,7 +124,10 @@ def preview_steps(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def _text(token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> str:
-    text = str(tokenizer.decode(list(token_ids)))
+    return _quoted(str(tokenizer.decode(list(token_ids))))
+
+
+def _quoted(text: str) -> str:
     return repr(text[:_SHOWN]) + (f" ... ({len(text)} characters)" if len(text) > _SHOWN else "")
 
 

@@ -56,7 +56,7 @@ def find_code(response: str, entry: str | None, starter: str = "") -> str | None
     if _is_body(code, entry) and starter.strip():
         # A body, of the head that the starter code ends with.
         return _hoisted("", f"{starter.rstrip()}\n{_body(code)}")
-    return _hoisted(_head(starter), _in_class(textwrap.dedent(code), entry))
+    return _hoisted(whole_head(starter), _in_class(textwrap.dedent(code), entry))
 
 
 def fenced_blocks(text: str) -> list[Block]:
@@ -142,14 +142,16 @@ def _body(code: str) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _head(starter: str) -> str:
-    """The starter code that is a program by itself: all of it, where its functions have a body, such as a docstring;
-    else what stands before its first function or class."""
-    try:
-        compile(starter, "starter", "exec")
-        return starter
-    except (SyntaxError, ValueError):
-        return re.split(r"^(?:@|class\b|def\b|async\b)", starter, maxsplit=1, flags=re.M)[0]
+def whole_head(starter: str) -> str:
+    """Starter code as a program by itself: where its last function has no body, it gets one. Where that is not enough,
+    what stands before its first function or class."""
+    for text in (starter, f"{starter.rstrip()} pass\n"):
+        try:
+            compile(text, "starter", "exec")
+            return text
+        except (SyntaxError, ValueError):
+            continue
+    return re.split(r"^(?:@|class\b|def\b|async\b)", starter, maxsplit=1, flags=re.M)[0]
 
 
 def _in_class(code: str, entry: str | None) -> str:

@@ -35,6 +35,10 @@ def test_humaneval_and_leetcode():
     starter = "class Solution:\n    def f(self, x):\n        "
     tests = read({"entry_point": "Solution().f", "test": check.replace("helper()", "1"), "starter_code": starter})
     assert (tests.entry, tests.starter, tests.names) == ("Solution.f", starter, ["Solution.f"])
+    prompt = "import math\n\nclass ListNode:\n    pass\n"
+    tests = read({"prompt": prompt, "entry_point": "Solution().f", "test": check, "starter_code": starter})
+    assert tests.starter == f"{prompt}\n\n{starter}"
+    assert tests.setup == "import math\n\nclass ListNode:\n    pass"
 
 
 def test_mbpp():

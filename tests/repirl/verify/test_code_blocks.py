@@ -70,7 +70,7 @@ def test_starter_code_goes_before_it(response, starter):
     ],
 )
 def test_a_method_may_come_with_its_class_or_without(response):
-    starter = "class Solution:\n    def f(self, x: int) -> int:\n        "
+    starter = "class Unused:\n    pass\n\nclass Solution:\n    def f(self, x: int) -> int:\n        "
     assert run(find_code(response, "Solution.f", starter), "Solution.f") == 1
 
 
