@@ -6,6 +6,7 @@
 # make test-vllm           the vLLM engine with a real vLLM on the CPU, in .venv-vllm on top of .venv
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make study     where the training systems differ, within an hour on two cores; options: make study STUDY="--only exact"
+# make tour      every use of a trained PRM once, on the demo's arithmetic, within ten minutes on two cores: examples/tour.sh
 # make reference docs/reference.md, from what the program says of its commands and options
 # make lint      ruff (rules and format), clang-format and mypy
 # make format    rewrite what the two formatters of make lint would change
@@ -20,7 +21,7 @@ CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 # auto: see tests/conftest.py.
 WORKERS ?= auto
 
-.PHONY: install demo study test test-integrations test-vllm bench reference lint format clean
+.PHONY: install demo study tour test test-integrations test-vllm bench reference lint format clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ demo: install
 
 study: install
 	$(BIN)/python -m bench.study $(STUDY)
+
+tour: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/tour.sh
 
 # A worker begins with its part of the tests in their order, so that a file's tests stay together, and takes over half of
 # what another one still has to do when it is done.
