@@ -10,19 +10,35 @@ from typing import Any
 from repirl.config import ConfigError
 from repirl.configfile import parse_overrides
 
-# Benchmarks of reward models; those of answers are in repirl.evals.
+# The names in repirl.evals.BENCHMARKS, which takes long to import.
+ANSWER_BENCHMARKS = (
+    "gsm8k",
+    "math500",
+    "aime",
+    "amc",
+    "minerva",
+    "olympiadbench",
+    "humaneval",
+    "humaneval-base",
+    "mbpp",
+    "livecodebench",
+)
+# Benchmarks of reward models.
 STEP_BENCHMARKS = ("processbench", "prmbench")
 # Options of each kind that are None unless they are given.
 ASK_OPTIONS = ("samples", "temperature", "max_response_tokens", "problems", "prompt")
 ANSWER_OPTIONS = ("model", "responses", *ASK_OPTIONS, "resamples", "processes", "timeout", "allow_unsandboxed")
-STEP_OPTIONS = ("prm", "threshold", "calibrate", "split", "reference", "tokens")
+STEP_OPTIONS = ("prm", "threshold", "calibrate", "split", "reference", "convention", "tokens")
 
 
 def add_benchmark_options(command: argparse.ArgumentParser) -> None:
     """The options of `repirl eval --benchmark`."""
     group = command.add_argument_group("benchmarks")
     group.add_argument(
-        "--benchmark", metavar="NAME", help=f"a benchmark of answers, such as gsm8k, or {' or '.join(STEP_BENCHMARKS)}"
+        "--benchmark",
+        metavar="NAME",
+        choices=(*ANSWER_BENCHMARKS, *STEP_BENCHMARKS),
+        help=f"of a policy: {', '.join(ANSWER_BENCHMARKS)}; of a PRM: {', '.join(STEP_BENCHMARKS)}",
     )
     group.add_argument(
         "--data", nargs="+", metavar="FILE", help="its data: JSON lines, CSV or Parquet, or owner/name:split of the hub"
@@ -55,6 +71,7 @@ def add_benchmark_options(command: argparse.ArgumentParser) -> None:
     steps.add_argument("--calibrate", metavar="FILE", help="take the threshold that is best on these rows")
     steps.add_argument("--split", metavar="HOW", help="what is put between steps; as in repirl score")
     steps.add_argument("--reference", metavar="DIR", help="of `implicit` rewards, if it moved")
+    steps.add_argument("--convention", metavar="NAME", help="of a PRM of others; as in repirl score")
     steps.add_argument("--tokens", type=int, metavar="N", help="in a batch; default: 16384")
 
 
@@ -101,7 +118,7 @@ def _steps(options: argparse.Namespace, changes: Mapping[str, Any]) -> int:
     from repirl.apps.eval_steps import StepOptions, eval_prm, print_result
     from repirl.apps.trained import Placed
 
-    names = {"reference": "reference", "tokens": "tokens"}
+    names = {name: name for name in ("reference", "convention", "tokens")}
     placed = Placed(**{**changes, **_given(options, names)})
     chosen = StepOptions(options.threshold, options.split, placed)
     print_result(

@@ -18,7 +18,7 @@ from repirl.configfile import build_config, merge
 from repirl.data.prompts import Prompt
 from repirl.data.responses import decode_response
 from repirl.data.text import encode_prompt, find_end_tokens
-from repirl.evals.benchmark import Benchmark, Problem, read_problems
+from repirl.evals.benchmark import BOXED, Benchmark, Problem, read_problems
 from repirl.model_checks import longest_position
 from repirl.model_files import read_model_config
 from repirl.models import load_tokenizer
@@ -99,7 +99,7 @@ class Asked:
         return {
             "benchmark": self.benchmark.name,
             "data": f"{len(self.problems)} problems, digest {digest.hexdigest()}",
-            "model": fingerprint_model(config.policy.model),
+            "model": fingerprint_model(config.policy.model, config.policy.gguf_file),
             "seed": config.seed,
             "samples": self.samples,
             "temperature": config.rollout.temperature,
@@ -157,17 +157,19 @@ class AskOptions:
 def ask(benchmark: Benchmark, data: str, model: str, output_dir: str, options: AskOptions) -> Asked:
     """What a model is asked. Of the model only configuration and tokenizer are read.
 
-    A model that repirl exported gets problems as it was trained: inside the prompt_template or chat template that its
-    config.json names, without the benchmark's own words. Any other model gets the benchmark's prompt, inside its chat
-    template where its tokenizer has one.
+    A model that repirl exported gets prompts as it was trained: inside the prompt_template or chat template that its
+    config.json names, and where the benchmark's prompt is BOXED the problem alone. Any other model gets the benchmark's
+    prompt, inside its chat template where its tokenizer has one.
 
     Raises:
         ConfigError: for data, a model or options that cannot be used.
     """
-    described, tokenizer = read_model_config(model), load_tokenizer(model)
+    changes = dict(options.changes or {})
+    gguf_file = (changes.get("policy") or {}).get("gguf_file")
+    described, tokenizer = read_model_config(model, gguf_file), load_tokenizer(model, gguf_file)
     trained = _trained_prompt(described)
     template = options.prompt
-    if template is None and trained is not None and isinstance(benchmark.prompt, str):
+    if template is None and trained is not None and benchmark.prompt == BOXED:
         template = "{problem}"
     if template is not None:
         benchmark = replace(benchmark, prompt=template)
@@ -180,7 +182,6 @@ def ask(benchmark: Benchmark, data: str, model: str, output_dir: str, options: A
         "data": {"train": data, **(trained or {"chat_template": bool(tokenizer.chat_template)})},
         "rollout": {"temperature": options.temperature or benchmark.sampling.temperature},
     }
-    changes = dict(options.changes or {})
     config = build_config(merge(base, changes))
     prompts = [
         Prompt(number, tuple(encode_prompt(problem.prompt, config.data, tokenizer)), None)

@@ -110,7 +110,7 @@ def eval_prm(
     with trained_prm(prm, options.placed) as (loaded, prints):
         check_threshold(loaded, options.threshold, calibrated=tuned_on is not None)
         made_with = {"benchmark": benchmark, "split": options.split, "tokens": options.placed.tokens}
-        made_with |= {"dtype": options.placed.dtype, **prints}
+        made_with |= {"dtype": options.placed.dtype, "convention": options.placed.convention, **prints}
         scores = _scored(loaded, parts, options, made_with, output, resume)
     known = None
     if tuned_on is not None:

@@ -8,7 +8,9 @@ from tiny import make_model
 
 from repirl.apps import eval_answers
 from repirl.apps.eval_answers import GradeOptions, eval_model, eval_responses
+from repirl.apps.eval_commands import ANSWER_BENCHMARKS, STEP_BENCHMARKS
 from repirl.apps.eval_sampling import AskOptions, ask, sampled
+from repirl.apps.eval_steps import READERS
 from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.evals import BENCHMARKS
@@ -167,6 +169,11 @@ def test_given_responses_are_judged(tmp_path, data, capsys):
     assert "exists: choose another file" in capsys.readouterr().err
 
 
+def test_the_command_line_names_every_benchmark():
+    assert set(ANSWER_BENCHMARKS) == set(BENCHMARKS)
+    assert set(STEP_BENCHMARKS) == set(READERS)
+
+
 def test_stops_end_responses(tmp_path, data, monkeypatch):
     monkeypatch.setitem(BENCHMARKS, "gsm8k", replace(BENCHMARKS["gsm8k"], stop=("\nQ:",)))
     given = write(tmp_path / "a.jsonl", [{"id": 1, "response": "#### 3\nQ: #### 4", "finished": False}])
@@ -176,17 +183,16 @@ def test_stops_end_responses(tmp_path, data, monkeypatch):
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path, data, model, capsys):
-    def refused(*arguments, benchmark="gsm8k"):
-        assert main(["eval", "--benchmark", benchmark, *arguments]) == 2
+    def refused(*arguments):
+        assert main(["eval", "--benchmark", "gsm8k", *arguments]) == 2
         return capsys.readouterr().err
 
     def refused_row(**row):
         return refused("--data", data, "--responses", write(tmp_path / "r.jsonl", [row]))
 
     assert "needs its data: give --data FILE" in refused()
-    assert "--benchmark is 'gsm9k', expected one of gsm8k" in refused(
-        "--data", data, "--responses", data, benchmark="gsm9k"
-    )
+    with pytest.raises(ConfigError, match="--benchmark is 'gsm9k', expected one of gsm8k"):
+        eval_responses("gsm9k", data, data)
     assert "give one of --model DIR and --responses FILE" in refused("--data", data)
     assert "names 2 files, expected one" in refused("--data", data, data, "--model", model)
     assert "give --output DIR" in refused("--data", data, "--model", model)
