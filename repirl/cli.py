@@ -105,7 +105,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=ShowVersions)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for add in (_add_training, _add_tools, add_commands, add_score_commands, add_export_commands, add_search_commands):
+        add(commands)
+    for add in (add_signal_commands, add_report_commands, add_help_commands):
+        add(commands)
+    return parser
 
+
+def _add_training(commands: Any) -> None:
+    """The commands that train, or plan to. commands: the parser's subparsers."""
     command = commands.add_parser(
         "train", help="train from a configuration", epilog=OVERRIDES, allow_abbrev=False, add_help=False
     )
@@ -150,12 +158,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=1, metavar="N", help="CPU threads; default 1, the model is too small for more"
     )
     command.set_defaults(run=_demo)
-
-    for add in (_add_tools, add_commands, add_score_commands, add_export_commands, add_search_commands):
-        add(commands)
-    for add in (add_signal_commands, add_report_commands, add_help_commands):
-        add(commands)
-    return parser
 
 
 def _add_tools(commands: Any) -> None:

@@ -3,11 +3,11 @@
 import pytest
 from shared import ROOT
 
+from repirl.apps.reference_page import reference_page
 from repirl.cli import main
 from repirl.config import Config, ConfigError
 from repirl.configfile import build_config, list_presets, load_config
 from repirl.reference import TITLES, all_options, commented_yaml, help_text, option_groups, preset_summary, write_value
-from repirl.reference_page import reference_page
 from repirl.strict_yaml import load_yaml
 
 

@@ -1,6 +1,6 @@
 """docs/reference.md: commands, options, presets, training systems and Python names, from what the program itself says.
 
-python -m repirl.reference_page --write docs/reference.md    # the same: make reference
+python -m repirl.apps.reference_page --write docs/reference.md    # the same: make reference
 """
 
 from __future__ import annotations
