@@ -12,6 +12,7 @@ sloppy student, and the verifier is exact, as tests are: SFT, RLOO, rePIRL, and 
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import shutil
@@ -124,12 +125,19 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1, task
 
     demo = DEMOS[task]
     console.print(f"[bold]rePIRL demo[/]: a small model with a bad habit, {len(demo.runs)} ways to lose it")
+    stages = itertools.count(1)
+
+    def begin(what: str) -> None:
+        console.print(f"[bold]stage {next(stages)} of {len(demo.runs) + 2}[/]: {what}", highlight=False)
+
+    begin("make the model and the data")
     tests = make_start(folder, seed, demo.start, task)
 
     # A policy is a PRM by its log-probabilities: what a trained one has to beat.
     start = load_prm(folder / "start", device="cpu", description=PRMDescription(reward="logprob"))
     results, prms = {}, {"start policy's log-probs": start}
     for name in demo.runs:
+        begin(name)
         config = run_config(folder, seed, name, task)
         reset_peak_memory(torch.device("cpu"))
         train(config)
@@ -141,6 +149,7 @@ def run(output_dir: str = "runs/demo", seed: int = 0, num_threads: int = 1, task
         elif not config.system.online:
             # The log-probabilities of one that imitates the experts are a PRM, too.
             prms[name] = load_prm(export / "policy", device="cpu", description=PRMDescription(reward="logprob"))
+    begin("find planted errors by each PRM")
     scores = {name: score_solutions(prm, tests, task) for name, prm in prms.items()}
     judgments = {name: judge([s for s, _ in score], [t.error_step for t in tests]) for name, score in scores.items()}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 # The metrics that the display shows: name, label, format. `tokens/second` are those of the whole step.
@@ -34,6 +37,45 @@ SHOWN = [
 ]
 
 
+# Without a terminal there is a line at least that often, in seconds, as long as steps take less.
+LONGEST_SILENCE = 60.0
+# Of the last so many steps the mean time is taken.
+PACE_STEPS = 20
+
+
+class Pace:
+    """How fast steps go: the mean of the last ones, evaluations and checkpoints included.
+
+    The first step of a process is left out, because it may compile kernels, and fills caches.
+
+    Args:
+        total_steps: of the run.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total_steps, clock
+        self._times: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
+
+    def done(self, step: int) -> None:
+        """So many steps are done now."""
+        self._times.append((step, self._clock()))
+
+    def __str__(self) -> str:
+        """Seconds a step and the time left, such as "2.5 s/step, 1:02:30 left"; empty while neither is known, and at
+        the end."""
+        if len(self._times) < 2:
+            return ""
+        (first, start), (last, now) = self._times[0], self._times[-1]
+        each = (now - start) / (last - first)
+        if last >= self._total:
+            return ""
+        minutes, seconds = divmod(round(each * (self._total - last)), 60)
+        hours, minutes = divmod(minutes, 60)
+        left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"{each:.3g} s/step, {left} left"
+
+
 class ProgressDisplay:
     """Shows a progress bar, the current phase and the newest metrics; prints plain lines if there is no terminal.
 
@@ -42,27 +84,40 @@ class ProgressDisplay:
     Args:
         total_steps: the number of steps of the run.
         title: stands in front of the bar.
+        compiles: whether the first step compiles kernels, which is said then.
         console: where to print; None for standard output.
+        clock: seconds from any origin.
     """
 
-    def __init__(self, total_steps: int, title: str, *, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        title: str,
+        *,
+        compiles: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = console or Console()
-        self.total_steps, self.title = total_steps, title
+        self.total_steps, self.title, self.compiles = total_steps, title, compiles
+        self._pace, self._clock, self._printed = Pace(total_steps, clock), clock, clock()
         self._history: dict[str, list[float]] = {}
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[pace]}"),
             TextColumn("{task.fields[phase]}"),
             console=self.console,
         )
-        self._task = self._progress.add_task(title, total=total_steps, phase="")
+        self._task = self._progress.add_task(title, total=total_steps, pace="", phase="")
         self._live = Live(self._view(), console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:
             self._live.start()
+        elif self.compiles:
+            self.console.print(f"{self.title}: the first step compiles kernels and takes longer than those after it")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -71,7 +126,7 @@ class ProgressDisplay:
 
     def phase(self, name: str) -> None:
         """Show that a phase of the step begins."""
-        self._progress.update(self._task, phase=name)
+        self._progress.update(self._task, phase=f"{name} (first step: kernels are compiled)" if self.compiles else name)
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Show that `step` steps are done, with the metrics of the last one."""
@@ -79,14 +134,19 @@ class ProgressDisplay:
             metrics = metrics | {"tokens/second": metrics["tokens"] / metrics["seconds/step"]}
         for name, value in metrics.items():
             self._history.setdefault(name, []).append(value)
-        self._progress.update(self._task, completed=step)
+        self.compiles = False
+        self._pace.done(step)
+        self._progress.update(self._task, completed=step, pace=str(self._pace))
         if self.console.is_terminal:
             self._live.update(self._view())
             return
         every = max(1, self.total_steps // 20)
-        if step % every == 0 or step == self.total_steps or "eval/accuracy" in metrics:
+        is_late = self._clock() - self._printed >= LONGEST_SILENCE
+        if step % every == 0 or step == self.total_steps or "eval/accuracy" in metrics or is_late:
+            self._printed = self._clock()
             shown = [f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics]
-            self.console.print(f"{self.title} {step}/{self.total_steps}: {', '.join(shown)}", soft_wrap=True)
+            place = ", ".join(filter(None, [f"{self.title} {step}/{self.total_steps}", str(self._pace)]))
+            self.console.print(f"{place}: {', '.join(shown)}", soft_wrap=True)
 
     def _view(self) -> Group:
         table = Table.grid(padding=(0, 2))

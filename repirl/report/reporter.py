@@ -59,7 +59,7 @@ class Reporter:
             )
             before = read_metrics(Path(config.output_dir) / "metrics.jsonl") if start_step else []
             self._warned = {name for metrics in before for name in weight_warnings(metrics)}
-            self._display = ProgressDisplay(config.steps, config.objective)
+            self._display = ProgressDisplay(config.steps, config.objective, compiles=world.device.type == "cuda")
 
         self._on_main(open_log)
 
