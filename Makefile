@@ -83,7 +83,7 @@ bench: install
 	$(BIN)/python -m bench.report --results runs/bench --page runs/bench/README.md
 
 reference: install
-	$(BIN)/python -m repirl.reference_page --write docs/reference.md
+	$(BIN)/python -m repirl.apps.reference_page --write docs/reference.md
 
 lint: install
 	$(BIN)/ruff check .
