@@ -57,9 +57,9 @@ def test_demo_of_programs_runs_them_on_their_tests(tmp_path, short, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert (results["task"], results["columns"]) == ("code", ["", "start", *demo.CODE.runs])
     lines = read_metrics(demo.run_config(folder, 1, "rePIRL", "code").output_dir + "/metrics.jsonl")
-    # What such a new model writes is seldom a program, and each of 2 x 3 x 4 responses has been judged.
+    # What such a new model writes is seldom a program: of 2 x 3 x 4 rollouts and 10 held-out responses.
     wrong = sum(lines[-1].get(f"rollout/verifier_{kind}", 0) for kind in KINDS)
-    assert 20 <= wrong <= 24
+    assert 30 <= wrong <= 34
     assert "takes some operations for others" in (folder / "report.html").read_text()
 
 
