@@ -77,7 +77,7 @@ def add_prm(command: argparse.ArgumentParser, required: bool = True, more: str =
     command.add_argument(
         "--convention",
         choices=("classifier", "qwen-math-prm", "math-shepherd"),
-        help="the PRM is one of others, which scores ends of steps by this convention; docs/models.md says how",
+        help="the PRM is one of others, which scores ends of steps by this convention",
     )
     command.add_argument("--tokens", type=int, default=16384, metavar="N", help="in a batch; default: 16384")
     command.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU if there is one")
