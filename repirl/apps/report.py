@@ -15,6 +15,7 @@ from repirl.report.charts import MAX_POINTS, Curve, Series
 from repirl.report.html import ComparisonTable, Report, write_report
 from repirl.report.kept import kept_samples, step_explanation
 from repirl.report.markup import number
+from repirl.report.reporter import LARGEST_PARETO_K, SMALLEST_ESS
 from repirl.report.runs import RunRecord, differences, pick, read_runs
 from repirl.strict_yaml import dump_yaml
 
@@ -24,9 +25,6 @@ THINNED = (
     f"Of a line of more than {MAX_POINTS} turns at most {MAX_POINTS} points are drawn: the lowest and the highest of "
     "each stretch of turns."
 )
-# Above it the importance weights' distribution has too heavy a tail (Vehtari et al. 2024).
-_PARETO_LIMIT = 0.7
-_FEW_EFFECTIVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def page_of(runs: Sequence[RunRecord], responses: int = RESPONSES, metrics: Sequ
         "samples": samples,
         "samples_lead": step_explanation(runs),
         "tables": _tables(runs),
-        "configurations": {run.name: dump_yaml(_nested(run.configuration)) for run in runs if run.configuration},
+        "configurations": {run.name: _configuration(run) for run in runs if run.configuration},
     }
 
 
@@ -209,15 +207,15 @@ def _warnings(run: RunRecord) -> list[str]:
     """What the metrics say of the run that a reader may overlook in the curves."""
     notes = []
     tail = [value for value in run.values("prm/pareto_k")[1] if value is not None]
-    if high := sum(value > _PARETO_LIMIT for value in tail):
+    if high := sum(value > LARGEST_PARETO_K for value in tail):
         notes.append(
-            f"{run.name}: Pareto k was above {_PARETO_LIMIT} in {high} of {len(tail)} turns: a few rollouts carry the "
-            "importance weights there, and log Z is not to be trusted."
+            f"{run.name}: Pareto k was above {LARGEST_PARETO_K} in {high} of {len(tail)} turns: a few rollouts carry "
+            "the importance weights there, and log Z is not to be trusted."
         )
     shares = [value for value in run.values("prm/ess_fraction")[1] if value is not None]
-    if low := sum(value < _FEW_EFFECTIVE for value in shares):
+    if low := sum(value < SMALLEST_ESS for value in shares):
         notes.append(
-            f"{run.name}: the effective sample size was below {_FEW_EFFECTIVE:.0%} of the samples in {low} of "
+            f"{run.name}: the effective sample size was below {SMALLEST_ESS:.0%} of the samples in {low} of "
             f"{len(shares)} turns."
         )
     for side in ("policy", "prm", "critic"):
@@ -304,9 +302,14 @@ FACTS: dict[str, Callable[[RunRecord], str]] = {
     "revision": _fact("revision"),
     "machine": _machine,
     "packages": _versions,
-    "command": _fact("command"),
     "folder": lambda run: str(run.folder),
 }
+
+
+def _configuration(run: RunRecord) -> str:
+    """As YAML, the command above it."""
+    command = pick(run, "command")
+    return f"# {command}\n" * (command is not None) + dump_yaml(_nested(run.configuration))
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

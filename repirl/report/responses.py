@@ -223,6 +223,7 @@ def _variant(variant: Variant, scales: _Scales, line_key: str) -> str:
         if inside and span and (index == span[1] - 1 or index == total - 1):
             out.append("</u>")
             inside = False
+    output = '<output class="read" aria-live="polite"></output>' if values else ""
     note = f'<span class="said">{escape(variant["note"])}</span>' if variant.get("note") else ""
     badge = _badge(variant.get("correct"))
     reads = (
@@ -233,7 +234,7 @@ def _variant(variant: Variant, scales: _Scales, line_key: str) -> str:
     )
     return (
         f'<div class="variant"><p class="variant-head"><span class="who">{line_key}{escape(variant["name"])}</span>'
-        f'{badge}{note}{_lowest(variant)}<output class="read" aria-live="polite"></output></p>\n'
+        f"{badge}{note}{_lowest(variant)}{output}</p>\n"
         f'<div class="tokens" dir="auto"{reads}>{"".join(out)}</div>{_steps(variant, scales.steps)}</div>\n'
     )
 
@@ -241,7 +242,7 @@ def _variant(variant: Variant, scales: _Scales, line_key: str) -> str:
 def _lowest(variant: Variant) -> str:
     """The text about the token with the lowest reward, and whether it is in the known error."""
     known = [(reward, index) for index, reward in _scored(variant)]
-    if not known:
+    if not known or min(known)[0] == max(known)[0]:
         return ""
     reward, index = min(known)
     token, span = visible(shortened(variant["tokens"][index], 40)), variant["error_span"]

@@ -37,10 +37,9 @@ class RewardScale:
         """The levels that occur, from the lowest, and which values have them."""
         low = [(-level, f"< {number(cut, digits=2)}") for level, cut in _last_of_equal(self.low)]
         high = [(level, f"> {number(cut, digits=2)}") for level, cut in _last_of_equal(self.high)]
-        if self.low and self.high:
-            middle = f"{number(self.low[0], digits=2)} to {number(self.high[0], digits=2)}"
-        else:
-            middle = f"\u2265 {number(self.low[0], digits=2)}" if self.low else "all"
+        if not self.low:
+            return [(0, "all")]
+        middle = "around 0" if self.high else f"\u2265 {number(self.low[0], digits=2)}"
         return [*reversed(low), (0, middle), *high]
 
     @property

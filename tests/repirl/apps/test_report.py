@@ -81,8 +81,9 @@ def test_page_of_one_run(tmp_path, capsys):
     } | {"tokens"}
     shown = " ".join(text for _, text in page.all("td"))
     for fact in ("9.9", "0123456789ab+changes", "A CPU, 2 cores, 8.0 GiB", "2026-11-28 13:20 UTC", "6 of 6 turns",
-                 "repirl train --config my.yaml"):  # fmt: skip
+                 ):  # fmt: skip
         assert fact in shown
+    assert page.all("pre")[0][1].startswith("# repirl train --config my.yaml\nobjective: repirl\n")
     assert [text for _, text in page.all("span", "badge")] == ["\u2713 right", "\u2717 wrong"]
     assert page.all("details", "steps")
     assert "Options that differ" not in titles

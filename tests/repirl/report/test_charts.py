@@ -62,7 +62,7 @@ def test_large_ticks_are_short():
     assert [tick_label(t, [0, 5000, 10_000], False) for t in (0, 5000, 10_000)] == ["0", "5k", "10k"]
     assert tick_label(2e6, [0, 2e6, 4e6], False) == "2M"
     assert tick_label(-0.2, [-0.4, -0.2, 0], False) == "\u22120.2"
-    assert tick_label(0.125, [0, 0.125], True) == "12.5%"
+    assert tick_label(0.005, [0, 0.005], True) == "0.5%"
 
 
 def test_ticks_span_the_values():
