@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Beyond these an estimate by importance sampling is not to be relied on. For Pareto k: Vehtari et al. 2024.
 LARGEST_PARETO_K, SMALLEST_ESS = 0.7, 0.05
+# Above this share of effective samples the weights are nearly even, and the shape of their tail does not matter.
+EVEN_ESS = 0.9
 
 
 class Reporter:
@@ -126,7 +128,8 @@ def weight_warnings(metrics: Mapping[str, float | None]) -> dict[str, str]:
     """What is to be said of the importance weights of a turn, by the name of the metric; empty where they are sound."""
     texts = {}
     pareto_k, ess = metrics.get("prm/pareto_k"), metrics.get("prm/ess_fraction")
-    if pareto_k is not None and pareto_k > LARGEST_PARETO_K:
+    is_even = ess is not None and ess > EVEN_ESS
+    if pareto_k is not None and pareto_k > LARGEST_PARETO_K and not is_even:
         texts["prm/pareto_k"] = (
             f"the largest importance weights of the PRM's update have a heavy tail (Pareto k {pareto_k:.2f}, above "
             f"{LARGEST_PARETO_K}): the estimate of log Z is not reliable. irl.target_ess, irl.temper below 1, "

@@ -17,6 +17,7 @@ from repirl.report.reporter import Reporter, weight_warnings
         ({"prm/pareto_k": 0.7, "prm/ess_fraction": 0.05}, []),
         ({"prm/pareto_k": float("nan"), "prm/ess_fraction": None}, []),
         ({"prm/pareto_k": 0.71, "prm/ess_fraction": 0.5}, ["prm/pareto_k"]),
+        ({"prm/pareto_k": 2.9, "prm/ess_fraction": 0.99}, []),
         ({"prm/pareto_k": float("inf"), "prm/ess_fraction": 0.04}, ["prm/pareto_k", "prm/ess_fraction"]),
     ],
 )
