@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from repirl.apps.best_of import best_of_n, mean_and_error, pass_at_n, softmax, subsets, vote, votes
+from repirl.apps.best_of import best_of_n, choose, mean_and_error, pass_at_n, shown_mean, softmax, subsets, vote, votes
 
 
 def mean_over_subsets(count, size, value):
@@ -96,3 +96,17 @@ def test_standard_errors():
     means = [fmean(drawn) for drawn in product(values, repeat=3)]
     variances = [mean_and_error(drawn)[1] ** 2 for drawn in product(values, repeat=3)]
     assert fmean(variances) == pytest.approx(fmean((m - fmean(means)) ** 2 for m in means))
+
+
+def test_choices_of_all_responses():
+    scores, answers = [2.0, 1.0, 1.0, 2.0, -9.0], ["a", "b", "b", None, "b"]
+    # exp(2) is more than twice exp(1); of two best scores the first counts, whether it has an answer or not.
+    assert choose(scores, answers, 1.0) == {"best_of_n": 0, "majority": 1, "weighted": 0}
+    assert choose(scores[::-1], answers[::-1], 1.0) == {"best_of_n": 1, "majority": 0, "weighted": 4}
+    # At a high temperature all weights are nearly equal.
+    assert choose(scores, answers, 1e6)["weighted"] == 1
+
+
+def test_means_are_shown_with_their_errors():
+    assert shown_mean(0.5, 0.25) == "0.5000 ± 0.2500"
+    assert shown_mean(1.0, None) == "1.0000"
