@@ -4,9 +4,9 @@ and test-time training.
     python -m bench.applications                 3 seeds
     python -m bench.applications --seeds 5
 
-For each seed a policy and a PRM are trained (preset `demo`, an exact verifier) on few prompts, so that each is sampled
-several times. Then the PRM is used on held-out problems, by the functions behind `repirl rerank`, `search`,
-`localize`, `signal` and `adapt`, with the start model as policy. What is in the output is not made again.
+For each seed a policy and a PRM are trained (preset `demo`, an exact verifier) on so few prompts that each is sampled
+twice. Then the PRM is used on held-out problems, by the functions behind `repirl rerank`, `search`, `localize`,
+`signal` and `adapt`, with the start model as policy. What is in the output is not made again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from repirl.loop import train
 from repirl.prm import PRMDescription, load_prm
 
 # Each training prompt is sampled NUM_TURNS * 32 / NUM_TRAINED times.
-NUM_TRAINED, NUM_TURNS = 256, 40
+NUM_TRAINED, NUM_TURNS = 640, 40
 NUM_SAMPLES, TEMPERATURE = 16, 0.8
 BEAMS, WIDTH = 16, 4
 # On the scale of the small model, which learns at 2e-4.
@@ -98,7 +98,7 @@ def run_seed(folder: Path, seed: int, turns: int = NUM_TURNS, num_samples: int =
         "search_tokens": searched.tokens_sampled / searched.prompts,
         "baseline_responses": searched.baseline_responses / searched.prompts,
         "localize": {"PRM": _localized(prm, start, None), "start model": _localized(model, start, "logprob")},
-        "signal": signal(place / "run")["results"],
+        "signal": signal(place / "run", turns=[turns // 2])["results"],
         "adapt": {key: adapted[key] for key in ("accuracy", "prm_reward", "turns", "stopped", "kl")},
     }
 

@@ -11,14 +11,14 @@ echo "== A small model with a bad habit, and problems to unlearn it on"
 python -c "
 import sys; from pathlib import Path; from repirl.apps.start import Start, make_start
 make_start(Path(sys.argv[1]), 0, Start())" "$T"
-# Few prompts, so that each is sampled several times.
-head -n 256 "$T/data/train.jsonl" > "$T/few.jsonl"
+# So few prompts that each is sampled twice.
+head -n 640 "$T/data/train.jsonl" > "$T/few.jsonl"
 
 echo "== Train a PRM and a policy in turn, look at the run, export both"
 repirl train --preset demo --output_dir "$T/run" --policy.model "$T/start" --data.train "$T/few.jsonl" \
     --data.eval "$HELD_OUT" --data.step_separator "; "
 repirl report --run "$T/run"
-repirl signal --run "$T/run"
+repirl signal --run "$T/run" --turns 20
 repirl export --checkpoint "$T/run" --output "$T/out"
 
 echo "== Sample 16 responses to each held-out prompt from the start model; judge, score and choose among them"
