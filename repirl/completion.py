@@ -142,8 +142,8 @@ def _fish(commands: Sequence[Command], options: Sequence[Option], values: Mappin
         for name, choices in command.options.items():
             add(f"__fish_seen_subcommand_from {command.name}", name, choices, "")
         if command.name in values:
-            words = _quoted(" ".join(values[command.name]))
-            lines.append(f"complete -c repirl -f -n '__fish_seen_subcommand_from {command.name}' -a {words}")
+            more = _quoted(" ".join(values[command.name]))
+            lines.append(f"complete -c repirl -f -n '__fish_seen_subcommand_from {command.name}' -a {more}")
     configured = "__fish_seen_subcommand_from " + " ".join(c.name for c in commands if c.configured)
     for name, words in values.items():
         if name.startswith("--"):

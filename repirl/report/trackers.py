@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Trackers:
                     "log.trackers: %s is not installed (pip install %s): the run goes on without it", name, name
                 )
                 continue
-            self._attempt(name, lambda name=name: self._open(name, config, ids, values))
+            self._attempt(name, partial(self._open, name, config, ids, values))
         self._write_ids(ids)
 
     def _open(self, name: str, config: Config, ids: dict[str, str], values: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ class Trackers:
         """
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for name in list(self._trackers):
-            self._attempt(name, lambda name=name: self._log(name, step, finite, samples))
+            self._attempt(name, partial(self._log, name, step, finite, samples))
 
     def _log(self, name: str, step: int, metrics: dict[str, float], samples: Sequence[Mapping[str, Any]]) -> None:
         tracker = self._trackers[name]
