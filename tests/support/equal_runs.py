@@ -11,7 +11,9 @@ from torch import Tensor
 
 from repirl.checkpoint.manifest import resolve_checkpoint
 from repirl.configfile import build_config
+from repirl.report.history import read_history
 from repirl.report.log import read_metrics
+from repirl.report.samples import read_samples
 from repirl.run import build
 
 
@@ -31,8 +33,10 @@ def weights_of(values: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def assert_equal_runs(values: dict[str, Any], others: dict[str, Any]) -> None:
-    """The same metrics, each step once, and the same weights, to the bit; values, others: options of the two runs."""
-    assert metrics_of(values["output_dir"]) == metrics_of(others["output_dir"])
+    """The same metrics, each step once, the same kept responses and history of prompts, and the same weights, to the
+    bit; values, others: options of the two runs."""
+    for read in (metrics_of, read_samples, read_history):
+        assert read(values["output_dir"]) == read(others["output_dir"])
     assert [line["step"] for line in metrics_of(values["output_dir"])] == list(range(1, values["steps"] + 1))
     ours, theirs = weights_of(values), weights_of(others)
     assert ours.keys() == theirs.keys()

@@ -32,7 +32,9 @@ from repirl.learner import Learner, enable_checkpointing
 from repirl.loop import train
 from repirl.models import load_model
 from repirl.options import OptimizerConfig
+from repirl.report.history import read_history
 from repirl.report.log import read_metrics
+from repirl.report.samples import read_samples
 from repirl.rounding import break_ties
 
 # Uneven on purpose; with three ranks and the first two only, one rank has none.
@@ -214,6 +216,19 @@ def assert_same_run(ours, theirs, rel):
             assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=rel, abs=1e-6), (a["step"], key)
 
 
+def assert_same_rows(ours, theirs):
+    """Kept responses and the history of prompts: the same in two folders but for rounding, one row each."""
+    for read in (read_samples, read_history):
+        rows, others = read(ours), read(theirs)
+        assert len(rows) == len(others)
+        for a, b in zip(rows, others, strict=True):
+            assert a.keys() == b.keys()
+            for name, value in a.items():
+                inexact = isinstance(value, float) or name in ("token_rewards", "token_logprobs")
+                expected = pytest.approx(b[name], rel=1e-2, abs=1e-3) if inexact and value is not None else b[name]
+                assert value == expected, (a["step"], name)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ranks):
     options = OPTIONS | {"policy": {"updates_per_step": 2}}
@@ -222,6 +237,8 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
     values = tiny_values(tmp_path, output_dir=str(tmp_path / "many"), **options)
     ranks[num_ranks].run(num_ranks, run_on_rank, values, False)
     assert_same_run(lines(tmp_path / "many"), lines(tmp_path / "one"), 1e-3)
+    assert_same_rows(tmp_path / "many", tmp_path / "one")
+    assert len(read_history(tmp_path / "many")) == 4 * 3
     # There is something to compare: the second update starts from other weights than sampled.
     assert any(line.get("policy/approx_kl", 0) > 1e-4 for line in lines(tmp_path / "one"))
 
@@ -239,6 +256,8 @@ def test_a_whole_run_is_the_same_on_any_number_of_ranks(ranks, tmp_path, num_ran
         {"objective": "prm-offline", "data": {"eval": None, "verify_experts": True}},
         {"objective": "math-shepherd", "data": {"eval": None}, "step_prm": {"responses_per_step": 5}},
         {"irl": {"gate": 0.5}, "prm": {"updates_per_step": 2, "optimizer": {"head_lr": 1e-2, "head_updates": 1}}},
+        # The rewards are of a pass that no update needs.
+        {"loss": {"process_coefficient": 0.0}},
     ],
 )
 def test_other_systems_are_the_same_on_two_ranks(ranks, tmp_path, changes):
@@ -247,6 +266,7 @@ def test_other_systems_are_the_same_on_two_ranks(ranks, tmp_path, changes):
     train(config)
     ranks[2].run(2, run_on_rank, tiny_values(tmp_path, output_dir=str(tmp_path / "two"), **options), False)
     assert_same_run(lines(tmp_path / "two"), lines(tmp_path / "one"), 1e-3)
+    assert_same_rows(tmp_path / "two", tmp_path / "one")
     for name in config.system.trains:
         assert lines(tmp_path / "one")[-1][f"{name}/grad_norm"] > 0
 
