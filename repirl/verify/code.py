@@ -156,11 +156,9 @@ class CodeVerifier:
     def _judge(self, sandbox: Sandbox, response: str, answer: str) -> tuple[float, str | None, str]:
         """(reward, key of KINDS or None where all is right, reason)."""
         tests = _parsed(answer)
-        code = find_code(response, tests.entry, tests.starter)
+        code = find_code(response, tests.entry, _before(tests))
         if code is None:
             return 0.0, "no_code", KINDS["no_code"]
-        if tests.entry is not None and "." in tests.entry:
-            code = f"{SOLUTION_IMPORTS}\n{code}"
         # What was printed or written before does not matter; what cannot be encoded is no program.
         code = code.encode("utf-8", "replace").decode()
         return _summary(self._results(sandbox, code, tests), len(tests.tests), self.options.partial_credit)
@@ -219,7 +217,7 @@ class CodeVerifier:
                 yield "wrong_answers", f"{_shown(execution.value)} instead of {_shown(test['outputs'][0])}"
 
     def _assertion(self, sandbox: Sandbox, code: str, tests: Tests, test: str) -> tuple[str | None, str]:
-        execution = sandbox.run_assertions(f"{tests.setup}\n{code}", f"{tests.setup}\n{test}", tests.names)
+        execution = sandbox.run_assertions(code, f"{tests.setup}\n{test}", tests.names)
         return (None, "") if execution.status == "ok" else _failed(execution)
 
 
@@ -231,6 +229,14 @@ def _by_names(entry: str) -> str:
     owner, _, method = entry.rpartition(".")
     function = f"{owner}().{method}" if owner else method
     return f"def {_BY_NAMES}(args, kwargs):\n    return {function}(*args, **kwargs)\n"
+
+
+def _before(tests: Tests) -> str:
+    """What stands before a program: its starter code, and what it may rely on besides."""
+    imports = SOLUTION_IMPORTS if tests.entry is not None and "." in tests.entry else ""
+    # The setup of check(candidate) is a part of the starter code.
+    setup = "" if tests.calls_check else tests.setup
+    return "\n".join(filter(None, [imports, setup, tests.starter]))
 
 
 @lru_cache(1 << 10)

@@ -63,8 +63,12 @@ def test_functions_are_called_and_assertions_run():
     pairs += [(fenced("def f(x): return 4"), ASSERTIONS), (fenced("def g(x): return x"), CALLS)]
     named = Tests("function", ({"args": [], "kwargs": {"b": 1, "a": 2}, "outputs": [1]},), "Solution.f").text()
     pairs.append((fenced("class Solution:\n    def f(self, a, b): return gcd(a, a) - b"), named))
+    # Imports from __future__ have to come first, whatever else is put before a program.
+    future = fenced("from __future__ import annotations\nclass Solution:\n    def f(self, a: No, b): return gcd(b, b)")
+    setup = Tests("assertions", ("assert f(2) == seven()",), "f", setup="def seven():\n    return 7").text()
+    pairs += [(future, named), (fenced("from __future__ import annotations\ndef f(x: No): return seven()"), setup)]
     verdicts, reasons, counts = judged(pairs)
-    assert verdicts == [1, 0, 1, 0, 0, 1]
+    assert verdicts == [1, 0, 1, 0, 0, 1, 1, 1]
     assert reasons[1] == "wrong answer: test 1 of 2: -2 instead of 1"
     assert reasons[3].startswith("wrong answer: test 2 of 2: AssertionError")
     assert reasons[4].startswith("crashed: test 1 of 2: ")
