@@ -8,19 +8,26 @@ import time
 from pathlib import Path
 
 _PREFIX = "repirl-"
-# Pages of files that the program reads and writes count, too.
-_EXTRA_MB = 16
+# The zygote is in the group as well, and pages of files that are read and written count. While it starts, it is
+# several processes.
+_EXTRA_MB, _EXTRA_PROCESSES = 48, 4
 
 
 class Group:
-    """The groups of one worker, in which its programs run.
+    """The groups of one worker: its zygote enters them, and its programs are born there. To move a process takes longer
+    than all else that is done for a program.
 
-    procs: descriptors; a process that writes "0" there is in the group · oom: descriptor of the file that counts
-    processes killed for memory, -1 for none.
+    oom: descriptor of the file that counts processes killed for memory, -1 for none.
     """
 
-    def __init__(self, folders: list[Path], procs: list[int], oom: int) -> None:
-        self.folders, self.procs, self.oom = folders, procs, oom
+    def __init__(self) -> None:
+        self.folders: list[Path] = []
+        self.oom = -1
+
+    def enter(self) -> None:
+        """Be in the groups, with all that this process starts."""
+        for folder in self.folders:
+            (folder / "cgroup.procs").write_text("0")
 
     def remove(self) -> None:
         """Remove the groups; their processes are gone, or will be in a moment."""
@@ -37,7 +44,7 @@ class Group:
 
 def create(memory_mb: int, processes: int) -> Group | None:
     """The groups for programs of such limits; None where this user may not make them."""
-    group = Group([], [], -1)
+    group = Group()
     try:
         for controllers, parent in _parents():
             folder = parent / f"{_PREFIX}{os.getpid()}"
@@ -51,21 +58,11 @@ def create(memory_mb: int, processes: int) -> Group | None:
                 counter = folder / ("memory.events" if is_unified else "memory.oom_control")
                 group.oom = os.open(counter, os.O_RDONLY)
             if "pids" in controllers:
-                # And the program's first process.
-                (folder / "pids.max").write_text(str(processes + 1))
-            group.procs.append(os.open(folder / "cgroup.procs", os.O_WRONLY))
+                (folder / "pids.max").write_text(str(processes + _EXTRA_PROCESSES))
     except OSError:
-        close(group)
         group.remove()
         return None
     return group if group.folders else None
-
-
-def close(group: Group) -> None:
-    for descriptor in (*group.procs, group.oom):
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
 
 
 def _parents() -> list[tuple[set[str], Path]]:
@@ -92,8 +89,6 @@ def _parents() -> list[tuple[set[str], Path]]:
 
 def killed_for_memory(oom: int) -> int:
     """How many processes of the group the kernel has killed so far."""
-    if oom < 0:
-        return 0
     for line in os.pread(oom, 4096, 0).decode().splitlines():
         name, _, value = line.partition(" ")
         if name == "oom_kill":

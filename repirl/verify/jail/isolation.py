@@ -29,8 +29,8 @@ class Isolation:
         """Confine the zygote itself.
 
         Args:
-            options: of the launcher: `proc`, `procs` and `oom` (of cgroup.Group), `folder`, `user` (to become, or
-                None).
+            options: of the launcher: `proc`, `oom` (of cgroup.Group; -1 where the zygote is in none), `folder`, `user`
+                (to become, or None).
         """
         self.options, self.proc = options, options["proc"]
         self.oom_kills, self.kept = 0, -1
@@ -39,7 +39,6 @@ class Isolation:
         self.own_bytes = limiting.address_space(self.proc)
         self.own_memory = limiting.resident(self.proc)
         self.threads = limiting.threads_of_user(self.proc) + _SLACK if self.is_shared else self.num_own_threads()
-        self.groups = self._usable_groups()
 
     def confine_zygote(self) -> None:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -49,26 +48,16 @@ class Isolation:
         # The zygote and the program's first process.
         return 2
 
-    def _usable_groups(self) -> list[int]:
-        """The descriptors of the groups, where a process may enter them from here."""
-        groups: list[int] = self.options["procs"]
-        pid = os.fork()
-        if not pid:
-            with contextlib.suppress(OSError):
-                for descriptor in groups:
-                    os.write(descriptor, b"0")
-                os._exit(0)
-            os._exit(1)
-        is_usable = os.waitpid(pid, 0)[1] == 0
-        return groups if is_usable else []
-
     def report(self) -> dict[str, Any]:
-        return {"kind": self.kind, "cgroup": bool(self.groups), "seccomp": seccomp.is_available()}
+        return {"kind": self.kind, "cgroup": self.options["oom"] >= 0, "seccomp": seccomp.is_available()}
 
     def fork(self) -> int:
         """Fork the first process of a program."""
-        self.oom_kills = cgroup.killed_for_memory(self.options["oom"]) if self.groups else 0
+        self.oom_kills = self._killed_for_memory()
         return os.fork()
+
+    def _killed_for_memory(self) -> int:
+        return cgroup.killed_for_memory(self.options["oom"]) if self.options["oom"] >= 0 else 0
 
     def kill(self, pid: int) -> None:
         """End a program: once this returns, none of its processes is left."""
@@ -81,13 +70,16 @@ class Isolation:
         wipe_folder(self.options["folder"])
 
     def ran_out_of_memory(self) -> bool:
-        return bool(self.groups) and cgroup.killed_for_memory(self.options["oom"]) > self.oom_kills
+        return self._killed_for_memory() > self.oom_kills
 
     def enter(self, limits: dict[str, Any]) -> None:
         """In the program's first process, which is trusted."""
         os.setsid()
-        for descriptor in self.groups:
-            os.write(descriptor, b"0")
+        # Where memory runs out, the kernel ends this and not the zygote. The file is the process's own only while others
+        # of its user may look into it.
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+        limiting.write(self.proc, "self/oom_score_adj", "1000")
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
         self.enter_folder(limits)
 
     def enter_folder(self, limits: dict[str, Any]) -> None:
@@ -138,7 +130,7 @@ class Namespaced(Isolation):
         self.own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=self.proc)
 
     def fork(self) -> int:
-        self.oom_kills = cgroup.killed_for_memory(self.options["oom"]) if self.groups else 0
+        self.oom_kills = self._killed_for_memory()
         # What is forked now is the first process of a new namespace; what is forked later is not to be in it.
         kernel.unshare(kernel.CLONE_NEWPID)
         pid = -1

@@ -9,7 +9,7 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_CAPBSET_DROP = 4, 21, 22, 24
+PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP = 4, 21, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CAPSET = {"x86_64": 126, "aarch64": 91}
@@ -61,14 +61,8 @@ def prctl(option: int, value: int = 0, third: int = 0) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all privileges of this process, and of all that it will run."""
+    """Give up all privileges of this process; what it runs gets none that it does not have itself."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    for capability in range(64):
-        try:
-            prctl(PR_CAPBSET_DROP, capability)
-        except OSError:
-            # Without the right to, or beyond the last: what is dropped below cannot come back, for no_new_privs.
-            break
     # Version 3, this process; two words each of effective, permitted, inheritable.
     header = ctypes.create_string_buffer((0x20080522).to_bytes(4, "little") + bytes(4), 8)
     syscall(_CAPSET[os.uname().machine], header, ctypes.create_string_buffer(24))

@@ -4,6 +4,7 @@ what is left of it."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -16,7 +17,7 @@ import tempfile
 from types import FrameType
 from typing import Any
 
-from . import cgroup, kernel, view
+from . import cgroup, kernel, limits, view
 from .isolation import KINDS, end_descendants
 from .zygote import Zygote
 
@@ -48,7 +49,6 @@ def main(control: int, trainer: int, options: str) -> None:
             "kind": asked["kind"],
             "folder": folder,
             "proc": proc,
-            "procs": group.procs if group else [],
             "oom": group.oom if group else -1,
             "user": _unprivileged_user(is_shared),
         }
@@ -56,7 +56,7 @@ def main(control: int, trainer: int, options: str) -> None:
             os.chown(folder, given["user"], given["user"])
         if not os.fork():
             ours.close()
-            _start(control, trainer, theirs.detach(), given, asked)
+            _start(control, trainer, theirs.detach(), given, asked, group)
         os.close(control)
         theirs.close()
         _attend(ours, trainer, given["user"])
@@ -92,16 +92,23 @@ def _unprivileged_user(is_shared: bool) -> int | None:
     return _NOBODY
 
 
-def _start(control: int, trainer: int, link: int, given: dict[str, Any], asked: dict[str, Any]) -> None:
+def _start(
+    control: int, trainer: int, link: int, given: dict[str, Any], asked: dict[str, Any], group: cgroup.Group | None
+) -> None:
     """The process that becomes the zygote. Never returns."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if group is not None:
+            try:
+                group.enter()
+            except OSError:
+                given["oom"] = -1
         if given["user"] is not None:
             with contextlib.suppress(OSError):
                 os.setgroups([])
         if given["kind"] == "bubblewrap":
-            for descriptor in (control, trainer, link, given["proc"], given["oom"], *given["procs"]):
+            for descriptor in (control, trainer, link, given["proc"], given["oom"]):
                 if descriptor >= 0:
                     os.set_inheritable(descriptor, True)
             command = view.bubblewrap_arguments(asked["bwrap"], os.path.dirname(os.path.abspath(__file__)))
@@ -134,6 +141,8 @@ def zygote(control: int, trainer: int, link: int, options: str) -> None:
         _fail(control, error)
         os._exit(1)
     _warm()
+    # Objects that the collector does not touch stay shared with the forks.
+    gc.freeze()
     Zygote(control, [descriptor for descriptor in (trainer, link) if descriptor >= 0], isolation).serve()
     os._exit(0)
 
@@ -177,15 +186,7 @@ def _map_self(proc: int, user: int, group: int) -> None:
         ("uid_map", f"{_NOBODY} {user} 1"),
         ("gid_map", f"{_NOBODY} {group} 1"),
     ):
-        _write(proc, f"self/{name}", text)
-
-
-def _write(proc: int, name: str, text: str) -> None:
-    descriptor = os.open(name, os.O_WRONLY, dir_fd=proc)
-    try:
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)
+        limits.write(proc, f"self/{name}", text)
 
 
 def _attend(link: socket.socket, trainer: int, user: int | None) -> None:

@@ -145,6 +145,15 @@ def _list(folder: int, name: str) -> list[str]:
         os.close(descriptor)
 
 
+def write(folder: int, name: str, text: str) -> None:
+    """Write to a file of a /proc folder."""
+    descriptor = os.open(name, os.O_WRONLY, dir_fd=folder)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
 def _read(folder: int, name: str) -> str:
     descriptor = os.open(name, os.O_RDONLY, dir_fd=folder)
     try:

@@ -15,7 +15,7 @@ MAX_DEPTH = 100
 # takes quadratic time to build.
 MAX_EQUAL_HASHES = 32
 _SEQUENCES = {b"L": list, b"U": tuple, b"E": set, b"Z": frozenset}
-_TAGS = {kind: tag for tag, kind in _SEQUENCES.items()}
+_TAGS: dict[Any, bytes] = {kind: tag for tag, kind in _SEQUENCES.items()}
 # They compare equal to plain dicts of the same content.
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 
@@ -123,7 +123,7 @@ def _text(tag: bytes, text: bytes) -> Any:
     try:
         if tag == b"S":
             return text.decode("utf-8", "surrogatepass")
-        if not text.removeprefix(b"-").isalnum():
+        if not text or text.removeprefix(b"-").strip(b"0123456789abcdef"):
             raise PlainError("no hexadecimal number")
         return int(text, 16)
     except ValueError as error:

@@ -14,6 +14,7 @@ import contextlib
 import io
 import linecache
 import os
+import random
 import struct
 import sys
 import threading
@@ -27,6 +28,7 @@ from . import plain
 RESULT, PEER = 3, 4
 NAME = "solution.py"
 MAX_MESSAGE = 1 << 26
+_STREAMS = (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"), ("stderr", "w", "backslashreplace"))
 # What a candidate raises in a test's process. Others, StopIteration above all, would end the test's own loops early.
 _RAISED = (
     "Exception",
@@ -53,10 +55,12 @@ def run(job_descriptor: int) -> int:
     """Run the job and return the exit code."""
     with open(job_descriptor, "rb") as file:
         job = plain.decode(file.read())
-    sys.stdin = sys.__stdin__ = _stream(0, "r", "replace")
-    sys.stdout = sys.__stdout__ = _stream(1, "w", "backslashreplace")
-    sys.stderr = sys.__stderr__ = _stream(2, "w", "backslashreplace")
+    for descriptor, (name, mode, errors) in enumerate(_STREAMS):
+        stream = open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+        sys.__dict__.update({name: stream, f"__{name}__": stream})
     sys.argv = sys.orig_argv = [NAME]
+    # A fork is given new random numbers otherwise, and a verdict may depend on them.
+    random.seed(0)
     try:
         code = _JOBS[job["kind"]](job)
         threading._shutdown()  # type: ignore[attr-defined]
@@ -68,10 +72,6 @@ def run(job_descriptor: int) -> int:
         with contextlib.suppress(Exception):
             stream.flush()
     return code
-
-
-def _stream(descriptor: int, mode: str, errors: str) -> Any:
-    return open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False)
 
 
 def say(tag: bytes, data: bytes = b"", descriptor: int = RESULT) -> None:
