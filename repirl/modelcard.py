@@ -127,23 +127,7 @@ def _loading(model: Model) -> list[str]:
     other = "AutoModelForCausalLM" if auto != "AutoModelForCausalLM" else "AutoModelForTokenClassification"
     lines = ["## How it is loaded", ""]
     if model.adapter:
-        has_head, gguf_file = auto.endswith("TokenClassification"), model.config.start_of(model.name)[1]
-        options = ", num_labels=1" * has_head + (f', gguf_file="{gguf_file}"' if gguf_file else "")
-        return [
-            *lines,
-            f"It is an adapter of peft for `{model.start}`{', whose head is in these files' * has_head}.",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            "",
-            f'base = {auto}.from_pretrained("{model.start}"{options})',
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-            "```",
-            "",
-            "`repirl export` without `--adapter-only` writes the merged model.",
-            "",
-        ]
+        return _loading_adapter(model, auto)
     if hasattr(transformers, name):
         lines += [
             f"It is a `{name}`: load it with `{auto}`, and with nothing else. `{other}` would load it, too, "
@@ -158,6 +142,37 @@ def _loading(model: Model) -> list[str]:
     if model.description is None:
         lines += [f"It was sampled and trained at temperature {model.config.policy_temperature:g}."]
     return [*lines, "", "All of this stands in `config.json`, too, under `repirl`.", ""]
+
+
+def _loading_adapter(model: Model, auto: str) -> list[str]:
+    """auto: the class that loads the base."""
+    has_head, gguf_file = auto.endswith("TokenClassification"), model.config.start_of(model.name)[1]
+    options = ", num_labels=1" * has_head + (f', gguf_file="{gguf_file}"' if gguf_file else "")
+    # transformers has no token classifier for some families.
+    makes_class = has_head and not hasattr(transformers, model.architecture)
+    register = [
+        "from repirl.value_head import register_classifier",
+        "from transformers import AutoConfig",
+        "",
+        f'register_classifier(AutoConfig.from_pretrained("{model.start}"))',
+    ]
+    return [
+        "## How it is loaded",
+        "",
+        f"It is an adapter of peft for `{model.start}`{'; the trained head is in these files' * has_head}.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        *register * makes_class,
+        "",
+        f'base = {auto}.from_pretrained("{model.start}"{options})',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        "```",
+        "",
+        "`repirl export` without `--adapter-only` writes the merged model.",
+        "",
+    ]
 
 
 def _rewards(model: Model) -> list[str]:

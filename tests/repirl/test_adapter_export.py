@@ -7,13 +7,14 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import make_model, tiny_values
+from tiny import make_model, tiny_config, tiny_values
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from repirl.adapter_export import target_modules
 from repirl.cli import main
 from repirl.config import ConfigError
-from repirl.export import export_checkpoint
+from repirl.export import describe_prm, export_checkpoint
+from repirl.modelcard import Model, model_card
 from repirl.prm import PRMDescription, load_prm
 
 
@@ -99,3 +100,13 @@ def test_names_are_as_short_as_they_can_be(tmp_path):
     every = [name for name, _ in model.named_modules() if name.endswith((".q_proj", ".v_proj"))]
     assert target_modules(model, every) == ["q_proj", "v_proj"]
     assert target_modules(model, every[:1]) == every[:1]
+
+
+def test_a_card_registers_a_class_that_transformers_does_not_have(tmp_path):
+    config = tiny_config(tmp_path, adapters={"rank": 2})
+    for name, is_missing in [("OlmoForTokenClassification", True), ("Qwen3ForTokenClassification", False)]:
+        card = model_card(Model("prm", config, name, describe_prm(config), 1, (), True))
+        code = card.partition("```python\n")[2].partition("```")[0]
+        compile(code, "card", "exec")
+        assert ("register_classifier(AutoConfig.from_pretrained(" in code) == is_missing
+        assert "num_labels=1" in code
