@@ -158,7 +158,10 @@ def write_prompt(prompt: str | Messages, data: DataConfig, tokenizer: PreTrained
 
 def _encode_start(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids of a text that goes on: with what the tokenizer puts before it, without what it puts behind it."""
-    ids, plain = (tokenizer(text, add_special_tokens=special).input_ids for special in (True, False))
+    plain = tokenizer(text, add_special_tokens=False).input_ids
+    if not tokenizer.num_special_tokens_to_add():
+        return tuple(plain)
+    ids = tokenizer(text).input_ids
     for start in range(len(ids) - len(plain) + 1):
         if ids[start : start + len(plain)] == plain:
             return tuple(ids[: start + len(plain)])
