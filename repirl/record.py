@@ -60,7 +60,7 @@ def record_answers(run: Run, step: int, judged: Sequence[Judged], reporter: Repo
     if run.world.is_main:
         nan = float("nan")
         scored = [
-            [Scored(response, nan if outcome is None else outcome, None if rewards is None else rewards[i])]
+            [Scored(response, nan if outcome is None else outcome, None if rewards is None else rewards[i].tolist())]
             for i, (response, outcome) in enumerate(some)
         ]
         _keep_samples(run, step, "eval", list(zip(prompts, scored, strict=True)), reporter)
@@ -76,18 +76,18 @@ def _keep_samples(
         reporter.samples.append(sample_row(step, kind, prompt, one, run.tokenizer))
 
 
-def _scored(groups: Sequence[Group], rewards: list[list[float]] | None) -> Iterator[list[Scored]]:
+def _scored(groups: Sequence[Group], rewards: Sequence[Tensor] | None) -> Iterator[list[Scored]]:
     """The responses to each prompt; rewards: of all responses, one after the other."""
     number = 0
     for group in groups:
         scored = []
         for response, outcome in zip(group.responses, group.outcomes, strict=True):
-            scored.append(Scored(response, outcome, None if rewards is None else rewards[number]))
+            scored.append(Scored(response, outcome, None if rewards is None else rewards[number].tolist()))
             number += 1
         yield scored
 
 
-def _turn_rewards(run: Run, batch: PackedBatch | None) -> list[list[float]] | None:
+def _turn_rewards(run: Run, batch: PackedBatch | None) -> Sequence[Tensor] | None:
     """The rewards that the policy's update has read. Where it has read none, the PRM scores the rollouts now, if the
     history is kept."""
     if batch is None or "prm" not in run.learners:
@@ -99,7 +99,7 @@ def _turn_rewards(run: Run, batch: PackedBatch | None) -> list[list[float]] | No
     return _by_response(batch, batch.read("prm_reward"))
 
 
-def _answer_rewards(run: Run, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[list[float]] | None:
+def _answer_rewards(run: Run, prompts: Sequence[Prompt], responses: Sequence[Response]) -> Sequence[Tensor] | None:
     """What the present PRM says of responses that no update uses."""
     if "prm" not in run.learners:
         return None
@@ -112,5 +112,5 @@ def _answer_rewards(run: Run, prompts: Sequence[Prompt], responses: Sequence[Res
         return _by_response(batch, read_rewards(run.learners["prm"].score(batch), batch, prm))
 
 
-def _by_response(batch: PackedBatch, rewards: Tensor) -> list[list[float]]:
-    return [part.tolist() for part in rewards.split(batch.response_cu_seqlens.diff().tolist())]
+def _by_response(batch: PackedBatch, rewards: Tensor) -> Sequence[Tensor]:
+    return rewards.split(batch.response_cu_seqlens.diff().tolist())
