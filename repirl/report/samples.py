@@ -9,7 +9,7 @@ A row has these columns:
     response        as the verifier saw it
     token_texts     of each token of the response, the end token included; "" for a token that only begins a character
     token_rewards   the PRM's reward of each token, null where the PRM did not score the response
-    token_logprobs  of each token under the weights and at the temperature that sampled it, in nats
+    token_logprobs  of each token under the weights that sampled it, in nats, at its temperature (greedy ones: 1)
     outcome         the verifier's number, null where nothing was verified
     length          number of tokens
     end_reason      "end" with an end token, "length" where the response was cut off at the length limit
