@@ -11,10 +11,12 @@ from typing import Any as _Any
 from repirl.version import __version__
 
 if TYPE_CHECKING:
+    from repirl.apps.adapt import adapt
     from repirl.apps.judge import judge
     from repirl.apps.rerank import rerank
     from repirl.apps.sample import sample
     from repirl.apps.score import score
+    from repirl.apps.search import search
     from repirl.callbacks import Callback, EarlyStopping
     from repirl.config import Config, ConfigError, RunError
     from repirl.configfile import build_config, list_presets, load_config
@@ -38,6 +40,7 @@ __all__ = [
     "RunError",
     "System",
     "__version__",
+    "adapt",
     "build_config",
     "evaluate_checkpoint",
     "export_checkpoint",
@@ -49,15 +52,18 @@ __all__ = [
     "rerank",
     "sample",
     "score",
+    "search",
     "train",
 ]
 
 # Where each name comes from.
 _PLACES = {
+    "adapt": "repirl.apps.adapt",
     "judge": "repirl.apps.judge",
     "rerank": "repirl.apps.rerank",
     "sample": "repirl.apps.sample",
     "score": "repirl.apps.score",
+    "search": "repirl.apps.search",
     **dict.fromkeys(("Callback", "EarlyStopping"), "repirl.callbacks"),
     **dict.fromkeys(("Config", "ConfigError", "RunError"), "repirl.config"),
     **dict.fromkeys(("build_config", "list_presets", "load_config"), "repirl.configfile"),
