@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from repirl.config import Config
+from repirl.config import Config, ConfigError
 from repirl.distributed.world import World
 from repirl.report.log import read_metrics
 
@@ -80,20 +80,26 @@ class EarlyStopping(Callback):
         self.best_turn = self.since_best = 0
 
     def begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ConfigError where nothing is evaluated, or an evaluation has no such figure."""
         self.best, self.best_turn, self.since_best = None, 0, 0
+        if not records:
+            raise ConfigError(
+                f"the run is to be stopped by {self.metric!r}, but it evaluates nothing: set data.eval and eval.every"
+            )
         for record in records:
-            if self.metric in record:
-                self._look(record["step"], record[self.metric])
+            if _evaluations(record):
+                self._look(record["step"], record)
 
     def after_evaluation(self, turn: int, metrics: Mapping[str, float]) -> bool:
-        """Raises KeyError where an evaluation has no such figure."""
-        if self.metric not in metrics:
-            named = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
-            raise KeyError(f"turn {turn} has no {self.metric!r} to stop by; its evaluation has {named}")
-        self._look(turn, metrics[self.metric])
+        """Raises ConfigError where an evaluation has no such figure."""
+        self._look(turn, metrics)
         return self.since_best >= self.patience
 
-    def _look(self, turn: int, value: float | None) -> None:
+    def _look(self, turn: int, metrics: Mapping[str, Any]) -> None:
+        if self.metric not in metrics:
+            named = ", ".join(_evaluations(metrics))
+            raise ConfigError(f"turn {turn} has no {self.metric!r} to stop by; its evaluation has {named}")
+        value = metrics[self.metric]
         # What is not finite stands in metrics.jsonl as null.
         is_finite = value is not None and math.isfinite(value)
         if is_finite and (self.best is None or self._gain(value) > self.min_delta):
@@ -107,6 +113,11 @@ class EarlyStopping(Callback):
         return value - self.best if self.mode == "max" else self.best - value
 
 
+def _evaluations(metrics: Mapping[str, Any]) -> list[str]:
+    """The names of held-out figures of a turn."""
+    return sorted(name for name in metrics if name.startswith("eval/"))
+
+
 def begin(callbacks: Callbacks, config: Config) -> None:
     """Tell callbacks that the run begins, or goes on."""
     records = read_metrics(Path(config.output_dir) / "metrics.jsonl") if callbacks else []
@@ -117,6 +128,6 @@ def begin(callbacks: Callbacks, config: Config) -> None:
 def any_stops(callbacks: Callbacks, turn: int, metrics: Mapping[str, float], world: World) -> bool:
     """Whether a callback ends the run, on any process; all of them are told."""
     answers = [bool(callback.after_turn(turn, dict(metrics))) for callback in callbacks]
-    if any(name.startswith("eval/") for name in metrics):
+    if _evaluations(metrics):
         answers += [bool(callback.after_evaluation(turn, dict(metrics))) for callback in callbacks]
     return any(world.gather(answers))

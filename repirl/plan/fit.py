@@ -214,7 +214,7 @@ def device_note(config: Config, planned: str, asked: str | None = None) -> str:
     name, other = ("a GPU", "cpu") if planned == "cuda" else ("a CPU", "cuda")
     if asked is None and config.device == "auto":
         return f"planned for {name}, which device 'auto' takes where there is one; for a CPU: --device {other}"
-    return f"planned for {name}, as device {asked or config.device!r} says"
+    return f"planned for {name}, as device {(asked or config.device)!r} says"
 
 
 def print_plan(

@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from repirl.callbacks import Callback, EarlyStopping, any_stops
 from repirl.checkpoint.manifest import resolve_checkpoint
+from repirl.config import ConfigError
 from repirl.loop import train
 from repirl.report.log import read_metrics
 
@@ -85,7 +86,8 @@ def test_evaluations_are_told_and_what_was_before_a_resumed_run(tmp_path):
 
 def stops(stopping, values):
     """The first of these evaluations, counted from 1, that ends the run."""
-    stopping.begin([])
+    stopping.begin([{"step": 0, stopping.metric: None}])
+    stopping.since_best = 0
     for turn, value in enumerate(values, 1):
         if stopping.after_evaluation(turn, {stopping.metric: value}):
             return turn
@@ -108,8 +110,10 @@ def test_early_stopping_goes_on_from_the_log():
 
 
 def test_early_stopping_says_what_is_wrong():
-    with pytest.raises(KeyError, match=r"turn 3 has no 'eval/f1' to stop by; its evaluation has eval/accuracy"):
+    with pytest.raises(ConfigError, match=r"turn 3 has no 'eval/f1' to stop by; its evaluation has eval/accuracy"):
         EarlyStopping("eval/f1").after_evaluation(3, {"eval/accuracy": 0.5, "policy/loss": 1.0})
+    with pytest.raises(ConfigError, match=r"evaluates nothing: set data\.eval and eval\.every"):
+        EarlyStopping().begin([])
     with pytest.raises(ValueError, match="patience is 0, expected at least 1"):
         EarlyStopping(patience=0)
     with pytest.raises(ValueError, match="mode is 'up', expected 'max' or 'min'"):

@@ -77,7 +77,11 @@ def test_train_resume_eval_export_round_trip(file, tmp_path, capsys):
     assert all(label in table for label in ("held-out accuracy", "PRM loss", "highest"))
     run = str(tmp_path / "run")
     assert main(["eval", "--config", path, "--checkpoint", run]) == 0
-    assert "on 4 held-out prompts" in capsys.readouterr().out
+    accuracy = capsys.readouterr().out
+    assert "on 4 held-out prompts" in accuracy
+    # The run's own configuration.
+    assert main(["eval", "--checkpoint", run]) == 0
+    assert capsys.readouterr().out == accuracy
     assert main(["export", "--checkpoint", run, "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "policy" / "model.safetensors").exists()
     assert (tmp_path / "out" / "prm" / "config.json").exists()
@@ -179,6 +183,7 @@ def test_plan_needs_nothing_but_the_models_configuration(file, tmp_path, capsys)
     assert main(["plan", "--config", path, "--memory", "0.25,24", "--ranks", "2"]) == 0
     out = capsys.readouterr().out
     assert "policy" in out
+    assert "planned for a CPU, as device 'cpu' says" in out
     assert "0.25 GiB" in out
     assert "does not fit" in out
     assert "24 GiB" in out

@@ -1,14 +1,14 @@
-"""examples/: every script runs, small, as its own text says."""
+"""examples/: every script runs, small, as its own text says; so does what README does from Python."""
 
-import os
+import importlib
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
 from shared import ROOT
 from tiny import make_data, make_model, tiny_values
+
+from repirl.cli import main
 
 EXAMPLES = ROOT / "examples"
 
@@ -22,49 +22,46 @@ def files(tmp_path_factory):
     return folder
 
 
-def run(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=EXAMPLES,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example as in its folder; returns what it prints."""
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def call(name, *arguments):
+        importlib.import_module(name).main(*map(str, arguments))
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_own_verifier(files, tmp_path):
-    shown = run("own_verifier.py", files / "model", files / "train.jsonl", tmp_path / "run", 2)
-    assert "turn 2: mean outcome" in shown
+def test_own_verifier(run, files, tmp_path):
+    assert "turn 1: mean outcome" in run("own_verifier", files / "model", files / "train.jsonl", tmp_path / "run", 1)
 
 
-def test_own_objective(files, tmp_path):
-    shown = run("own_objective.py", files / "model", files / "train.jsonl", tmp_path / "run", 2)
+def test_own_objective(run, files, tmp_path, capsys):
+    shown = run("own_objective", files / "model", files / "train.jsonl", tmp_path / "run", 1)
     assert "responses learned" in shown
     # What is written beside it for the command line.
     text = (EXAMPLES / "own_objective.py").read_text()
     assert "repirl plan  --preset demo --objective own_objective:BEST_OF_GROUP" in text
-    arguments = ["--preset", "demo", "--objective", "own_objective:BEST_OF_GROUP", "--policy.model", files / "model"]
-    # As the command does: Python's own path has no folder of the caller.
-    command = "import sys; sys.path.remove(''); from repirl.cli import main; sys.exit(main())"
-    assert "peak:" in run("-c", command, "plan", *arguments)
+    model = ["--policy.model", str(files / "model")]
+    assert (
+        main(["plan", "--preset", "demo", "--objective", "own_objective:BEST_OF_GROUP", "--memory", "24", *model]) == 0
+    )
+    assert "planned for a CPU, as device 'cpu' says" in capsys.readouterr().out
 
 
-def test_callbacks(files, tmp_path):
-    shown = run("callbacks.py", files / "model", files / "train.jsonl", files / "eval.jsonl", tmp_path / "run", 6)
-    # A random model answers nothing right: three evaluations after the first one end the run.
+def test_callbacks(run, files, tmp_path):
+    shown = run("callbacks", files / "model", files / "train.jsonl", files / "eval.jsonl", tmp_path / "run", 6)
+    # A random model answers nothing right: the three evaluations after that of the start end the run.
     assert "ended after 3 turns; best 0.0% at turn 0" in shown
     assert "turn 1: held-out accuracy" in shown
 
 
 def test_the_readmes_training_from_python(tmp_path, monkeypatch):
-    [block] = re.findall(
-        r"```python\n(from repirl import EarlyStopping.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    readme = (ROOT / "README.md").read_text()
+    [block] = re.findall(r"```python\n(from repirl import EarlyStopping.*?)```", readme, re.DOTALL)
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(tiny_values(tmp_path, objective="sft", steps=2)))
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -10,10 +10,11 @@ import yaml
 from tiny import tiny_values
 
 from repirl.cli import main
+from repirl.config import ConfigError
 from repirl.configfile import build_config
 from repirl.objectives import Objective, load_objectives
 from repirl.report.log import read_metrics
-from repirl.systems import SYSTEMS
+from repirl.systems import SYSTEMS, find_system
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -73,3 +74,28 @@ def test_a_new_system_is_a_row_and_a_file(tmp_path, capsys):
     for one, two in zip(lines[1:4], both[1:], strict=True):
         assert two["policy/loss"] == pytest.approx(one["policy/loss"], rel=1e-4)
         assert two["policy/surprise"] == pytest.approx(two["policy/loss"], rel=1e-6)
+
+
+OWN = """
+from repirl.systems import System
+MINE = System("mine", objectives={"policy": "repirl.objectives.rloo:RLOO"}, data=("prompts", "answers"), online=True)
+OTHER = 3
+"""
+
+
+def test_a_system_of_ones_own_is_looked_for_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "own_systems_here.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    # As the command `repirl` starts.
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", ".")])
+    config = build_config(tiny_values(tmp_path, objective="own_systems_here:MINE"))
+    assert config.system == find_system("own_systems_here:MINE")
+    assert config.system.summary == "mine"
+    for name, message in {
+        "own_systems_here:OTHER": "objective 'own_systems_here:OTHER' is of type int, expected a repirl.System",
+        "own_systems_here:NONE": "objective 'own_systems_here:NONE' cannot be imported",
+        "no_such_module:X": "ModuleNotFoundError: No module named 'no_such_module'",
+        "rlo": "did you mean 'rloo'",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            build_config(tiny_values(tmp_path, objective=name))

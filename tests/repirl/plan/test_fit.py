@@ -5,7 +5,7 @@ import io
 from plan_cases import configured, merged
 from rich.console import Console
 
-from repirl.plan.fit import find_fit, print_plan, usable
+from repirl.plan.fit import device_note, find_fit, print_plan, usable
 from repirl.plan.plan import GIB, plan
 
 
@@ -39,3 +39,12 @@ def test_printed_plan(tmp_path):
     assert "100 GiB (85.00 usable): fits" in text
     assert "0.2 GiB (0.17 usable): does not fit with all switches" in text
     assert "does not fit as it is; fits with " in text
+
+
+def test_the_device_of_a_plan_is_told_with_its_reason(tmp_path):
+    auto, fixed = configured(tmp_path, device="auto"), configured(tmp_path, device="cuda")
+    assert device_note(auto, "cuda") == (
+        "planned for a GPU, which device 'auto' takes where there is one; for a CPU: --device cpu"
+    )
+    assert device_note(fixed, "cuda") == "planned for a GPU, as device 'cuda' says"
+    assert device_note(auto, "cpu", "cpu") == "planned for a CPU, as device 'cpu' says"
