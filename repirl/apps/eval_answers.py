@@ -33,6 +33,12 @@ from repirl.verify.choose import make_verifier
 RESPONSES, RESULTS = "responses.jsonl", "results.json"
 # Given responses that are judged at a time.
 _CHUNK = 1024
+# Reasons that are no fault of a response, and how they are told.
+NOT_JUDGED = {
+    "right answer not readable": "the right answer of the data could not be read",
+    "timed out": "judging them took longer than --timeout",
+    "out of memory, or its process died": "the process that judged them ran out of memory, or died",
+}
 TIES = "of equally frequent answers that of the first response counts"
 
 
@@ -305,7 +311,8 @@ def print_result(result: dict[str, Any]) -> None:
             "whether any was cut off is not known" if part["truncated"] is None else f"{part['truncated']:.1%} cut off"
         )
         print(f"{part['responses']} {name} responses: {cut}, {part['unreadable']} with no answer that could be read")
-        if wrong := part["reasons"].get("right answer not readable"):
-            print(f"{wrong} of them count as wrong because the right answer of the data could not be read")
+        for reason, why in NOT_JUDGED.items():
+            if count := part["reasons"].get(reason):
+                print(f"{count} of them count as wrong because {why}")
     if result["votes"] is not None and result["sampled"]["responses"]:
         print(f"maj@k: {TIES}; {result['votes']['tied_problems']} problems have a tie among all their responses")

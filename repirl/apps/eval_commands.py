@@ -161,6 +161,8 @@ def _answers(options: argparse.Namespace, changes: Mapping[str, Any]) -> int:
         _refuse(options, ASK_OPTIONS, "for --model, not for responses that are there")
         if others := sorted(set(changes) - {"seed"}):
             raise ConfigError(f"--{others[0]} is for --model, not for responses that are there")
+        if options.resume:
+            raise ConfigError("--resume is for --model, not for responses that are there")
         print_result(eval_responses(options.benchmark, data, options.responses, options.output, grading=grading))
         return 0
     if options.output is None:

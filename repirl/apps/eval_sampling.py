@@ -165,7 +165,8 @@ def ask(benchmark: Benchmark, data: str, model: str, output_dir: str, options: A
         ConfigError: for data, a model or options that cannot be used.
     """
     changes = dict(options.changes or {})
-    gguf_file = (changes.get("policy") or {}).get("gguf_file")
+    policy = changes.get("policy")
+    gguf_file = policy.get("gguf_file") if isinstance(policy, dict) else None
     described, tokenizer = read_model_config(model, gguf_file), load_tokenizer(model, gguf_file)
     trained = _trained_prompt(described)
     template = options.prompt

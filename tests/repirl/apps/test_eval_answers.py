@@ -7,7 +7,7 @@ import pytest
 from tiny import make_model
 
 from repirl.apps import eval_answers
-from repirl.apps.eval_answers import GradeOptions, eval_model, eval_responses
+from repirl.apps.eval_answers import GradeOptions, eval_model, eval_responses, print_result
 from repirl.apps.eval_commands import ANSWER_BENCHMARKS, STEP_BENCHMARKS
 from repirl.apps.eval_sampling import AskOptions, ask, sampled
 from repirl.apps.eval_steps import READERS
@@ -169,6 +169,20 @@ def test_given_responses_are_judged(tmp_path, data, capsys):
     assert "exists: choose another file" in capsys.readouterr().err
 
 
+def test_what_could_not_be_judged_is_told(tmp_path, data, capsys):
+    rows = [{"question": "1+2=", "answer": "#### " + "x" * 600}, {"question": "2+2=", "answer": "4"}]
+    problems = write(tmp_path / "odd.jsonl", rows)
+    given = write(tmp_path / "a.jsonl", [{"id": i, "response": "#### 4", "temperature": 0} for i in (0, 1)])
+    result = eval_responses("gsm8k", problems, given)
+    assert result["greedy"]["reasons"] == {"too long": 1, "equal": 1}
+    result["greedy"]["reasons"] = {"right answer not readable": 1, "timed out": 2}
+    print_result(result)
+    shown = capsys.readouterr().out
+    assert "1 of them count as wrong because the right answer of the data could not be read" in shown
+    assert "2 of them count as wrong because judging them took longer than --timeout" in shown
+    assert "maj@k" not in shown
+
+
 def test_the_command_line_names_every_benchmark():
     assert set(ANSWER_BENCHMARKS) == set(BENCHMARKS)
     assert set(STEP_BENCHMARKS) == set(READERS)
@@ -198,6 +212,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path, data, model, capsys):
     assert "give --output DIR" in refused("--data", data, "--model", model)
     assert "--samples is for --model" in refused("--data", data, "--responses", data, "--samples", "2")
     assert "--rollout is for --model" in refused("--data", data, "--responses", data, "--rollout.engine", "vllm")
+    assert "--resume is for --model" in refused("--data", data, "--responses", data, "--resume")
     assert "--config is not for benchmarks" in refused("--config", "a.yaml")
     asked = ("--data", data, "--model", model, "--output", str(tmp_path / "out"))
     assert "--samples is -1, expected at least 0" in refused(*asked, "--samples", "-1")
