@@ -8,15 +8,14 @@ import os
 from collections.abc import Hashable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from repirl.apps.best_of import best_of_n, choose, mean_and_error, pass_at_n, subsets, votes
-from repirl.apps.lines import refuse_existing
+from repirl.apps.lines import refuse_existing, write_json
 from repirl.apps.score import AGGREGATES, Progress, aggregate_of
 from repirl.apps.solutions import Solution, as_source, encode, score_encoded
 from repirl.apps.trained import Placed, trained_prm
-from repirl.config import ConfigError, RunError
+from repirl.config import ConfigError
 from repirl.data.answers import answer_of
 from repirl.data.sources import read_rows
 from repirl.data.values import Place, shown
@@ -135,7 +134,7 @@ def rerank(
         "chosen": [_chosen(group, options.temperature) for group in groups],
     }
     if output is not None:
-        _write(Path(output), result)
+        write_json(output, result)
     return result
 
 
@@ -284,14 +283,6 @@ def _chosen(group: Sequence[Sample], temperature: float) -> dict[str, Any]:
         method: {"response": group[i].response, "score": scores[i], "right": group[i].right}
         for method, i in indices.items()
     }
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"--output {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def print_results(result: dict[str, Any]) -> None:
