@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import socket
 import time
 from urllib.request import Request, urlopen
 
@@ -188,7 +189,8 @@ def test_what_no_server_can_serve_is_refused(tmp_path, prm, served, capsys):
 
 
 def test_a_server_that_is_not_there_or_no_vllm(prm, served):
-    gone = Server("http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = Server(f"http://127.0.0.1:{listener.getsockname()[1]}")
     with pytest.raises(RunError, match=r"is not there \(.*refused\): start it by: vllm serve .* \(asked 4 times\)"):
         served_prm(prm, gone)
 
