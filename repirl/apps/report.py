@@ -60,6 +60,7 @@ CHARTS = (
     _Chart("Cut off at the length limit", "rollout/truncated", "", "share of the sampled responses", percent=True),
     _Chart("Clipped tokens", "policy/clip_fraction", "", "share of the response tokens", percent=True),
     _Chart("Chosen minus rejected", "policy/margin", "nats", "implicit reward of a pair"),
+    _Chart("Pairs in the right order", "policy/accuracy", "", "share of the pairs", percent=True),
     _Chart("PRM loss", "prm/loss", "", "value of the objective, as it is minimised"),
     _Chart("Critic loss", "critic/loss", "", "squared error"),
     _Chart("Policy loss", "policy/loss", "", "value of the objective, as it is minimised"),
