@@ -1,4 +1,21 @@
-"""Runs programs that a model wrote, and that nobody has read, without harm."""
+"""Runs programs that a model wrote, and that nobody has read, so that they do no harm and cannot fake a verdict.
+
+Each program has its own tree of processes, which is ended as a whole; it has no network, sees Python's standard library
+and the system's shared libraries and nothing else, read-only, and has an empty folder of its own. Limits hold for its
+time, memory, processes, files and output. What is right never enters its process: values cross as plain data, and are
+compared here; assertions run in another process (jail/program.py).
+
+    kind          what holds a program
+    bubblewrap    bubblewrap builds the view of files; namespaces for each program; seccomp
+    namespaces    the same, where bubblewrap is not installed
+    landlock      Landlock and seccomp, where the kernel lets this user make no namespaces
+    none          limits, and seccomp; only with `allow_unsandboxed`
+
+It does not protect from faults of the kernel, nor from what a program learns by the time that things take (caches,
+load). It does not keep a program from slowing down others on the same cores within its limits. Without control groups,
+the memory of several processes together is measured every 20 ms, and may be over the limit for as long. A solution that
+has learnt the right outputs by heart passes. docs/sandbox.md says more.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +113,7 @@ class Sandbox:
             raise ConfigError(f"{workers} workers; expected at least 1")
         self.limits = limits or Limits()
         first, self.kind, self.missing = _first_worker(self._fields(), kind, allow_unsandboxed)
-        if self.missing:
+        if self.kind == "none":
             warnings.warn(self.missing, stacklevel=2)
         # A candidate and its test run beside each other, in workers of their own.
         self._idle: queue.LifoQueue[_Slot] = queue.LifoQueue()
@@ -249,7 +266,7 @@ def _first_worker(limits: dict[str, Any], kind: str | None, allow_unsandboxed: b
     for name in KINDS if kind is None else (kind,):
         try:
             worker = _tried_worker(name, limits)
-            return worker, name, worker.report.get("missing", "")
+            return worker, name, worker.report["missing"]
         except RunError as error:
             reasons.append(f"{name}: {error}")
     if not allow_unsandboxed:
@@ -260,11 +277,7 @@ def _first_worker(limits: dict[str, Any], kind: str | None, allow_unsandboxed: b
             "nothing of value"
         )
     worker = _tried_worker("none", limits)
-    return (
-        worker,
-        "none",
-        "programs run without a sandbox: they see the files, the network and the processes of the user",
-    )
+    return worker, "none", worker.report["missing"]
 
 
 def _tried_worker(kind: str, limits: dict[str, Any]) -> Worker:

@@ -24,6 +24,7 @@ class Isolation:
 
     kind = "none"
     is_shared = True
+    missing = "programs run without a sandbox: they can read and change what this user can"
 
     def __init__(self, options: dict[str, Any]) -> None:
         """Confine the zygote itself.
@@ -49,7 +50,10 @@ class Isolation:
         return 2
 
     def report(self) -> dict[str, Any]:
-        return {"kind": self.kind, "cgroup": self.options["oom"] >= 0, "seccomp": seccomp.is_available()}
+        missing = self.missing
+        if not seccomp.is_available():
+            missing = "; ".join(filter(None, [missing, "no filter of system calls"]))
+        return {"kind": self.kind, "cgroup": self.options["oom"] >= 0, "missing": missing}
 
     def fork(self) -> int:
         """Fork the first process of a program."""
@@ -75,8 +79,8 @@ class Isolation:
     def enter(self, limits: dict[str, Any]) -> None:
         """In the program's first process, which is trusted."""
         os.setsid()
-        # Where memory runs out, the kernel ends this and not the zygote. The file is the process's own only while others
-        # of its user may look into it.
+        # Where memory runs out, the kernel ends this and not the zygote. The file is the process's own only while
+        # others of its user may look into it.
         kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
         limiting.write(self.proc, "self/oom_score_adj", "1000")
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
@@ -106,6 +110,10 @@ class Landlocked(Isolation):
     """Landlock and seccomp, without namespaces."""
 
     kind = "landlock"
+    missing = (
+        "no namespaces: programs can see which files and processes there are, and the space of all their files "
+        "together is not limited"
+    )
 
     def __init__(self, options: dict[str, Any]) -> None:
         if not seccomp.is_available():
@@ -124,6 +132,7 @@ class Namespaced(Isolation):
 
     kind = "namespaces"
     is_shared = False
+    missing = ""
 
     def confine_zygote(self) -> None:
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)

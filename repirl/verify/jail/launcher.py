@@ -38,6 +38,8 @@ def main(control: int, trainer: int, options: str) -> None:
     """
     asked: dict[str, Any] = json.loads(options)
     signal.signal(signal.SIGTERM, _end)
+    # Nobody waits for the processes that become the zygote step by step.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     group = cgroup.create(asked["memory_mb"], asked["processes"])
@@ -98,7 +100,8 @@ def _start(
     """The process that becomes the zygote. Never returns."""
     code = 1
     try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
         if group is not None:
             try:
                 group.enter()
