@@ -25,6 +25,15 @@ NAME = "trackers.json"
 SAMPLE_COLUMNS = ("step", "kind", "index", "prompt", "response", "outcome", "length", "end_reason", "mean_reward")
 
 
+class _PlainLogger(logging.LoggerAdapter):
+    """For accelerate's trackers, whose own one asks for a state of accelerate. To set that up would choose devices and
+    threads of this process."""
+
+    def warning_once(self, message: str, *arguments: Any) -> None:
+        """accelerate's name for a warning that it gives at the start."""
+        self.warning(message, *arguments)
+
+
 class Trackers:
     """The trackers of one run. Only the main process has them.
 
@@ -52,9 +61,10 @@ class Trackers:
         self._write_ids(ids)
 
     def _open(self, name: str, config: Config, ids: dict[str, str], values: dict[str, Any]) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        from accelerate import tracking
 
-        tracker = LOGGER_TYPE_TO_CLASS[name](config.log.project, **_options(name, self._folder, ids.get(name)))
+        tracking.logger = _PlainLogger(logging.getLogger(tracking.__name__))
+        tracker = tracking.LOGGER_TYPE_TO_CLASS[name](config.log.project, **_options(name, self._folder, ids.get(name)))
         # This is the main process; accelerate does not have to find out by setting up a state of its own.
         tracker.main_process_only = False
         tracker.start()

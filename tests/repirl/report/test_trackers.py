@@ -140,3 +140,32 @@ def test_damaged_ids_begin_a_new_run_in_the_tracker(tmp_path, fake):
     ids.write_text("{")
     Trackers(config, RECORD, 2)
     assert fake.made[1].options["id"] is None
+
+
+class ThroughTensorBoard(tracking.TensorBoardTracker):
+    """accelerate's own tracker of TensorBoard, in the place of W&B's."""
+
+    def __init__(self, project, *, dir, **_):
+        super().__init__(project, f"{dir}/accelerate")
+
+    @property
+    def tracker(self):
+        return SimpleNamespace(id="id")
+
+    def log_table(self, name, *, columns, data, step):
+        self.log({name: str(dict(zip(columns, data[0], strict=True)))}, step=step)
+
+
+def test_accelerates_classes_need_no_state_of_accelerate(tmp_path, fake, monkeypatch, caplog):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", ThroughTensorBoard)
+    trackers = Trackers(tracked(tmp_path), RECORD, 0)
+    trackers.log(1, {"policy/loss": 0.5, "prm/loss": math.inf}, [{"step": 1, "response": "3 + 4 = 7"}])
+    trackers.close()
+    assert not caplog.records
+    events = EventAccumulator(str(tmp_path / "run" / "accelerate" / "mine"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(1, 0.5)]
+    assert "prm/loss" not in events.Tags()["scalars"]
+    assert "samples/text_summary" in events.Tags()["tensors"]
+    [values] = (tmp_path / "run" / "accelerate" / "mine").glob("*/hparams.yml")
+    assert "run.packages.torch: '2'" in values.read_text()
