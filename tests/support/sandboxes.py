@@ -54,12 +54,13 @@ def assert_holds(sandbox: Sandbox, before: set[int]) -> None:
     assert processes(sandbox) == before
 
 
-def leftovers() -> set[str]:
-    """Names of what sandboxes make outside of themselves: folders of programs, control groups."""
-    folders = [Path("/dev/shm"), Path("/tmp"), *Path("/sys/fs/cgroup").glob("*")]
-    names = {str(path) for folder in folders for path in folder.glob("repirl-sandbox-*")}
+def leftovers(launchers: set[int]) -> set[str]:
+    """What workers make outside of themselves, by their processes' numbers: folders of programs, control groups."""
+    names = set()
     own = {line.split(":", 2)[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()}
-    for folder in Path("/sys/fs/cgroup").glob("*"):
-        for path in own:
-            names |= {str(group) for group in (folder / path).glob("repirl-*")}
+    for launcher in launchers:
+        for folder in (Path("/dev/shm"), Path("/tmp")):
+            names |= {str(path) for path in folder.glob(f"repirl-sandbox-{launcher}-*")}
+        for folder in Path("/sys/fs/cgroup").glob("*"):
+            names |= {str(group) for path in own if (group := folder / path / f"repirl-{launcher}").exists()}
     return names

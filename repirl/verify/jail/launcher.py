@@ -44,7 +44,8 @@ def main(control: int, trainer: int, options: str) -> None:
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     group = cgroup.create(asked["memory_mb"], asked["processes"])
     is_shared = KINDS[asked["kind"]].is_shared
-    folder = tempfile.mkdtemp(prefix="repirl-sandbox-", dir=_memory_folder()) if is_shared else view.FOLDER
+    prefix = f"repirl-sandbox-{os.getpid()}-"
+    folder = tempfile.mkdtemp(prefix=prefix, dir=_memory_folder()) if is_shared else view.FOLDER
     ours, theirs = socket.socketpair()
     try:
         given = {
