@@ -14,7 +14,7 @@ from typing import Any
 
 from repirl import __version__
 from repirl.apps.eval_metrics import Answered, Responses, figures, num_tied, shares
-from repirl.apps.eval_sampling import AskOptions, Given, ask, sampled
+from repirl.apps.eval_sampling import Asked, AskOptions, Given, ask, sampled
 from repirl.apps.judge import response_text, verifier_config
 from repirl.apps.lines import LinesFile, refuse_existing, write_json
 from repirl.apps.output import ResumableOutput
@@ -112,14 +112,7 @@ def eval_model(
         if start < total:
             check_sources(config)
             sampler = stack.enter_context(policy_sampler(config, asked.tokenizer, None))
-            parts = sampled(asked, sampler, start)
-            if file is None:
-                for _ in parts:
-                    pass
-            else:
-                for rows in _graded(asked.benchmark, parts, grading):
-                    file.write([json.dumps(row, ensure_ascii=False) for row in rows], {})
-                    print(f"{benchmark} {file.num_rows}/{total} responses", file=sys.stderr, flush=True)
+            _keep(asked, sampled(asked, sampler, start), file, grading)
         world.barrier()
     with open(folder / RESPONSES, encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -128,6 +121,19 @@ def eval_model(
     if own_rank() == 0:
         write_json(folder / RESULTS, result)
     return result
+
+
+def _keep(asked: Asked, parts: Iterable[list[Given]], file: ResumableOutput | None, grading: GradeOptions) -> None:
+    """Judge and write the responses, part by part; without a file, as in other processes than the first, only sample
+    them."""
+    if file is None:
+        for _ in parts:
+            pass
+        return
+    for rows in _graded(asked.benchmark, parts, grading):
+        file.write([json.dumps(row, ensure_ascii=False) for row in rows], {})
+        done = f"{file.num_rows}/{asked.num_responses} responses"
+        print(f"{asked.benchmark.name} {done}", file=sys.stderr, flush=True)
 
 
 def eval_responses(
