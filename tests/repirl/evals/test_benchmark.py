@@ -29,8 +29,8 @@ def read(path, rows, benchmark=PLAIN):
 def test_a_row_becomes_a_problem(tmp_path):
     rows = [{"question": "{answer}?", "problem": "no", "answer": 3}, {"problem": "1+1", "answer": "#### 2", "id": 7}]
     assert read(tmp_path / "a.jsonl", rows) == [
-        Problem("0", "Q: {answer}? {other}\nA:", "3"),
-        Problem("7", "Q: 1+1 {other}\nA:", "#### 2"),
+        Problem("0", "Q: {answer}? {other}\nA:", "3", "{answer}?"),
+        Problem("7", "Q: 1+1 {other}\nA:", "#### 2", "1+1"),
     ]
     by_function = replace(PLAIN, prompt=lambda fields, place: fields["problem"] * 2)
     assert read(tmp_path / "a.jsonl", rows[1:], by_function)[0].prompt == "1+11+1"
