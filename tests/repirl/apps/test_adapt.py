@@ -210,7 +210,7 @@ def test_implicit_rewards_need_their_own_reference(place, tmp_path):
                 prm,
                 place / "in.jsonl",
                 tmp_path / "out",
-                OPTIONS,
+                AdaptOptions(),
                 values={"loss": {"kl_coefficient": 0.0}},
             )
 
