@@ -148,6 +148,9 @@ def zygote(control: int, trainer: int, link: int, options: str) -> None:
     # Objects that the collector does not touch stay shared with the forks.
     gc.freeze()
     Zygote(control, [descriptor for descriptor in (trainer, link) if descriptor >= 0], isolation).serve()
+    if kind.is_shared:
+        # The launcher may have been killed.
+        shutil.rmtree(given["folder"], ignore_errors=True)
     os._exit(0)
 
 
