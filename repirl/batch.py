@@ -14,7 +14,6 @@ The streams (log-probabilities in nats; a single word is a file in objectives/):
 | `prm_ref_logprob` | log pi_ref at the PRM's temperature      | repirl.run      | repirl.rewards (`implicit`)    |
 | `reward`          | r_t of the PRM                           | repirl.streams  | irl, rloo, prime, repirl.gate  |
 | `prm_reward`      | the same, which no gate sets to 0        | repirl.streams  | repirl.record                  |
-| `prm_reward`      | the same, which no gate sets to 0        | repirl.streams  | repirl.record                  |
 | `logprob`         | log pi of the present policy             | repirl.streams  | airl, dpo, dqo                 |
 | `state_value`     | V(s_t) of the present critic             | repirl.streams  | dqo                            |
 | `step_label`      | labels at ends of steps, else NaN        | data/steps      | steps                          |

@@ -50,23 +50,6 @@ def test_display_shows_length_truncation_kl_clip_and_speed():
     assert all(value in shown for value in ("7.2", "12.5%", "0.0012", "0.25", "1.5%", "1,500"))
 
 
-def test_display_shows_length_truncation_kl_clip_and_speed():
-    metrics = {"rollout/length": 7.25, "rollout/truncated": 0.125, "policy/approx_kl": 0.00123, "tokens": 3000}
-    metrics |= {"policy/clip_fraction": 0.015, "policy/kl_reference": 0.25, "seconds/step": 2.0}
-    plain, console = io.StringIO(), Console(file=io.StringIO(), width=100, force_terminal=True)
-    with ProgressDisplay(1, "repirl", console=Console(file=plain, width=80)) as display:
-        display.update(1, metrics)
-    assert plain.getvalue() == (
-        "repirl 1/1: response length (tokens) 7.2, truncated responses 12.5%, KL from the rollouts (nats/token) "
-        "0.0012, KL from the reference (nats/token) 0.25, clipped tokens 1.5%, tokens/s 1,500, seconds 2.00\n"
-    )
-    with ProgressDisplay(1, "repirl", console=console) as display:
-        display.update(1, metrics)
-        console.print(display._view())
-    shown = console.file.getvalue()
-    assert all(value in shown for value in ("7.2", "12.5%", "0.0012", "0.25", "1.5%", "1,500"))
-
-
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_the_table_stays_on_the_terminal(error):
     """Nothing is erased after the last time that it was drawn."""
