@@ -156,6 +156,10 @@ def _read(
     for name in FIXED:
         if _holds(values, name.split(".")):
             raise ConfigError(f"--{name} cannot be set here: repirl adapt trains on prompts alone, by a frozen PRM")
+    if options.placed.convention is not None:
+        raise ConfigError(
+            f"--convention {options.placed.convention} cannot be used here: training only reads rewards of rePIRL's PRMs"
+        )
     described = read_description(prm)
     if described is None:
         raise ConfigError(f"{prm!r} does not say how its rewards are read (config.json, key `repirl`)")

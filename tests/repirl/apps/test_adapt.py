@@ -182,6 +182,7 @@ def test_the_command_stops_by_kl_with_a_prm_of_steps(place, tmp_path, capsys):
         (["--loss.outcome_coefficient", "1"], "--loss.outcome_coefficient cannot be set here"),
         (["--loss.kl_coefficient", "0"], "loss.kl_coefficient is 0, so that no KL is measured: set --max-kl none"),
         (["--checkpoint.every", "0"], "checkpoint.every is 0"),
+        (["--convention", "classifier"], "--convention classifier cannot be used here"),
         (["--max-kl", "far"], "--max-kl is 'far', expected a number, or none"),
         (["--patience", "1.5"], "--patience is '1.5', expected a whole number"),
         (["--turns", "0"], "--turns is 0, expected at least 1"),

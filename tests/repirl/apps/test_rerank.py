@@ -163,7 +163,6 @@ def test_options_are_checked(write, capsys):
         ([], "has no column 'score': give --prm DIR, or name the column by --score-column"),
         (["--temperature", "0"], "--temperature is 0.0, expected a number above 0"),
         (["--subsets", "0"], "--subsets is 0, expected at least 1"),
-        (["--verifier", "code"], "--verifier code: not available in this version"),
         (["--tokens", "0"], "--tokens is 0"),
     ):
         assert main(["rerank", "--input", path, *options]) == 2
