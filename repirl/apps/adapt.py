@@ -158,7 +158,7 @@ def _read(
             raise ConfigError(f"--{name} cannot be set here: repirl adapt trains on prompts alone, by a frozen PRM")
     if options.placed.convention is not None:
         raise ConfigError(
-            f"--convention {options.placed.convention} cannot be used here: training only reads rewards of rePIRL's PRMs"
+            f"--convention {options.placed.convention} cannot be used here: training reads rewards of rePIRL's PRMs"
         )
     described = read_description(prm)
     if described is None:
