@@ -25,7 +25,7 @@ CLAIMS = [
     Claim("rePIRL is better than PRIME", "exact", "rePIRL", "PRIME", PAPER),
     Claim("rePIRL is better than SFT on its experts", "exact", "rePIRL", "SFT", PAPER),
     Claim("A PRM suffices without outcome rewards: better than RLOO", "exact", "PRM only", "RLOO", PAPER),
-    Claim("Pseudo experts help", "exact", "rePIRL", "rePIRL, PRM apart", PAPER),
+    Claim("Verdicts on the PRM's sides (pseudo experts, failures) help", "exact", "rePIRL", "rePIRL, PRM apart", PAPER),
     Claim("Importance sampling helps", "exact", "rePIRL", "rePIRL, uniform weights", PAPER),
     Claim(
         "Importance sampling is better than more policy updates without it",
