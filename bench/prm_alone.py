@@ -32,6 +32,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "value, one update": ("demo-prm-only-value", {"prm": {"updates_per_step": 1}}),
     "value, experts of all prompts": ("demo-prm-only-value", {"irl": {"experts": "all"}}),
     "value, half the policy rate": ("demo-prm-only-value", {"policy": {"optimizer": {"lr": 1e-4}}}),
+    # Rollouts with more kinds of errors, and a limit on how far the policy moves instead of the gate.
+    "value, temperature 1.5": ("demo-prm-only-value", {"rollout": {"temperature": 1.5}}),
+    "value, KL 0.1, no gate": ("demo-prm-only-value", merge(NO_GATE, {"loss": {"kl_coefficient": 0.1}})),
     "logprob": ("demo-prm-only", {}),
     "logprob, no gate": ("demo-prm-only", NO_GATE),
     "logit": ("demo-prm-only", {"prm": {"reward": "logit"}}),
