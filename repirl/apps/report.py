@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ from repirl.report.charts import MAX_POINTS, Curve, Series
 from repirl.report.html import ComparisonTable, Report, write_report
 from repirl.report.kept import kept_samples, step_explanation
 from repirl.report.markup import number
-from repirl.report.reporter import LARGEST_PARETO_K, SMALLEST_ESS
+from repirl.report.reporter import LARGEST_PARETO_K, SMALLEST_ESS, weight_warnings
 from repirl.report.runs import RunRecord, differences, pick, read_runs
 from repirl.strict_yaml import dump_yaml
 
@@ -50,7 +51,7 @@ CHARTS = (
     _Chart("Accuracy of rollouts", "rollout/outcome", "", "mean outcome of the sampled responses", percent=True),
     _Chart("Reward gap", "prm/reward_gap", REWARD, "experts minus policy"),
     _Chart("Effective sample size", "prm/ess_fraction", "", "share of the samples", percent=True),
-    _Chart("Pareto k", "prm/pareto_k", "", "of the importance weights; above 0.7 not to be trusted"),
+    _Chart("Pareto k", "prm/pareto_k", "", "of uneven importance weights; above 0.7 not to be trusted"),
     _Chart("log Z", "prm/log_z", "nats"),
     _Chart("Mean reward of the policy", "prm/reward_mean", REWARD),
     _Chart("Entropy of the policy", "policy/entropy", "nats per token"),
@@ -207,17 +208,17 @@ def _results(runs: Sequence[RunRecord], drawn: Sequence[tuple[_Chart, Curve]]) -
 def _warnings(run: RunRecord) -> list[str]:
     """What the metrics say of the run that a reader may overlook in the curves."""
     notes = []
-    tail = [value for value in run.values("prm/pareto_k")[1] if value is not None]
-    if high := sum(value > LARGEST_PARETO_K for value in tail):
+    warned = Counter(name for line in run.lines for name in weight_warnings(line))
+    turns = {name: sum(line.get(name) is not None for line in run.lines) for name in warned}
+    if high := warned["prm/pareto_k"]:
         notes.append(
-            f"{run.name}: Pareto k was above {LARGEST_PARETO_K} in {high} of {len(tail)} turns: a few rollouts carry "
-            "the importance weights there, and log Z is not to be trusted."
+            f"{run.name}: in {high} of {turns['prm/pareto_k']} turns importance weights were uneven, with a Pareto k "
+            f"above {LARGEST_PARETO_K}: a few rollouts carry them, and log Z is not to be trusted there."
         )
-    shares = [value for value in run.values("prm/ess_fraction")[1] if value is not None]
-    if low := sum(value < SMALLEST_ESS for value in shares):
+    if low := warned["prm/ess_fraction"]:
         notes.append(
             f"{run.name}: the effective sample size was below {SMALLEST_ESS:.0%} of the samples in {low} of "
-            f"{len(shares)} turns."
+            f"{turns['prm/ess_fraction']} turns."
         )
     for side in ("policy", "prm", "critic"):
         skipped = max((value or 0.0 for value in run.values(f"{side}/skipped_updates")[1]), default=0.0)

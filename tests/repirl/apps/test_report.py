@@ -128,7 +128,7 @@ def test_what_is_easily_overlooked_is_said(tmp_path):
     rows = lines(4, **{"prm/pareto_k": 1.5, "prm/ess_fraction": 0.01, "policy/skipped_updates": 2, "prm/loss": None})
     page = page_of(read_runs([make_run(tmp_path / "a", rows)]))
     notes = " ".join(page["notes"])
-    assert "Pareto k was above 0.7 in 4 of 4 turns" in notes
+    assert "in 4 of 4 turns importance weights were uneven, with a Pareto k above 0.7" in notes
     assert "below 5% of the samples in 4 of 4 turns" in notes
     assert "2 updates of the policy were skipped" in notes
     [loss] = [curve for curve in page["curves"] if curve["title"] == "PRM loss"]
