@@ -349,12 +349,23 @@ def _call_execution(whole: Execution, message: tuple[bytes, bytes]) -> Execution
         elif tag == b"M":
             status = "memory"
         elif tag == b"X":
-            reason = str(plain.decode(data)[1])
+            reason = _raised(data)
         else:
             reason = data.decode("utf-8", "replace")
-    except (plain.PlainError, TypeError, LookupError) as error:
+    except plain.PlainError as error:
         status, reason = "error", f"no plain data: {error}"
     return dataclasses.replace(whole, status=status, value=value, stderr=whole.stderr + reason)
+
+
+def _raised(data: bytes) -> str:
+    """The text of an exception's message; empty where a program has written something else there.
+
+    Raises:
+        PlainError: it is no plain data.
+    """
+    value = plain.decode(data)
+    # A number is not made a text: that fails for long ones.
+    return value[1] if isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) else ""
 
 
 def _assertion_execution(candidate: Outcome, tested: Outcome, nonce: bytes) -> Execution:
@@ -369,7 +380,7 @@ def _assertion_execution(candidate: Outcome, tested: Outcome, nonce: bytes) -> E
         if tag == b"A":
             status, reason = "wrong", "AssertionError: " + data.decode("utf-8", "replace")
         elif tag == b"X":
-            reason = str(plain.decode(data)[1])
+            reason = _raised(data)
     if tested.status != "exited":
         status, reason = tested.status, "the test was ended"
     return dataclasses.replace(whole, status=status, stderr=whole.stderr + reason)

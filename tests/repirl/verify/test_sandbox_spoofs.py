@@ -103,6 +103,14 @@ def test_forged_values(sandbox):
     both(sandbox, source)
 
 
+@pytest.mark.parametrize("text", ["16**5000", "[16**5000]", "None", "b'x'"])
+def test_forged_exceptions(sandbox, text):
+    """Its message is a number that is too long to be written out, or no text in other ways."""
+    source = f"{FORGED}import sys\nencode = sys.modules['jail.plain'].encode\n"
+    source += f"flood(message(b'X', encode(['ValueError', {text}])))\ndef f(x):\n    return 'wrong'"
+    both(sandbox, source)
+
+
 def test_forged_lengths(sandbox):
     source = FORGED + "import os\nflood(b'V' + struct.pack('<Q', 1 << 62), b'V' + bytes(3))\nos._exit(0)"
     both(sandbox, source)
