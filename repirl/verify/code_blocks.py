@@ -64,7 +64,7 @@ def fenced_blocks(text: str) -> list[Block]:
     closing one may stand at the end of the last line of code."""
     blocks, lines = list[Block](), list[str]()
     fence, tag, indent = "", "", 0
-    for line in text.splitlines():
+    for line in _lines(text):
         if not fence:
             if match := _FENCE.fullmatch(line):
                 fence, tag, indent, lines = match[2], _tag(match[3]), len(match[1]), []
@@ -82,6 +82,11 @@ def fenced_blocks(text: str) -> list[Block]:
     if fence:
         blocks.append(Block("\n".join(lines) + "\n", tag, closed=False))
     return blocks
+
+
+def _lines(text: str) -> list[str]:
+    """Without their ends. A text in a program may hold other characters that `str.splitlines` takes for ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _tag(info: str) -> str:
@@ -135,7 +140,7 @@ def _is_body(code: str, entry: str | None) -> bool:
 def _body(code: str) -> str:
     """The first indented lines: what comes behind them is no part of the function that is being completed."""
     kept = []
-    for line in code.splitlines():
+    for line in _lines(code):
         if line.strip() and line[:1] not in " \t":
             break
         kept.append(line)

@@ -96,6 +96,12 @@ def test_without_code_there_is_none(response):
     assert find_code(response, None) is None
 
 
+def test_characters_in_texts_end_no_line():
+    code = "x = 'a\u2028b\x85c\x0cd'\nprint(x)"
+    assert find_code(f"```python\n{code}\n```", None) == f"{code}\n"
+    assert find_code(f"```python\n{code}\n```".replace("\n", "\r\n"), None) == f"{code}\n"
+
+
 def test_blocks_say_their_tag_and_whether_they_end():
     blocks = fenced_blocks("```C++\nx\n```\n```\ny")
     assert [(block.tag, block.closed, block.code) for block in blocks] == [("c++", True, "x\n"), ("", False, "y\n")]
