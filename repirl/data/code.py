@@ -27,7 +27,7 @@ from typing import Any
 
 from repirl.data.values import Place, shown
 from repirl.verify.code_blocks import whole_head
-from repirl.verify.code_tests import Tests, parse_tests
+from repirl.verify.code_tests import Tests, check_depth, parse_tests
 
 # Columns by which a format is known, where the column of answers is not there.
 _KNOWN = ("test_list", "public_test_cases", "input_output", "test", "tests")
@@ -45,8 +45,16 @@ def read_tests(row: dict[str, Any], place: Place, column: str, option: str) -> T
         option: which names the column, for messages.
 
     Raises:
-        DataError: there are no tests, or in no format that is known.
+        DataError: there are no tests, or in no format that is known, or values are nested too deep.
     """
+    tests = _read(row, place, column, option)
+    try:
+        return check_depth(tests)
+    except ValueError as error:
+        raise place.error(str(error)) from error
+
+
+def _read(row: dict[str, Any], place: Place, column: str, option: str) -> Tests:
     known = next((name for name in _KNOWN if row.get(name)), None)
     is_there = row.get(column) is not None or "." in column
     name = column if is_there or known is None else known

@@ -4,11 +4,13 @@ returned is compared outside, where they cannot reach."""
 from __future__ import annotations
 
 import json
+import re
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
 from time import monotonic
@@ -18,7 +20,7 @@ from repirl.config import ConfigError
 from repirl.options import VerifierConfig
 from repirl.verify.code_blocks import find_code
 from repirl.verify.code_compare import same_output, same_value
-from repirl.verify.code_tests import Tests, parse_tests
+from repirl.verify.code_tests import Tests, check_depth, parse_tests
 from repirl.verify.process import Verifier
 from repirl.verify.sandbox import Execution, Limits, Sandbox
 
@@ -159,6 +161,10 @@ class CodeVerifier:
         code = find_code(response, tests.entry, _before(tests))
         if code is None:
             return 0.0, "no_code", KINDS["no_code"]
+        if tests.style == "function" and (entry := _in_solution(code, tests.entry)):
+            # With the imports that such a class relies on.
+            tests = replace(tests, entry=entry)
+            code = find_code(response, entry, _before(tests)) or code
         # What was printed or written before does not matter; what cannot be encoded is no program.
         code = code.encode("utf-8", "replace").decode()
         return _summary(self._results(sandbox, code, tests), len(tests.tests), self.options.partial_credit)
@@ -181,7 +187,8 @@ class CodeVerifier:
                 yield self._assertion(sandbox, code, tests, test)
 
     def _program(self, sandbox: Sandbox, code: str, test: dict[str, Any]) -> tuple[str | None, str]:
-        execution = sandbox.run_program(code, test["input"])
+        longest = max(len(right.encode("utf-8", "replace")) for right in test["outputs"])
+        execution = sandbox.run_program(code, test["input"], _limits(sandbox, longest))
         if execution.status != "ok":
             return _failed(execution)
         if self._passes(execution.stdout, test):
@@ -200,11 +207,13 @@ class CodeVerifier:
 
     def _calls(self, sandbox: Sandbox, code: str, tests: Tests) -> Iterable[tuple[str | None, str]]:
         assert tests.entry is not None
-        name, calls = tests.entry, [test["args"] for test in tests.tests]
-        if any(test["kwargs"] for test in tests.tests):
-            name, code = _BY_NAMES, f"{code}\n{_by_names(tests.entry)}"
-            calls = [[test["args"], test["kwargs"]] for test in tests.tests]
-        executions = sandbox.call_functions(code, name, calls)
+        # Tests are JSON, which long arguments are read from in a fraction of the time.
+        calls = [[json.dumps([test["args"], test["kwargs"]])] for test in tests.tests]
+        # Plain data takes at most a few times the bytes of JSON.
+        longest = 4 * len(json.dumps([test["outputs"] for test in tests.tests]))
+        executions = sandbox.call_functions(
+            f"{code}\n{_by_json(tests.entry)}", _BY_JSON, calls, _limits(sandbox, longest)
+        )
         for execution, test in zip(executions, tests.tests, strict=True):
             if execution.status != "ok":
                 yield _failed(execution)
@@ -221,14 +230,31 @@ class CodeVerifier:
         return (None, "") if execution.status == "ok" else _failed(execution)
 
 
-# The function that calls another one with arguments by their names.
-_BY_NAMES = "_repirl_by_names"
+def _limits(sandbox: Sandbox, expected_bytes: int) -> Limits:
+    """The sandbox's own, with room for twice what is expected besides: a right output is never too much."""
+    own = sandbox.limits
+    return replace(own, output_kb=own.output_kb + (2 * expected_bytes >> 10))
 
 
-def _by_names(entry: str) -> str:
+# The function that calls another one with the arguments that a text holds.
+_BY_JSON = "_repirl_by_json"
+
+
+def _by_json(entry: str) -> str:
+    """The source of it. Each call of a method has an object of its own, as on the sites that ask for a class."""
     owner, _, method = entry.rpartition(".")
     function = f"{owner}().{method}" if owner else method
-    return f"def {_BY_NAMES}(args, kwargs):\n    return {function}(*args, **kwargs)\n"
+    return (
+        f"def {_BY_JSON}(text):\n    import json\n    args, kwargs = json.loads(text)\n"
+        f"    return {function}(*args, **kwargs)\n"
+    )
+
+
+def _in_solution(code: str, entry: str | None) -> str | None:
+    """Solution.f, where f is asked for and a program has a class Solution and no such function beside it."""
+    if entry is None or "." in entry or not re.search(r"^class\s+Solution\b", code, re.M):
+        return None
+    return None if re.search(rf"^(?:async\s+)?def\s+{entry}\b|^{entry}\s*=", code, re.M) else f"Solution.{entry}"
 
 
 def _before(tests: Tests) -> str:
@@ -242,7 +268,7 @@ def _before(tests: Tests) -> str:
 @lru_cache(1 << 10)
 def _parsed(answer: str) -> Tests:
     try:
-        return parse_tests(answer)
+        return check_depth(parse_tests(answer))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from repirl.verify.jail import plain
+
 
 @dataclass(frozen=True)
 class Tests:
@@ -42,6 +44,23 @@ class Tests:
     def text(self) -> str:
         """As the verifier takes it."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+# Of arguments and results: plain data is nested no deeper, and a job has levels of its own.
+MAX_DEPTH = plain.MAX_DEPTH - 4
+
+
+def check_depth(tests: Tests) -> Tests:
+    """The same tests. ValueError where arguments or results are nested too deep to be given to a function."""
+    for number, test in enumerate(tests.tests if tests.style == "function" else ()):
+        level, depth = [test], 0
+        while level:
+            parts = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+            level = [part for part in parts if isinstance(part, list | tuple | dict)]
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"test {number} is nested more than {MAX_DEPTH} deep: leave it out")
+    return tests
 
 
 def parse_tests(text: str) -> Tests:

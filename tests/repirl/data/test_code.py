@@ -18,6 +18,9 @@ PLACE = Place("a.jsonl", "line 1")
 HEAD = 'import math\n\ndef helper():\n    return 1\n\ndef f(x):\n    """Say."""\n'
 
 
+DEEP = json.loads("[" * 200 + "]" * 200)
+
+
 def read(row, column="answer"):
     tests = read_tests(row, PLACE, column, "data.answer_column")
     assert parse_tests(tests.text()) == parse_tests(json.dumps(json.loads(tests.text())))
@@ -118,6 +121,7 @@ def test_a_list_of_ones_own():
         ({"answer": ["assert 1 == 1"]}, "calls no function"),
         ({"test": "def check(candidate):\n    assert candidate(1)"}, "no column 'entry_point'"),
         ({"answer": [{"input": "1", "output": "1"}], "entry_point": "f(1)"}, "'entry_point' is 'f\\(1\\)'"),
+        ({"answer": [{"input": [DEEP], "output": 1}], "entry_point": "f"}, "test 0 is nested more than 96 deep"),
         ({"public_test_cases": "[]", "private_test_cases": "!"}, "'private_test_cases' cannot be read"),
     ],
 )

@@ -75,6 +75,27 @@ def test_functions_are_called_and_assertions_run():
     assert counts["wrong_answers"] == 2
 
 
+def test_right_outputs_are_never_too_long():
+    numbers = list(range(30_000))
+    printed = Tests("program", ({"input": "", "outputs": ["\n".join(map(str, numbers))]},)).text()
+    returned = Tests("function", ({"args": [numbers], "kwargs": {}, "outputs": [numbers]},) * 3, "f").text()
+    pairs = [(fenced("for x in range(30000): print(x)"), printed), (fenced("def f(x): return x"), returned)]
+    pairs += [(fenced("for x in range(10**6): print(x)"), printed), (fenced("def f(x): return 20 * x"), returned)]
+    verdicts, _, counts = judged(pairs, code={"max_output_kb": 16})
+    assert verdicts == [1, 1, 0, 0]
+    assert counts["output_limits"] == 2
+
+
+def test_a_class_may_be_given_where_a_function_is_asked_for():
+    source = "class Solution:\n    def f(self, x: List[int]):\n        return x * x"
+    outside = "class Solution:\n    def f(self, x): return 1\ndef f(x): return x * x"
+    assert judged([(fenced(source), CALLS), (fenced(outside), CALLS), (fenced(f"{source} + 1"), CALLS)])[0] == [1, 1, 0]
+    # Functions that such a class may rely on are not the program's answer.
+    gcd = Tests("function", ({"args": [4, 6], "kwargs": {}, "outputs": [2]},), "gcd").text()
+    wrong = "class Solution:\n    def gcd(self, a, b): return a"
+    assert judged([(fenced(wrong), gcd), (fenced("class Solution: pass"), gcd)])[0] == [0, 0]
+
+
 def test_what_a_program_returns_cannot_say_that_it_is_equal():
     sly = fenced("class X(int):\n    def __eq__(self, other): return True\ndef f(x): return X(3)")
     assert judged([(sly, CALLS), (sly, ASSERTIONS)])[0] == [0, 0]
@@ -132,6 +153,16 @@ def test_order_is_kept_and_verdicts_are_those_of_one_worker():
 def test_an_answer_that_holds_no_tests_is_the_users_mistake():
     with pytest.raises(ConfigError, match="'42' holds no tests of programs"):
         judged([(fenced("print(1)"), "42")])
+
+
+def test_values_that_are_nested_too_deep_are_the_users_mistake():
+    deep = json.loads("[" * 200 + "]" * 200)
+    tests = Tests("function", ({"args": [deep], "kwargs": {}, "outputs": [1]},), "f").text()
+    with pytest.raises(ConfigError, match="test 0 is nested more than 96 deep"):
+        judged([(fenced("def f(x): return 1"), tests)])
+    passing = Tests("function", ({"args": [deep[0]], "kwargs": {}, "outputs": [1]},), "f")
+    passing.tests[0]["args"] = json.loads("[" * 93 + "]" * 93)
+    assert judged([(fenced("def f(x): return 1"), passing.text())])[0] == [1]
 
 
 def test_mixed_rows_are_judged_each_by_its_verifier(tmp_path, monkeypatch):
