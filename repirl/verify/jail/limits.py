@@ -8,6 +8,8 @@ import resource
 from typing import Any, NamedTuple
 
 _PAGE = resource.getpagesize()
+# Below 128 MiB, which the kernel keeps free for it.
+_STACK = 64 << 20
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -40,6 +42,13 @@ def limit_process(limits: dict[str, Any], own_bytes: int, threads: int) -> None:
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+    # Deep recursion by way of C functions, such as functools.cache, needs more than the usual 8 MiB.
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if soft != resource.RLIM_INFINITY:
+        wanted = max(soft, _STACK)
+        resource.setrlimit(
+            resource.RLIMIT_STACK, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
     # The watch ends it earlier, unless it is kept from running. The first limit can be told from other ends.
     seconds = int(limits["cpu_seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))

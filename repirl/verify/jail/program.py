@@ -8,9 +8,11 @@ the length (8 bytes) and as many bytes: C source does not compile · X exception
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
 import builtins
 import contextlib
+import gc
 import io
 import linecache
 import os
@@ -27,6 +29,8 @@ from . import plain
 
 RESULT, PEER = 3, 4
 NAME = "solution.py"
+# Of a program whose functions are called: what stands under `if __name__ == "__main__"` is not run.
+IMPORTED = "solution"
 MAX_MESSAGE = 1 << 26
 _STREAMS = (("stdin", "r", "replace"), ("stdout", "w", "backslashreplace"), ("stderr", "w", "backslashreplace"))
 # What a candidate raises in a test's process. Others, StopIteration above all, would end the test's own loops early.
@@ -59,6 +63,9 @@ def run(job_descriptor: int) -> int:
         stream = open(descriptor, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         sys.__dict__.update({name: stream, f"__{name}__": stream})
     sys.argv = sys.orig_argv = [NAME]
+    # Of `site`, which is not loaded.
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
     # A fork is given new random numbers otherwise, and a verdict may depend on them.
     random.seed(0)
     try:
@@ -71,7 +78,18 @@ def run(job_descriptor: int) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    _flush_others()
     return code
+
+
+def _flush_others() -> None:
+    """Write out what files hold that the program has left open, as the interpreter does at its end."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    with contextlib.suppress(Exception):
+        for kind in kinds:
+            for file in [value for value in gc.get_objects() if type(value) is kind]:
+                with contextlib.suppress(Exception):
+                    file.flush()
 
 
 def say(tag: bytes, data: bytes = b"", descriptor: int = RESULT) -> None:
@@ -81,17 +99,18 @@ def say(tag: bytes, data: bytes = b"", descriptor: int = RESULT) -> None:
         message = message[os.write(descriptor, message) :]
 
 
-def _main(source: str, name: str = NAME) -> types.ModuleType | None:
-    """The module of a source, run as a program is; None where it does not compile, which is said."""
+def _main(source: str, module_name: str = "__main__") -> types.ModuleType | None:
+    """The module of a source, run as a program is, or imported under a name; None where it does not compile, which is
+    said."""
     try:
-        compiled = compile(source, name, "exec", dont_inherit=True)
+        compiled = compile(source, NAME, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, OverflowError) as error:
         say(b"C", _text(error).encode("utf-8", "backslashreplace"))
         return None
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    module = types.ModuleType("__main__")
-    module.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = module
+    linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
+    module = types.ModuleType(module_name)
+    module.__dict__.update(__builtins__=builtins, __file__=NAME)
+    sys.modules["__main__"] = sys.modules[module_name] = module
     exec(compiled, module.__dict__)
     return module
 
@@ -163,17 +182,18 @@ def _say_call(function: Callable[..., Any], arguments: Any, keywords: dict[str, 
 
 
 def _calls(job: dict[str, Any]) -> int:
-    function: list[Callable[..., Any]] = []
+    modules: list[types.ModuleType] = []
 
     def load() -> None:
-        module = _main(job["source"])
+        module = _main(job["source"], IMPORTED)
         if module is not None:
-            function.append(_lookup(module, job["name"]))
+            modules.append(module)
 
     code = _guarded(load)
-    if function:
+    if modules:
         for arguments in job["calls"]:
-            _say_call(function[0], arguments, {}, RESULT)
+            # Each call has an object of its own, as on the sites that ask for a class.
+            _say_call(lambda *args: _lookup(modules[0], job["name"])(*args), arguments, {}, RESULT)
     return code
 
 
@@ -182,7 +202,7 @@ def _serve(job: dict[str, Any]) -> int:
     modules: list[types.ModuleType] = []
 
     def load() -> None:
-        module = _main(job["source"])
+        module = _main(job["source"], IMPORTED)
         if module is not None:
             modules.append(module)
 

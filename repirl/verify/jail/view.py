@@ -57,7 +57,7 @@ def bubblewrap_arguments(bwrap: str, code: str) -> list[str]:
     """
     arguments = [bwrap, "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     # Folders above are private where they are so outside, unless they are made here.
-    for folder in sorted({str(parent) for path in sources() for parent in Path(path).parents} - {"/"}):
+    for folder in sorted({str(parent) for path in (*sources(), *DEVICES) for parent in Path(path).parents} - {"/"}):
         arguments += ["--perms", "0755", "--dir", folder]
     for path in sources():
         arguments += ["--ro-bind", path, path]

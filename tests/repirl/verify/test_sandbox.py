@@ -44,7 +44,8 @@ def test_ways_to_end(sandbox):
 
     assert ends("raise SystemExit(3)") == ("error", 3)
     assert ends("raise SystemExit") == ("ok", 0)
-    assert ends("exit()") == ("error", 1)  # Of `site`, which is not loaded: as with `python -S`.
+    assert ends("exit()") == ("ok", 0)
+    assert ends("quit(3)") == ("error", 3)
     assert ends("import os\nos.abort()") == ("killed", -6)
     assert ends("x = 'open") == ("compile_error", 0)
     execution = sandbox.run_program("def f():\n    return 1 / 0\nf()")
@@ -59,7 +60,8 @@ def test_ways_to_end(sandbox):
 def test_what_programs_use(sandbox):
     """Threads, processes, pools, files, modules, classes that are found by their module's name."""
     source = """
-import asyncio, collections, concurrent.futures, dataclasses, multiprocessing, pickle, sqlite3, subprocess, sys
+import asyncio, collections, concurrent.futures, dataclasses, functools, multiprocessing, pickle, sqlite3
+import subprocess, sys
 import tempfile, threading
 
 @dataclasses.dataclass
@@ -90,6 +92,8 @@ if __name__ == "__main__":
     thread.start()
     thread.join()
     print(result)
+    cached = functools.cache(lambda n: 0 if n == 0 else 1 + cached(n - 1))
+    print(cached(30_000))
     if sys.argv[0] == "solution.py":
         process = multiprocessing.get_context("fork").Process(target=print, args=(8,))
         process.start()
@@ -98,7 +102,39 @@ if __name__ == "__main__":
     limits = dataclasses.replace(LIMITS, memory_mb=256)
     with Sandbox(limits, kind=sandbox.kind) as larger:
         execution = larger.run_program(source)
-    assert execution.stdout.splitlines() == ["A(x=1)", "[0, 1, 4]", "3", "5", "6", "(7,)", "[20000]", "8"], execution
+    assert execution.stdout.splitlines() == ["A(x=1)", "[0, 1, 4]", "3", "5", "6", "(7,)", "[20000]", "30000", "8"], (
+        execution
+    )
+
+
+def test_devices_and_locks(sandbox):
+    source = "import multiprocessing, os\nprint(8, file=open(os.devnull, 'w'))\n"
+    if sandbox.kind != "landlock":
+        source += "with multiprocessing.Lock():\n    pass\n"
+    execution = sandbox.run_program(source + "print(9)")
+    assert execution.stdout == "9\n", execution
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "out = open(1, 'w')\nout.write(__file__)",
+        "import io\nout = io.BufferedWriter(io.FileIO(1, 'wb'))\nout.write(b'solution.py')",
+        "import io, sys\nold, sys.stdout = sys.stdout, io.StringIO()\nold.write('solution.py')",
+    ],
+)
+def test_files_that_are_left_open(sandbox, source):
+    """What they hold is written at the program's end."""
+    assert sandbox.run_program(source).stdout == "solution.py"
+
+
+def test_what_is_not_run_where_functions_are_called(sandbox):
+    source = "def f(x):\n    return x\nif __name__ == '__main__':\n    print(f(int(input())))"
+    assert [execution.value for execution in sandbox.call_functions(source, "f", [[1], [2]])] == [1, 2]
+    assert sandbox.run_assertions(source, "assert f(1) == 1", "f").status == "ok"
+    assert sandbox.run_program(source, "3").stdout == "3\n"
+    source = "class Solution:\n    seen = ()\n    def f(self, x):\n        self.seen += (x,)\n        return self.seen"
+    assert [execution.value for execution in sandbox.call_functions(source, "f", [[1], [2]])] == [(1,), (2,)]
 
 
 def test_functions(sandbox):
