@@ -251,10 +251,12 @@ def _by_json(entry: str) -> str:
 
 
 def _in_solution(code: str, entry: str | None) -> str | None:
-    """Solution.f, where f is asked for and a program has a class Solution and no such function beside it."""
+    """Solution.f, where f is asked for and a program has it as a method of a class Solution only."""
     if entry is None or "." in entry or not re.search(r"^class\s+Solution\b", code, re.M):
         return None
-    return None if re.search(rf"^(?:async\s+)?def\s+{entry}\b|^{entry}\s*=", code, re.M) else f"Solution.{entry}"
+    is_method = re.search(rf"^[ \t]+def\s+{entry}\b", code, re.M)
+    is_beside = re.search(rf"^def\s+{entry}\b|^{entry}\s*(?::[^=\n]+)?=", code, re.M)
+    return f"Solution.{entry}" if is_method and not is_beside else None
 
 
 def _before(tests: Tests) -> str:

@@ -89,7 +89,9 @@ def test_right_outputs_are_never_too_long():
 def test_a_class_may_be_given_where_a_function_is_asked_for():
     source = "class Solution:\n    def f(self, x: List[int]):\n        return x * x"
     outside = "class Solution:\n    def f(self, x): return 1\ndef f(x): return x * x"
-    assert judged([(fenced(source), CALLS), (fenced(outside), CALLS), (fenced(f"{source} + 1"), CALLS)])[0] == [1, 1, 0]
+    named = "class Solution:\n    def f(self, x): return 1\nf: object = lambda x: x * x"
+    pairs = [(fenced(code), CALLS) for code in (source, outside, named, f"{source} + 1")]
+    assert judged(pairs)[0] == [1, 1, 1, 0]
     # Functions that such a class may rely on are not the program's answer.
     gcd = Tests("function", ({"args": [4, 6], "kwargs": {}, "outputs": [2]},), "gcd").text()
     wrong = "class Solution:\n    def gcd(self, a, b): return a"
