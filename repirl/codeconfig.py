@@ -18,7 +18,9 @@ class CodeConfig(Section):
     max_processes: Positive = Field(16, description="most processes and threads of a program at a time")
     max_open_files: Positive = Field(64, description="most files that a program has open at a time")
     max_file_mb: Positive = Field(16, description="largest file that a program writes")
-    max_output_kb: Positive = Field(1024, description="most that a program prints or returns")
+    max_output_kb: Positive = Field(
+        1024, description="most that a program prints or returns, besides twice the length of what is right"
+    )
     float_tolerance: NonNegativeFloat = Field(
         1e-6, description="how far a float may be from the right one, absolutely or as a share of it"
     )
