@@ -52,7 +52,7 @@ def offered(shell, script, *words):
         (["repirl", "train", "--policy.optimizer.l"], {"--policy.optimizer.lr"}),
         (["repirl", "train", "--prm.reward", "so"], {"soft_q"}),
         (["repirl", "train", "--prm.optimizer.schedule", ""], {"constant", "linear", "cosine"}),
-        (["repirl", "eval", "--preset", "paper"], {"paper-math-3b"}),
+        (["repirl", "eval", "--preset", "paper-m"], {"paper-math-3b"}),
         (["repirl", "train", "--resu"], {"--resume"}),
         (["repirl", "export", "--dtype", "b"], {"bfloat16"}),
         # Commands without a configuration have no options of it.

@@ -236,7 +236,7 @@ def test_old_checkpoints_are_pruned(tmp_path):
 
 def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.9, 0.2, 0.1])
-    monkeypatch.setattr("repirl.evaluate.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("repirl.evaluate.accuracy", lambda _: next(scores))
     checkpoint = {"every": 1, "keep_last": 1, "keep_best": 2}
     config = tiny_config(tmp_path, steps=5, eval={"every": 1}, checkpoint=checkpoint)
     train(config)
