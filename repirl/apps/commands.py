@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from repirl.config import ConfigError
+from repirl.options import VerifierConfig
 
 
 def refuse_overrides(overrides: list[str]) -> None:
@@ -111,16 +112,19 @@ def add_verifier(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("--timeout", type=float, default=20.0, metavar="SECONDS", help="for one response; default: 20")
 
 
-def code_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the options of `add_verifier` say of running programs, for repirl.apps.judge.verifier_config."""
-    return {"allow_unsandboxed": True} if options.allow_unsandboxed else {}
+def chosen_verifier(options: argparse.Namespace) -> VerifierConfig:
+    """The verifier that the options of `add_verifier` name."""
+    from repirl.apps.judge import verifier_config
+
+    code = {"allow_unsandboxed": True} if options.allow_unsandboxed else {}
+    return verifier_config(options.verifier, options.processes, options.timeout, code)
 
 
 def _judge(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
-    from repirl.apps.judge import judge, print_counts, verifier_config
+    from repirl.apps.judge import judge, print_counts
 
-    config = verifier_config(options.verifier, options.processes, options.timeout, code_options(options))
+    config = chosen_verifier(options)
     counts = judge(
         config,
         options.input,
@@ -137,7 +141,6 @@ def _judge(options: argparse.Namespace, overrides: list[str]) -> int:
 def _rerank(options: argparse.Namespace, overrides: list[str]) -> int:
     refuse_overrides(overrides)
     on = placed(options)
-    from repirl.apps.judge import verifier_config
     from repirl.apps.rerank import RerankOptions, print_results, rerank
 
     chosen = RerankOptions(
@@ -148,7 +151,7 @@ def _rerank(options: argparse.Namespace, overrides: list[str]) -> int:
         temperature=options.temperature,
         subsets=options.subsets,
         seed=options.seed,
-        verifier=verifier_config(options.verifier, options.processes, options.timeout, code_options(options)),
+        verifier=chosen_verifier(options),
         placed=on,
     )
     print_results(rerank(options.input, options.output, prm=options.prm, options=chosen))

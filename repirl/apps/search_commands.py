@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from repirl.apps.commands import add_prm, add_verifier, code_options, placed
+from repirl.apps.commands import add_prm, add_verifier, chosen_verifier, placed
 from repirl.apps.score_commands import SOURCES
 from repirl.config import ConfigError
 from repirl.configfile import parse_overrides
@@ -131,7 +131,6 @@ def _add_adapt(commands: Any) -> None:
 def _search(options: argparse.Namespace, overrides: list[str]) -> int:
     values, on = parse_overrides(overrides), placed(options)
     from repirl.apps.beams import SearchShape
-    from repirl.apps.judge import verifier_config
     from repirl.apps.search import SearchOptions, print_counts, search
     from repirl.apps.solutions import SEPARATORS
 
@@ -147,7 +146,7 @@ def _search(options: argparse.Namespace, overrides: list[str]) -> int:
         vote_temperature=options.vote_temperature,
         seed=options.seed,
         prompts=options.prompts_per_batch,
-        verifier=verifier_config(options.verifier, options.processes, options.timeout, code_options(options)),
+        verifier=chosen_verifier(options),
         placed=on,
     )
     counts = search(
@@ -162,7 +161,6 @@ def _adapt(options: argparse.Namespace, overrides: list[str]) -> int:
     values, on = parse_overrides(overrides), placed(options)
     max_kl, patience = (_number(options, name) for name in ("max_kl", "patience"))
     from repirl.apps.adapt import AdaptOptions, adapt, print_result
-    from repirl.apps.judge import verifier_config
     from repirl.apps.stop_rule import StopOptions
     from repirl.distributed.world import leave_world
 
@@ -177,7 +175,7 @@ def _adapt(options: argparse.Namespace, overrides: list[str]) -> int:
         prompt=options.prompt_column,
         answer=options.answer_column,
         seed=options.seed,
-        verifier=verifier_config(options.verifier, options.processes, options.timeout, code_options(options)),
+        verifier=chosen_verifier(options),
         placed=on,
     )
     result = adapt(
