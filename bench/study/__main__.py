@@ -1,7 +1,8 @@
 """The study: where the training systems differ, with error bars.
 
-    python -m bench.study                                  all tasks, 3 seeds
+    python -m bench.study                                  the tasks of arithmetic, 3 seeds
     python -m bench.study --only exact,hard --seeds 5      some tasks
+    python -m bench.study --only code                      programs: the runs of `repirl demo --task code`
     python -m bench.study --page                           the page alone, from the runs that are there
 
 A study that was stopped goes on where it was. A run is made anew where its configuration has changed.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from bench.figures import machine
 from bench.study import page
-from bench.study.cells import ARMS, PLAN, Cell, planned
+from bench.study.cells import ARMS, ONLY_NAMED, PLAN, Cell, planned
 from bench.study.runner import result_path, run_cells
 from repirl.report.html import write_report
 
@@ -34,8 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/study/study.md"), help="the page; HTML beside it")
     parser.add_argument("--page", action="store_true", help="make the page without training")
     options = parser.parse_args(arguments)
-    tasks = _chosen(parser, "--only", options.only, ",", list(PLAN))
-    arms = _chosen(parser, "--arms", options.arms, ";", list(ARMS))
+    tasks = _chosen(parser, "--only", options.only, ",", list(PLAN)) or [
+        task for task in PLAN if task not in ONLY_NAMED
+    ]
+    arms = _chosen(parser, "--arms", options.arms, ";", list(ARMS)) or list(ARMS)
     if options.seeds < 1 or options.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
 
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _chosen(parser: argparse.ArgumentParser, name: str, text: str, separator: str, known: list[str]) -> list[str]:
-    names = [part.strip() for part in text.split(separator) if part.strip()] or known
+    names = [part.strip() for part in text.split(separator) if part.strip()]
     for part in names:
         if part not in known:
             parser.error(f"{name} names {part!r}, expected some of {', '.join(known)}")

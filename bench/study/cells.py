@@ -12,24 +12,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from repirl.apps.demo import DEMOS
 from repirl.apps.start import Start
 from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
 
-# The start models. `plain` is the demo's; the student of `hard` loses nearly every ten.
+# The start models. `plain` is the demo's; the student of `hard` loses nearly every ten; `code` is that of the demo of
+# programs.
 _EXPERTS = (8, 16, 64)
-STARTS = {"plain": Start(num_experts=_EXPERTS), "hard": Start(num_experts=_EXPERTS, slip=0.85)}
+STARTS = {
+    "plain": Start(num_experts=_EXPERTS),
+    "hard": Start(num_experts=_EXPERTS, slip=0.85),
+    "code": DEMOS["code"].start,
+}
+# What the start models were taught, as in repirl.apps.start.TASKS.
+LESSONS = {"plain": "arithmetic", "hard": "arithmetic", "code": "code"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One setting. verifier: None for the exact one. num_experts: expert solutions; None for one a training prompt."""
+    """One setting. verifier: None for the exact one. num_experts: expert solutions; None for one a training prompt.
+    presets: what the names of its presets begin with, in place of "demo"."""
 
     title: str
     start: str = "plain"
     verifier: str | None = None
     num_experts: int | None = None
     turns: int = 40
+    presets: str = "demo"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,13 @@ TASKS = {
     ),
     "hard": Task("A harder start", start="hard"),
     "hard-120": Task("A harder start, 120 turns", start="hard", turns=120),
+    "code": Task(
+        "Programs, judged by running them on tests, and 16 expert solutions",
+        start="code",
+        num_experts=16,
+        turns=30,
+        presets="demo-code",
+    ),
 }
 
 _APART = {"irl": {"use_outcome": False}}
@@ -94,7 +111,8 @@ _MAIN = ["SFT", "RLOO", "GRPO", "PRIME", "DPO", "AIRL", "rePIRL", "rePIRL, PRM a
 _VALUE_ARMS = ["rePIRL, value", "PRM only, value"]
 _SAMPLING = ["rePIRL, uniform weights", "rePIRL, uniform weights, 4 policy updates", "rePIRL, 4 policy updates"]
 # Which arms are trained on which task. Those that a task does not change are the same run as on another task. What is
-# left out keeps three seeds within an hour on two cores.
+# left out keeps three seeds within an hour on two cores; so do the tasks that are trained only when they are named.
+ONLY_NAMED = ("code",)
 PLAN: dict[str, list[str]] = {
     "exact": [*_MAIN, *_VALUE_ARMS, *_SAMPLING],
     "last-digit": ["SFT", "RLOO", "PRIME", "DPO", *_MAIN[-3:], "rePIRL, value, PRM apart", "PRM only, value"],
@@ -105,6 +123,7 @@ PLAN: dict[str, list[str]] = {
     "last-digit-16": ["SFT", "RLOO", "rePIRL", "rePIRL, PRM apart", "PRM only"],
     "hard": ["SFT", "RLOO", "rePIRL", "rePIRL, PRM apart", "PRM only"],
     "hard-120": ["SFT", "RLOO", "rePIRL"],
+    "code": ["SFT", "RLOO", "rePIRL", "PRM only"],
 }
 
 
@@ -127,7 +146,7 @@ class Cell:
     def values(self, folder: Path) -> dict[str, Any]:
         """The options of the run; folder: of the study."""
         task, arm, start = TASKS[self.task], ARMS[self.arm], self.start_folder(folder)
-        values = merge(load_preset(arm.preset), arm.options)
+        values = merge(load_preset(arm.preset.replace("demo", task.presets, 1)), arm.options)
         data: dict[str, Any] = {name: str(start / "data" / f"{name}.jsonl") for name in ("train", "eval")}
         if arm.reads_experts and task.num_experts is not None:
             path = start / "data" / f"experts_{task.num_experts}.jsonl"

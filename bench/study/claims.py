@@ -62,6 +62,9 @@ CLAIMS = [
     Claim("From a harder start rePIRL is better than RLOO", "hard", "rePIRL", "RLOO", PAPER),
     Claim("From a harder start rePIRL is better than SFT", "hard", "rePIRL", "SFT", PAPER),
     Claim("In 120 turns from a harder start rePIRL is better than RLOO", "hard-120", "rePIRL", "RLOO", PAPER),
+    Claim("On programs rePIRL is better than RLOO", "code", "rePIRL", "RLOO", PAPER),
+    Claim("On programs rePIRL is better than SFT on its experts", "code", "rePIRL", "SFT", PAPER),
+    Claim("On programs a PRM suffices without tests: better than RLOO", "code", "PRM only", "RLOO", PAPER),
 ]
 
 

@@ -9,6 +9,12 @@ from bench.figures import spread
 from bench.study.cells import PLAN, TASKS, Cell
 from bench.study.claims import CLAIMS, verdict
 from repirl.report.html import Curve, Report, Series
+from repirl.verify.code import KINDS
+
+PROGRAMS = (
+    "Programs are run on six tests each, in a sandbox, two programs at a time and beside another run that trains. What is "
+    "wrong with those that do not pass is counted for the held-out problems at the end."
+)
 
 # By task, arm and seed.
 Results = dict[Cell, dict[str, Any]]
@@ -70,6 +76,29 @@ def table(results: Results, task: str) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def programs(results: Results, task: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of what is wrong with the programs at the end, where a task has any."""
+    judged = {
+        arm: [
+            result["programs"]
+            for cell, result in results.items()
+            if (cell.task, cell.arm) == (task, arm) and "programs" in result
+        ]
+        for arm in PLAN[task]
+    }
+    kinds = [kind for kind in KINDS if any(kind in run["wrong"] for runs in judged.values() for run in runs)]
+    rows = [
+        [
+            arm,
+            *(spread([run["wrong"].get(kind, 0) / run["responses"] for run in runs]) for kind in kinds),
+            spread([run["judged_per_second"] for run in runs], 1, 0),
+        ]
+        for arm, runs in judged.items()
+        if runs
+    ]
+    return ["arm", *(f"{KINDS[kind]}, %" for kind in kinds), "programs judged a second"], rows
+
+
 def start_accuracy(results: Results, task: str) -> str:
     by_seed = {cell.seed: float(result["curve"][0][1]) for cell, result in results.items() if cell.task == task}
     return spread([by_seed[seed] for seed in sorted(by_seed)])
@@ -125,6 +154,9 @@ def markdown(results: Results, failed: list[str], about: dict[str, Any], command
         if rows:
             parts += [f"## {TASKS[task].title}", f"Task `{task}`. Start: {start_accuracy(results, task)}%."]
             parts += [markdown_table(columns, rows)]
+        columns, rows = programs(results, task)
+        if rows:
+            parts += [PROGRAMS, markdown_table(columns, rows)]
     if failed:
         parts += ["## Failed", "\n".join(f"* {line}" for line in failed)]
     return "\n\n".join(parts) + "\n"
@@ -140,7 +172,7 @@ def report(results: Results, about: dict[str, Any], command: str) -> Report:
     verdicts = [f"{text}. Said by {source}. Measured: {gap}: {says}." for text, source, gap, says in claims(results)]
     return {
         "title": "The study",
-        "subtitle": "Where the training systems differ, on arithmetic with a bad habit to unlearn",
+        "subtitle": "Where the training systems differ, on generated tasks with a bad habit to unlearn",
         "configuration": "",
         "environment": {"command": command} | {key: str(value) for key, value in about.items()},
         "table": {"columns": columns, "rows": rows},

@@ -17,12 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.study.cells import STARTS, TASKS, Cell
-from repirl.apps.demo import STEP_SEPARATOR, score_solutions
+from bench.study.cells import LESSONS, STARTS, TASKS, Cell
+from bench.study.programs import judge_programs
+from repirl.apps.demo import DEMOS, score_solutions
 from repirl.apps.localize import judge
+from repirl.apps.start import TASKS as GENERATED
 from repirl.apps.start import make_start
 from repirl.config import Config
-from repirl.data.tasks.arithmetic import Problem, Solution
+from repirl.data.tasks.arithmetic import Solution
 from repirl.export import export_checkpoint
 from repirl.loop import train
 from repirl.prm import PRMDescription, load_prm
@@ -44,34 +46,30 @@ def prepare(folder: Path, start: str, seed: int) -> None:
         return
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tests = make_start(partial, seed, STARTS[start])
+    tests = make_start(partial, seed, STARTS[start], LESSONS[start])
     (partial / "tests.json").write_text(json.dumps([asdict(test) for test in tests]))
     partial.rename(target)
 
 
-def load_tests(path: Path) -> list[Solution]:
-    """The solutions that `prepare` wrote."""
-    return [
-        Solution(
-            Problem(row["problem"]["start"], tuple((op, n) for op, n in row["problem"]["steps"])),
-            tuple(row["lines"]),
-            row["error_step"],
-        )
-        for row in json.loads(path.read_text())
-    ]
+def load_tests(path: Path, lesson: str = "arithmetic") -> list[Solution]:
+    """The solutions that `prepare` wrote; lesson: what they are solutions of."""
+    return [GENERATED[lesson].solution_from(row) for row in json.loads(path.read_text())]
 
 
-def train_and_judge(config: Config, tests: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def train_and_judge(
+    config: Config, tests: Path, lesson: str = "arithmetic"
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train a run anew, and judge its PRM if it trains one; of its folder the metrics stay.
 
     Args:
         config: the run's.
         tests: the file of solutions that `prepare` wrote.
+        lesson: what they are solutions of.
 
     Returns:
         The lines of its metrics, and what the study keeps of a run: accuracies by turn (shares of held-out prompts),
         tokens, seconds, turns in which the policy waited or was skipped, and `planted`, how well the PRM finds planted
-        errors.
+        errors; of programs also what `judge_programs` says of those that the policy writes at the end.
     """
     output_dir = Path(config.output_dir)
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -90,12 +88,14 @@ def train_and_judge(config: Config, tests: Path) -> tuple[list[dict[str, Any]], 
     # A policy that imitates experts is a PRM, too, by its log-probabilities: what a trained one has to beat.
     imitates = config.system.trains == ("policy",) and not config.system.online
     if "prm" in config.system.trains or imitates:
-        export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
+        export_checkpoint(output_dir, output_dir / "export", step_separator=DEMOS[lesson].step_separator)
         path = output_dir / "export" / ("policy" if imitates else "prm")
         prm = load_prm(path, device="cpu", description=PRMDescription(reward="logprob") if imitates else None)
-        solutions = load_tests(tests)
-        scores = score_solutions(prm, solutions)
+        solutions = load_tests(tests, lesson)
+        scores = score_solutions(prm, solutions, lesson)
         result["planted"] = judge([steps for steps, _ in scores], [s.error_step for s in solutions])
+    if config.verifier.kind == "code":
+        result["programs"] = judge_programs(config)
     for part in ("checkpoints", "export"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
     return lines, result
@@ -104,7 +104,8 @@ def train_and_judge(config: Config, tests: Path) -> tuple[list[dict[str, Any]], 
 def run_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     """Train a cell; the result is that of `train_and_judge`, with the cell."""
     config = cell.config(folder, folder / "runs" / cell.key(folder))
-    _, result = train_and_judge(config, cell.start_folder(folder) / "tests.json")
+    tests = cell.start_folder(folder) / "tests.json"
+    _, result = train_and_judge(config, tests, LESSONS[TASKS[cell.task].start])
     return {"cell": asdict(cell)} | result
 
 

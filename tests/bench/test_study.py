@@ -1,14 +1,15 @@
 """The study: equal runs are one run, what is trained is what a cell says, and what the page says of the results."""
 
+import dataclasses
 import json
 
 import pytest
 
 from bench.study import __main__ as study
-from bench.study import cells, page, runner
+from bench.study import cells, page, programs, runner
 from bench.study.cells import ARMS, PLAN, TASKS, Cell, planned
 from bench.study.claims import CLAIMS, verdict
-from repirl.apps.start import Start
+from repirl.apps.start import Start, make_data
 
 
 def test_every_cell_has_a_valid_configuration(tmp_path):
@@ -18,7 +19,7 @@ def test_every_cell_has_a_valid_configuration(tmp_path):
         fooled = TASKS[cell.task].verifier is not None and ARMS[cell.arm].reads_verdicts
         assert (config.verifier.kind == "custom") == fooled
         # Whatever the training saw, held-out accuracy is exact.
-        assert (config.eval.verifier or config.verifier).kind == "math"
+        assert (config.eval.verifier or config.verifier).kind == ("code" if cell.task == "code" else "math")
     for claim in CLAIMS:
         assert {claim.better, claim.worse} <= set(PLAN[claim.task])
 
@@ -62,6 +63,32 @@ def test_a_cell_trains_and_its_prm_is_judged(tmp_path, monkeypatch):
     assert (tmp_path / "starts" / "plain_0" / "tests.json").stat().st_mtime_ns == changed
     tests = runner.load_tests(tmp_path / "starts" / "plain_0" / "tests.json")
     assert sum(test.error_step is not None for test in tests) == 6
+
+
+def test_a_cell_of_programs_is_trained_and_its_programs_are_judged(tmp_path, monkeypatch):
+    start = Start(40, 40, 40, num_held_out=10, num_planted=12, num_experts=(16,), warm_turns=3, sloppy_turns=2)
+    monkeypatch.setitem(cells.STARTS, "code", start)
+    monkeypatch.setitem(cells.ARMS, "rePIRL", cells.Arm("demo", {"rollout": {"prompts_per_step": 3}}))
+    monkeypatch.setitem(cells.TASKS, "code", dataclasses.replace(TASKS["code"], turns=1))
+    monkeypatch.setattr(programs, "TIMED", 5)
+    runner.prepare(tmp_path, "code", 0)
+    tests = runner.load_tests(tmp_path / "starts" / "code_0" / "tests.json", "code")
+    assert [test.problem for test in tests] == [
+        test.problem for test in make_data(tmp_path / "again", 0, start, "code")
+    ]
+    cell = Cell("code", "rePIRL", 0)
+    result = runner.run_cell(tmp_path, cell)
+    assert [step for step, _ in result["curve"]] == [0, 1]
+    assert 0 <= result["planted"]["auroc"] <= 1
+    judged = result["programs"]
+    assert judged["responses"] == 10
+    assert sum(judged["wrong"].values()) == round(10 * (1 - result["curve"][-1][1]))
+    assert judged["judged_per_second"] > 0
+    # They have a table of their own.
+    columns, [row] = page.programs({cell: result}, "code")
+    assert (columns[0], columns[-1]) == ("arm", "programs judged a second")
+    assert len(columns) == len(row) == 2 + len(judged["wrong"])
+    assert "six tests each" in page.markdown({cell: result}, [], {}, "command")
 
 
 def results_of(accuracies):
@@ -114,6 +141,19 @@ def test_a_study_without_results_has_no_page(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.main(["--only", "exct"])
     assert "--only names 'exct'" in capsys.readouterr().err
+
+
+def test_programs_are_trained_only_when_they_are_named(tmp_path, capsys):
+    cell = Cell("code", "RLOO", 0)
+    path = runner.result_path(tmp_path, cell)
+    path.parent.mkdir()
+    result = next(iter(results_of({"RLOO": [0.7]}).values()))
+    path.write_text(json.dumps(result))
+    options = ["--page", "--folder", str(tmp_path), "--seeds", "1", "--output", str(tmp_path / "page.md")]
+    assert study.main(options) == 1
+    assert "there is no page" in capsys.readouterr().err
+    assert study.main([*options, "--only", "code"]) == 0
+    assert "| RLOO | 70.0 |" in (tmp_path / "page.md").read_text()
 
 
 def test_a_failed_run_is_told_and_the_page_is_made_of_the_others(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -47,6 +48,13 @@ class Solution:
     @property
     def text(self) -> str:
         return "".join(self.lines)
+
+
+def solution_from(row: dict[str, Any]) -> Solution:
+    """The solution of which `dataclasses.asdict` made a JSON object."""
+    problem = row["problem"]
+    steps = tuple((op, operand) for op, operand in problem["steps"])
+    return Solution(Problem(problem["start"], steps), tuple(row["lines"]), row["error_step"])
 
 
 def apply(value: int, op: str, operand: int) -> int:

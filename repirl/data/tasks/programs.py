@@ -136,6 +136,14 @@ class Solution:
         return "".join(self.lines)
 
 
+def solution_from(row: dict[str, Any]) -> Solution:
+    """The solution of which `dataclasses.asdict` made a JSON object."""
+    problem = row["problem"]
+    inputs = (tuple(value) if isinstance(value, list) else value for value in problem["inputs"])
+    steps = tuple(Step(**step) for step in problem["steps"])
+    return Solution(Problem(problem["kind"], steps, tuple(inputs)), tuple(row["lines"]), row["error_step"])
+
+
 def results(steps: tuple[Step, ...], inputs: tuple[Any, ...]) -> list[Any]:
     """What a program of these steps returns for each input."""
     outputs = []
