@@ -12,8 +12,8 @@ from repirl.report.html import Curve, Report, Series
 from repirl.verify.code import KINDS
 
 PROGRAMS = (
-    "Programs are run on six tests each, in a sandbox, two programs at a time and beside another run that trains. What "
-    "is wrong with those that do not pass is counted for the held-out problems at the end."
+    "Programs are run on six tests each, in a sandbox, two programs at a time. What is wrong with those that do not "
+    "pass is counted for the held-out problems at the end."
 )
 
 # By task, arm and seed.
