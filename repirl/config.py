@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from repirl.dataconfig import DataConfig
+from repirl.irlconfig import IRLConfig
 from repirl.judging import check_verifiers, with_answers
 from repirl.lossconfig import LossConfig
 from repirl.options import (
@@ -23,7 +24,6 @@ from repirl.options import (
     DQOConfig,
     EvalConfig,
     IQConfig,
-    IRLConfig,
     LabelConfig,
     LearnerConfig,
     LogConfig,
@@ -347,24 +347,18 @@ class Config(Section):
         self.loss.check(has_prm=self.system.has_prm, max_response_tokens=self.rollout.max_response_tokens)
 
     def _irl_options_fit(self) -> None:
-        if self.irl.target_ess is not None and self.irl.temper != 1.0:
-            raise ValueError("give irl.temper or irl.target_ess, not both")
-        if self.irl.experts == "matched" and self.irl.experts_per_step is not None:
-            raise ValueError(
-                f"irl.experts_per_step is {self.irl.experts_per_step}, but irl.experts 'matched' takes all experts of "
-                "a step's prompts: leave one of the two out"
-            )
         waits = {"prm", "policy"} <= set(self.system.trains)
-        needless = {
-            "irl.gate": isinstance(self.irl.gate, float) and not (waits and self.system.gated),
-            "prm.warmup_turns": self.prm.warmup_turns > 0 and not waits,
-        }
-        for name, is_needless in needless.items():
-            if is_needless:
-                raise ValueError(
-                    f"{name} is set, but objective {self.objective!r} trains no policy that could wait for a PRM of "
-                    "this kind: leave it out"
-                )
+        self.irl.check(
+            waits=waits and self.system.gated,
+            threshold=self.gate_threshold,
+            has_outcome=self.loss.outcome_coefficient > 0,
+            objective=self.objective,
+        )
+        if self.prm.warmup_turns > 0 and not waits:
+            raise ValueError(
+                f"prm.warmup_turns is set, but objective {self.objective!r} trains no policy that could wait for a "
+                "PRM: leave it out"
+            )
         if self.prm.warmup_turns >= self.steps:
             raise ValueError(
                 f"prm.warmup_turns is {self.prm.warmup_turns} of {self.steps} steps, so the policy would never learn: "

@@ -25,14 +25,15 @@ class Gate:
     z (`separation`) is measured on the batch of each turn before the PRM's first update on it. The gate is closed if z
     is below the threshold, or cannot be measured. With `order: policy_first` the z of the turn before decides. A closed
     gate sets the PRM's rewards to 0 for a policy that has an outcome reward. A policy without one makes no update, as
-    only the entropy bonus would be left. No policy makes an update in the first `prm.warmup_turns` turns.
+    only the entropy bonus would be left; with `irl.gate_full` its learning rate grows with z once the gate opens. No
+    policy makes an update in the first `prm.warmup_turns` turns.
 
     Args:
         config: the run's configuration.
     """
 
     def __init__(self, config: Config) -> None:
-        self.threshold = config.gate_threshold
+        self.threshold, self.full = config.gate_threshold, config.irl.gate_full
         self.warmup_turns = config.prm.warmup_turns
         self.has_outcome = config.loss.outcome_coefficient > 0
         self.lags = config.order == "policy_first"
@@ -65,21 +66,45 @@ class Gate:
         return self._z_before if self.lags else self.z
 
     @property
-    def closed(self) -> bool:
-        """Whether the policy must not follow the PRM's rewards."""
-        return self.threshold is not None and not self.deciding_z >= self.threshold
+    def factor(self) -> float:
+        """How far the gate is open in this turn, from 0, closed, to 1.
+
+            clip((z - gate) / (gate_full - gate), 0, 1)
+
+        of the deciding z, with `gate_full`; without it 1 if z >= gate, else 0.
+        """
+        if self.threshold is None:
+            return 1.0
+        if not self.deciding_z >= self.threshold:
+            return 0.0
+        if self.full is None:
+            return 1.0
+        return min((self.deciding_z - self.threshold) / (self.full - self.threshold), 1.0)
 
     @property
-    def holds(self) -> bool:
-        """Whether the policy makes no update."""
-        return self._warming_up or (self.closed and not self.has_outcome)
+    def closed(self) -> bool:
+        """Whether the policy must not follow the PRM's rewards."""
+        return self.factor == 0.0
+
+    def rate(self, name: str) -> float:
+        """The share of its learning rate that a learner has in this turn; with 0 it makes no update."""
+        if name != "policy":
+            return 1.0
+        if self._warming_up:
+            return 0.0
+        return 1.0 if self.has_outcome else self.factor
 
     def metrics(self) -> Metrics:
-        """`held`: 1 if the policy did not follow the PRM in this turn; `gate_z`, if it was measured."""
+        """`held`: 1 if the policy did not follow the PRM in this turn; `gate_z`, if it was measured; `gate_factor`, the
+        share of its learning rate that it had, if there is such a thing (`irl.gate_full`)."""
         if self.threshold is None and not self.warmup_turns:
             return {}
-        held = float(self._warming_up or self.closed)
-        return {"policy/held": held} | ({} if math.isnan(self.deciding_z) else {"policy/gate_z": self.deciding_z})
+        metrics = {"policy/held": float(self._warming_up or self.closed)}
+        if not math.isnan(self.deciding_z):
+            metrics["policy/gate_z"] = self.deciding_z
+        if self.full is not None:
+            metrics["policy/gate_factor"] = self.rate("policy")
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The z that was measured last."""

@@ -28,7 +28,7 @@ from repirl.distributed.world import World
 from repirl.fused import PackedCausalLM, forward_flops, layout_for, ordinary_attention
 from repirl.model_files import shown
 from repirl.objectives import Figures, Metrics, Outputs
-from repirl.optimizer import make_optimizer, make_scheduler
+from repirl.optimizer import make_optimizer, make_scheduler, scaled_rates, set_rates
 from repirl.options import OptimizerConfig
 from repirl.work import Work
 
@@ -191,11 +191,7 @@ class Learner:
         self.scheduler.last_epoch, self.scheduler._step_count = count, count + 1
         rules = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
         self.scheduler._last_lr = [float(base) * rule(count) for base, rule in rules]
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler._last_lr, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_rates(self.optimizer, self.scheduler._last_lr)
 
     def _activate(self) -> None:
         """Bring this learner's tensors to the device if they were moved away, and switch on its adapter."""
@@ -284,7 +280,7 @@ class Learner:
             collected[name][torch.cat(positions)] = torch.cat(values_of).cpu()
         return {name: self.world.sum(stream) for name, stream in collected.items()}
 
-    def update(self, batch: PackedBatch, objective: Loss) -> Metrics:
+    def update(self, batch: PackedBatch, objective: Loss, rate: float = 1.0) -> Metrics:
         """Make one update on the whole batch, in micro-batches. The loss is the sum over all micro-batches.
 
         An update whose loss or gradient is not finite is skipped and counted.
@@ -293,6 +289,8 @@ class Learner:
             batch: the sequences.
             objective: computes the loss. Its normalisers must be those of the whole batch; then the gradient does not
                 depend on how the batch is divided into micro-batches and over processes.
+            rate: the learning rate of this update, in shares of the schedule's. AdamW makes steps of the same length
+                whatever the scale of the loss is, so an update is made smaller here, not in the loss.
 
         Returns:
             `loss`, `grad_norm` before clipping, `lr`, `skipped_updates` so far, and the objective's figures.
@@ -323,17 +321,18 @@ class Learner:
         everybodys = self.world.gather([(totals, counts)])
         totals, counts = _added([part for part, _ in everybodys]), _added([part for _, part in everybodys])
         loss_value = totals.pop("loss", 0.0)
-        rate = float(self.scheduler.get_last_lr()[0])
-        self._apply(loss_value, norm)
-        metrics = {"loss": loss_value, "grad_norm": norm, "lr": rate, "skipped_updates": self.num_skipped_updates}
+        lr = rate * float(self.scheduler.get_last_lr()[0])
+        self._apply(loss_value, norm, rate)
+        metrics = {"loss": loss_value, "grad_norm": norm, "lr": lr, "skipped_updates": self.num_skipped_updates}
         return metrics | {name: total / counts[name] for name, total in totals.items()}
 
-    def _apply(self, loss: float, norm: float) -> None:
+    def _apply(self, loss: float, norm: float, rate: float) -> None:
         """Step the optimiser if loss and gradient are finite. Raises TrainingError after too many skipped updates, and
         where the weights are not finite after the step."""
         assert self.optimizer is not None
         if math.isfinite(norm) and math.isfinite(loss):
-            self.optimizer.step()
+            with scaled_rates(self.optimizer, rate):
+                self.optimizer.step()
             self.version += 1
             self.num_skipped_in_a_row = 0
         else:

@@ -139,12 +139,12 @@ def update(run: Run, name: str, rollouts: PackedBatch | None) -> Metrics:
         return {f"{name}/skipped": 1}
     metrics: Metrics = {}
     scores = Scores(run.config, run.learners, name, run.timer)
-    held = name == "policy" and run.gate.holds
-    for _ in range(0 if held else getattr(run.config, name).updates_per_step):
+    rate = run.gate.rate(name)
+    for _ in range(getattr(run.config, name).updates_per_step if rate > 0 else 0):
         scores.write(batch, objective.reads_learners)
         run.gate.look(name, batch)
         with run.timer(name):
             metrics |= objective.prepare(batch)
-            metrics |= learner.update(batch, objective)
+            metrics |= learner.update(batch, objective, rate)
     named = {f"{name}/{key}": value for key, value in metrics.items()}
     return named if run.config.system.online else named | {"tokens": batch.num_tokens}

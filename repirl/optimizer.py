@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from repirl.config import ConfigError
 from repirl.options import OptimizerConfig
@@ -81,3 +83,24 @@ def is_value_head(name: str) -> bool:
     """Whether a parameter of this name belongs to the head that reads a value: a token classifier's, or the one that a
     PRM on a shared base has."""
     return name.removeprefix("_orig_mod.").split(".")[0] in (*HEAD_NAMES, "value_head")
+
+
+@contextmanager
+def scaled_rates(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """A context in which all learning rates are multiplied by `factor`; those of before are restored exactly."""
+    before = [float(group["lr"]) for group in optimizer.param_groups]
+    set_rates(optimizer, [factor * rate for rate in before])
+    try:
+        yield
+    finally:
+        set_rates(optimizer, before)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+    """Set the learning rate of each group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            # In place, because a compiled step (8-bit moments) reads this tensor.
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

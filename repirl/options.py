@@ -1,7 +1,7 @@
 """The sections of a configuration: every option's type, default and meaning, and its source in the paper.
 
-`data` and `loss` have files of their own, `repirl.dataconfig` and `repirl.lossconfig`. Options that do not fit together
-are refused in `repirl.config`.
+`data`, `irl` and `loss` have files of their own: `repirl.dataconfig`, `repirl.irlconfig` and `repirl.lossconfig`.
+Options that do not fit together are refused in `repirl.config`.
 """
 
 from __future__ import annotations
@@ -221,51 +221,6 @@ class RolloutConfig(Section):
     def keeps_surplus(self) -> bool:
         """Whether a step may train on rollouts of earlier steps that it did not need."""
         return self.filter is not None and self.filter.surplus == "keep"
-
-
-class IRLConfig(Section):
-    weights: Literal["trajectory", "length_normalized", "per_decision", "token", "uniform"] = Field(
-        "trajectory", description="importance weights in the estimate of log Z; trajectory is the paper's"
-    )
-    temper: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="exponent of the weights")
-    target_ess: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="largest exponent whose effective sample size is this share of the samples"
-    )
-    smooth: Literal["none", "psis"] = Field("none", description="Pareto-smoothed upper tail (Vehtari 2024)")
-    truncate: Annotated[float, Field(ge=1)] | None = Field(None, description="weights at most this times their mean")
-    group: Literal["prompt", "batch"] = Field("prompt", description="which weights are normalised together")
-    base_measure: Literal["uniform", "reference"] = Field(
-        "uniform", description="b in p(tau) = b exp(R)/Z; uniform is the paper's derivation"
-    )
-    normalize: Literal["sequence", "token"] = Field("sequence", description="sums of rewards, or means per token")
-    reward_l2: NonNegativeFloat | None = Field(
-        None,
-        description="coefficient of the mean squared token reward; null: 0.01 with use_outcome, where the loss has no "
-        "minimum without it, else 0",
-    )
-    experts: Literal["matched", "all"] | None = Field(
-        None,
-        description="all experts of the step's prompts, or experts_per_step of all; null: matched where experts come "
-        "with the training prompts (data.solution_column) and experts_per_step is null",
-    )
-    experts_per_step: Positive | None = Field(
-        None, description="expert trajectories a step, unless they are matched; null: prompts_per_step"
-    )
-    gate: PositiveFloat | Literal["auto"] | None = Field(
-        "auto",
-        description="the policy follows the PRM only in turns in which experts' rewards are this many standard errors "
-        "above those of new rollouts; null: always; auto: 2 where the policy has no outcome reward",
-    )
-    use_outcome: bool = Field(
-        True,
-        description="verified-correct rollouts join the experts, failed ones estimate Z (algorithm 1); false: the PRM "
-        "learns from experts alone, whatever reward the policy has",
-    )
-
-    @property
-    def l2(self) -> float:
-        """The coefficient of the mean squared token reward."""
-        return self.reward_l2 if self.reward_l2 is not None else 0.01 * self.use_outcome
 
 
 class PrimeConfig(Section):

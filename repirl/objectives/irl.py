@@ -25,8 +25,8 @@ from torch import Tensor
 from repirl.batch import EXPERT, PackedBatch, concatenate
 from repirl.config import Config
 from repirl.data import Data
+from repirl.irlconfig import IRLConfig
 from repirl.objectives import Figures, Metrics, Objective, Outputs
-from repirl.options import IRLConfig
 from repirl.rewards import read_rewards
 
 

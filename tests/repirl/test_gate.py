@@ -16,6 +16,7 @@ from repirl.loop import train
 from repirl.report.log import read_metrics
 
 ALONE = {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}}
+RAMP = ALONE | {"irl": {"use_outcome": False, "gate": 1.0, "gate_full": 4.0}}
 CLOSED, OPEN = 1e9, 1e-9
 
 
@@ -52,11 +53,26 @@ def test_what_the_gate_does_at_each_z(tmp_path):
     for z, holds in ((1.9, True), (2.0, False), (math.nan, True), (math.inf, False)):
         gate.begin(0)
         gate.z = z
-        assert gate.holds == holds
+        assert gate.rate("policy") == float(not holds)
+        assert gate.rate("prm") == 1.0
         assert gate.metrics() == {"policy/held": float(holds)} | ({} if math.isnan(z) else {"policy/gate_z": z})
     # Unless it is set, there is none beside an outcome reward.
     assert Gate(tiny_config(tmp_path)).metrics() == {}
     assert Gate(tiny_config(tmp_path, **ALONE | {"irl": {"use_outcome": False, "gate": None}})).threshold is None
+
+
+def test_the_rate_grows_with_z_between_gate_and_gate_full(tmp_path):
+    gate = Gate(tiny_config(tmp_path, **RAMP))
+    for z, factor in ((0.5, 0.0), (1.0, 0.0), (1.75, 0.25), (3.0, 2 / 3), (4.0, 1.0), (9.0, 1.0), (math.inf, 1.0)):
+        gate.begin(0)
+        gate.z = z
+        assert gate.rate("policy") == pytest.approx(factor, abs=1e-15)
+        assert gate.rate("prm") == 1.0
+        metrics = gate.metrics()
+        assert metrics.pop("policy/gate_factor") == gate.rate("policy")
+        assert metrics == {"policy/held": float(factor == 0), "policy/gate_z": z}
+    gate.begin(1)
+    assert gate.metrics() == {"policy/held": 1.0, "policy/gate_factor": 0.0}
 
 
 def weights(config, side="policy"):
@@ -88,6 +104,37 @@ def test_a_held_policy_keeps_its_weights_while_the_prm_learns(tmp_path):
     config, lines = run(tmp_path, "free", steps=2, **ALONE | {"irl": {"use_outcome": False, "gate": None}})
     assert differs(weights(config), start)
     assert "policy/held" not in lines[0]
+
+
+def test_the_factor_scales_the_policys_rate_and_nothing_else(tmp_path, monkeypatch):
+    """A third of the rate by the gate is a third of it by hand; the PRM, and an open gate, are as without it."""
+    irl = {"use_outcome": False, "gate": OPEN}
+    open_config, plain = run(tmp_path, "open", steps=2, **ALONE | {"irl": irl})
+    monkeypatch.setattr(Gate, "factor", property(lambda gate: 1 / 3))
+    config, ramped = run(tmp_path, "ramp", steps=2, **ALONE | {"irl": irl | {"gate_full": 1.0}})
+    monkeypatch.setattr(Gate, "factor", property(lambda gate: 1.0))
+    rate = open_config.policy.optimizer.lr
+    by_hand, lines = run(tmp_path, "hand", steps=2, policy={"optimizer": {"lr": rate / 3}}, **ALONE | {"irl": irl})
+    assert [line["policy/gate_factor"] for line in ramped] == [1 / 3, 1 / 3]
+    assert [line["policy/lr"] for line in ramped] == pytest.approx([rate / 3, rate / 3])
+    assert not differs(weights(config), weights(by_hand))
+    assert not differs(weights(config, "prm"), weights(by_hand, "prm"))
+    assert all("policy/gate_factor" not in line for line in (*plain, *lines))
+
+
+def test_a_ramp_holds_after_a_resumption(tmp_path):
+    changes = RAMP | {"irl": {"use_outcome": False, "gate": OPEN, "gate_full": 50.0}, "order": "policy_first"}
+    whole_config, whole = run(tmp_path, "whole", steps=4, **changes)
+    run(tmp_path, "parts", steps=2, **changes)
+    config = tiny_config(tmp_path, output_dir=str(tmp_path / "parts"), steps=4, **changes)
+    train(config, resume=True)
+    parts = read_metrics(tmp_path / "parts" / "metrics.jsonl")[1:]
+    names = ("policy/held", "policy/gate_z", "policy/gate_factor", "policy/lr")
+    assert [[line.get(name) for name in names] for line in parts] == [
+        [line.get(name) for name in names] for line in whole
+    ]
+    assert any(0 < line["policy/gate_factor"] < 1 for line in whole)
+    assert not differs(weights(config), weights(whole_config))
 
 
 def test_an_outcome_reward_goes_on_when_the_gate_is_closed(tmp_path):
@@ -141,6 +188,13 @@ def test_a_policy_without_updates_is_only_read(tmp_path):
         ({"objective": "rloo", "irl": {"gate": 2.0}}, "irl.gate is set, but objective 'rloo' trains no policy"),
         ({"objective": "sft", "prm": {"warmup_turns": 1}}, "prm.warmup_turns is set, but objective 'sft'"),
         ({"policy": {"updates_per_step": 0}, "irl": {"gate": 2.0}}, "irl.gate is set"),
+        ({"objective": "rloo", "irl": {"gate_full": 3.0}}, "irl.gate_full is set, but objective 'rloo'"),
+        ({"irl": {"gate_full": 3.0}}, "irl.gate_full is 3.0, but the policy has an outcome reward"),
+        (ALONE | {"irl": {"use_outcome": False, "gate_full": 2.0}}, "gate_full is 2.0, and irl.gate 2.0"),
+        (
+            ALONE | {"irl": {"use_outcome": False, "gate": None, "gate_full": 2.0}},
+            "gate_full is 2.0, and irl.gate None",
+        ),
         ({"prm": {"warmup_turns": 4}}, "prm.warmup_turns is 4 of 4 steps"),
         ({"objective": "rloo", "policy": {"updates_per_step": 0}}, "objective 'rloo' trains nothing else"),
         ({"irl": {"experts": "matched", "experts_per_step": 5}}, "irl.experts_per_step is 5, but irl.experts"),

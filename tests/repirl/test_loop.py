@@ -23,12 +23,13 @@ from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.distributed.world import World
 from repirl.export import export_checkpoint
+from repirl.irlconfig import IRLConfig
 from repirl.learner import Learner
 from repirl.loop import train
 from repirl.models import load_model, load_tokenizer
 from repirl.objectives import irl
 from repirl.objectives.rloo import RLOO
-from repirl.options import IRLConfig, PRMConfig
+from repirl.options import PRMConfig
 from repirl.report.log import read_metrics
 from repirl.rewards import read_rewards
 from repirl.rollout.engine import MismatchError

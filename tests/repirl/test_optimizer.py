@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from repirl.optimizer import make_optimizer, make_scheduler
+from repirl.optimizer import make_optimizer, make_scheduler, scaled_rates
 from repirl.options import OptimizerConfig
 
 
@@ -54,3 +54,23 @@ def test_weight_decay_leaves_vectors_alone():
     parameters = {"a": torch.nn.Parameter(torch.ones(2, 2)), "b": torch.nn.Parameter(torch.ones(2))}
     optimizer = make_optimizer(parameters, OptimizerConfig(weight_decay=0.1))
     assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.1), (1, 0.0)]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_scaled_rates_shorten_one_step_and_are_what_they_were_after_it(as_tensor):
+    parameters = {"model.weight": torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))}
+    optimizer = make_optimizer(parameters, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    [group] = optimizer.param_groups
+    if as_tensor:
+        group["lr"] = torch.tensor(0.1)
+    parameters["model.weight"].grad = torch.ones(2, 2, dtype=torch.float64)
+    before = float(group["lr"])
+    with scaled_rates(optimizer, 0.25):
+        optimizer.step()
+    # AdamW's first step: the rate times the gradient's sign, after the decay.
+    assert parameters["model.weight"][0, 0].item() == pytest.approx((1 - 0.025 * 0.5) - 0.025, abs=1e-7)
+    assert float(group["lr"]) == before
+    assert torch.is_tensor(group["lr"]) == as_tensor
+    with pytest.raises(RuntimeError, match="failed"), scaled_rates(optimizer, 0.5):
+        raise RuntimeError("failed")
+    assert float(group["lr"]) == before

@@ -6,8 +6,8 @@ from repirl_kernels import log_importance_weights, log_partition
 from tiny import tiny_config
 
 from repirl.batch import EXPERT, pack
+from repirl.irlconfig import IRLConfig
 from repirl.objectives import irl
-from repirl.options import IRLConfig
 
 NAN = float("nan")
 
