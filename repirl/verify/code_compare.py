@@ -49,11 +49,11 @@ def _same_word(actual: str, expected: str, tolerance: float) -> bool:
 def same_value(actual: Any, expected: Any, tolerance: float) -> bool:
     """Whether a function returned what is expected, a value of JSON.
 
-    Tuples are lists. Numbers are compared as those of `same_output`: floats with the tolerance, where a float is
-    expected. Keys of objects are texts in JSON: so a number as a key is the text of it.
+    By Python's ==, as the graders of LiveCodeBench and APPS do, and the assertions of HumanEval and MBPP: so 1, 1.0 and
+    True are the same. Besides, tuples are lists, as JSON has none (those graders take the outermost for one); floats are
+    compared with the tolerance, where a float is expected; and a number as a key is the text of it, as JSON has no
+    others.
     """
-    if isinstance(expected, bool) or isinstance(actual, bool) or expected is None:
-        return type(actual) is type(expected) and actual == expected
     if isinstance(expected, float) and isinstance(actual, int | float):
         return _close(_as_float(actual), expected, tolerance)
     if isinstance(expected, list | tuple):
