@@ -125,9 +125,10 @@ def _unfenced(text: str, entry: str | None, starter: str) -> str | None:
         return text
     for number, line in enumerate(lines):
         if _CODE_START.match(line) or (entry is None and _KEYWORD_START.match(line)):
+            # What does not stand in these lines does not stand in the last of them either.
             code = "".join(lines[number:])
-            if _defines(code, entry) if entry is not None else _LOOKS_LIKE_CODE.search(code):
-                return code
+            is_code = _defines(code, entry) if entry is not None else _LOOKS_LIKE_CODE.search(code)
+            return code if is_code else None
     return None
 
 

@@ -108,6 +108,7 @@ def test_blocks_say_their_tag_and_whether_they_end():
 
 
 def test_long_nonsense_takes_no_time():
-    for text in ("```" * 200_000, "def f(" * 100_000, " " * 500_000 + "x", "(" * 500_000, "```python\n" * 50_000):
+    texts = ["```" * 200_000, "def f(" * 100_000, " " * 500_000 + "x", "(" * 500_000, "```python\n" * 50_000]
+    for text in [*texts, "x = 1\n" * 100_000, "async\n" * 100_000, "f\n" * 100_000]:
         find_code(text, "f", HEAD)
         find_code(text, None)
