@@ -3,6 +3,7 @@
 Axes: N rows (tokens), D features, V vocabulary.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,21 @@ TASKS = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def size_of(shape: str) -> tuple[int, int]:
+    """``(D, V)`` of a shape: its name in ``SHAPES``, or DxV. KeyError if it is neither."""
+    if shape in SHAPES:
+        return SHAPES[shape]
+    sizes = re.fullmatch(r"(\d+)x(\d+)", shape)
+    if sizes is None:
+        raise KeyError(shape)
+    return int(sizes[1]), int(sizes[2])
+
+
 class Case(NamedTuple):
     """One comparison: every contender that can do ``task`` runs it on the same inputs."""
 
     shape: str
+    """A name in ``SHAPES``, or DxV."""
     num_rows: int
     dtype: str
     task: str
@@ -46,8 +58,10 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        num_features, num_columns = SHAPES[self.shape]
-        words = [f"{self.shape} {self.num_rows}x{num_features}x{num_columns} {self.dtype} {self.task}"]
+        num_features, num_columns = size_of(self.shape)
+        words = [f"{self.num_rows}x{num_features}x{num_columns} {self.dtype} {self.task}"]
+        if self.shape in SHAPES:
+            words[0] = f"{self.shape} {words[0]}"
         words += [f"{self.masked:.0%} masked"] * (self.masked > 0) + ["frozen head"] * self.frozen
         return ", ".join(words)
 
@@ -72,7 +86,7 @@ class Inputs(NamedTuple):
 def make_inputs(case: Case, device: str, num_rows: int | None = None, seed: int = 0) -> Inputs:
     """Random inputs with logits of standard deviation 3; ``num_rows`` replaces the case's."""
     generator = torch.Generator(device).manual_seed(seed)
-    num_features, num_columns = SHAPES[case.shape]
+    num_features, num_columns = size_of(case.shape)
     num_rows = num_rows or case.num_rows
     dtype = DTYPES[case.dtype]
 
@@ -91,6 +105,22 @@ def make_inputs(case: Case, device: str, num_rows: int | None = None, seed: int 
     targets[: round(case.masked * num_rows)] = -100
     advantage = torch.randn(num_rows, generator=generator, device=device)
     return Inputs(hidden.requires_grad_(case.task != "score"), weight, targets, advantage)
+
+
+def own_cases(sizes: str) -> list[Case]:
+    """The cases for a shape of one's own, N x D x V: the tasks that take hidden states, in both dtypes.
+
+    Raises:
+        ValueError: the text is not of this form, or a size is too small.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", re.sub(r"\s", "", sizes.lower()))
+    if match is None:
+        raise ValueError("is not of the form NxDxV")
+    num_rows, num_features, num_columns = map(int, match.groups())
+    if min(num_rows, num_features) < 1 or num_columns < 2:
+        raise ValueError("needs N and D of at least 1 and V of at least 2")
+    shape = f"{num_features}x{num_columns}"
+    return [case for dtype in DTYPES for case in _tasks(shape, num_rows, dtype)]
 
 
 def _tasks(shape: str, num_rows: int, dtype: str, tasks: str = "score sft policy policy+entropy") -> list[Case]:
@@ -127,6 +157,15 @@ PROFILES = {
         Case("Llama-3-8B", 8192, "bf16", "policy+entropy"),
         Case("Qwen2.5-3B", 2048, "fp32", "policy+entropy"),
         Case("Llama-3-8B", 8192, "bf16", "logits"),
+    ],
+    # N and V apart from each other, for curves.
+    "sweep": [
+        Case(shape, num_rows, dtype, "policy+entropy")
+        for dtype in DTYPES
+        for shape, num_rows in (
+            *(("SmolLM2-135M", num_rows) for num_rows in (64, 128, 256, 512, 1024, 2048)),
+            *((f"576x{num_columns}", 512) for num_columns in (8192, 16384, 32768, 131072)),
+        )
     ],
     # A size at which float32 logits take 2.3 GiB.
     "memory": [

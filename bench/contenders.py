@@ -35,7 +35,7 @@ class Contender(NamedTuple):
     mean_loss: Callable[[Inputs], Tensor] | None = None
     """Mean cross-entropy, if the contender has a function for it that is faster than ``values``."""
     entropy: bool = True
-    """Whether ``values`` has entropies, with their gradient."""
+    """Whether ``values`` has entropies, with their gradient. False spares a call; None in ``Values`` says the same."""
     given_logits: bool = False
     """Whether its input is logits; then it runs only the task ``logits``."""
     loss: Callable[[Inputs, Case], Tensor] | None = None
@@ -56,7 +56,10 @@ def run(contender: Contender, inputs: Inputs, case: Case) -> tuple[Values | None
         if not contender.entropy:
             raise CannotRun("no entropy")
         with torch.no_grad():
-            return contender.values(inputs), None
+            values = contender.values(inputs)
+        if values.entropy is None:
+            raise CannotRun("no entropy")
+        return values, None
     if contender.loss is not None:
         return None, contender.loss(inputs, case)
     if case.task == "sft" and contender.mean_loss is not None:
@@ -65,7 +68,10 @@ def run(contender: Contender, inputs: Inputs, case: Case) -> tuple[Values | None
         raise CannotRun("has a mean loss only")
     if not contender.entropy and case.task in ("policy+entropy", "logits"):
         raise CannotRun("no entropy with a gradient")
-    return None, token_losses(contender.values(inputs), inputs, case, slice(None)).sum()
+    values = contender.values(inputs)
+    if values.entropy is None and case.task in ("policy+entropy", "logits"):
+        raise CannotRun("no entropy with a gradient")
+    return None, token_losses(values, inputs, case, slice(None)).sum()
 
 
 def token_losses(values: Values, inputs: Inputs, case: Case, rows: slice) -> Tensor:
@@ -298,10 +304,11 @@ def preload(contenders: list[Contender], device: str) -> None:
             importlib.import_module(_MODULES.get(package, "torch"))
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of all contenders' packages; None for those that are not installed."""
+def versions(others: list[Contender]) -> dict[str, str | None]:
+    """Versions of the packages of CONTENDERS and ``others``; None for those that are not installed."""
     result: dict[str, str | None] = {}
-    for package in sorted({package for contender in CONTENDERS for package in (*contender.packages, "triton")}):
+    packages = {package for contender in [*CONTENDERS, *others] for package in contender.packages}
+    for package in sorted({*packages, "triton"}):
         try:
             result[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from bench.cases import Case, Inputs, make_inputs
 from bench.contenders import CONTENDERS, CannotRun, Contender, Values, run, token_losses
+from bench.peers import load_peer
 
 CHECKED_ROWS = 256
 # The largest error of a correct result, relative to the largest value. It allows for logits that are rounded to
@@ -39,9 +42,9 @@ def drop_gradients(inputs: Inputs) -> None:
         leaf.grad = None
 
 
-def truth_of(case: Case, device: str) -> dict[str, Tensor]:
-    """Values or gradients, computed in float64 from the inputs in the case's dtype."""
-    inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
+def truth_of(case: Case, device: str, rows: int = CHECKED_ROWS) -> dict[str, Tensor]:
+    """Values or gradients, computed in float64 from the inputs in the case's dtype, of ``rows`` rows at most."""
+    inputs = make_inputs(case, device, min(case.num_rows, rows))
     exact = Inputs(
         inputs.hidden.detach().double().requires_grad_(inputs.hidden.requires_grad),
         inputs.weight.detach().double().requires_grad_(inputs.weight.requires_grad),
@@ -64,9 +67,12 @@ def _gradients(inputs: Inputs) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
 
 
-def errors_of(contender: Contender, case: Case, device: str, truth: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result, relative to its largest value. ValueError if a result is missing or wrong."""
-    inputs = make_inputs(case, device, min(case.num_rows, CHECKED_ROWS))
+def errors_of(
+    contender: Contender, case: Case, device: str, truth: dict[str, Tensor], rows: int = CHECKED_ROWS
+) -> dict[str, float]:
+    """Largest error of each result, relative to its largest value, of as many rows as in :func:`truth_of`.
+    ValueError if a result is missing."""
+    inputs = make_inputs(case, device, min(case.num_rows, rows))
     values = step(contender, inputs, case)
     if values is None:
         results = _gradients(inputs)
@@ -80,9 +86,15 @@ def errors_of(contender: Contender, case: Case, device: str, truth: dict[str, Te
         kept = inputs.counts if name in ("logprob", "entropy") else slice(None)
         difference = (results[name][kept].double() - expected[kept]).abs().max()
         errors[name] = (difference / expected[kept].abs().max()).item()
-        if not errors[name] <= TOLERANCE[case.dtype]:
-            raise ValueError(f"{name} is {errors[name]:.2g} off: not the same result")
     return errors
+
+
+def wrong_result(errors: dict[str, float], case: Case) -> str | None:
+    """Why a contender with these errors is not timed; None if they are its dtype's rounding."""
+    for name, error in errors.items():
+        if not error <= TOLERANCE[case.dtype]:
+            return f"{name} is {error:.2g} off: not the same result"
+    return None
 
 
 def synchronize(device: str) -> None:
@@ -149,10 +161,10 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    """Median and quartiles, in seconds."""
+def spread(times: list[float]) -> dict[str, Any]:
+    """Median and quartiles, in seconds, with the rounds that they are of."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high, "rounds": len(times)}
+    return {"median": median, "low": low, "high": high, "rounds": len(times), "seconds": times}
 
 
 def extra_bytes_of(contender: Contender, case: Case, device: str) -> int:
@@ -196,8 +208,12 @@ def memory_of(contenders: list[Contender], case: Case, device: str) -> dict[str,
         return _memory_here(contenders, case, device)
     names = [contender.name for contender in contenders]
     request = json.dumps({"case": case._asdict(), "contenders": names, "threads": torch.get_num_threads()})
+    # The modules of this process: this checkout's first, and those of --peer in the folder where it was started.
+    checkout = str(Path(__file__).parents[1])
+    paths = [checkout, *(path or os.getcwd() for path in sys.path if path != checkout)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     child = subprocess.run(
-        [sys.executable, "-m", "bench.measure", request], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-m", "bench.measure", request], env=environment, capture_output=True, text=True
     )
     if child.returncode:
         raise RuntimeError(f"measuring the memory of {case.name} failed:\n{child.stderr}")
@@ -224,7 +240,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (available, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    contenders = [contender for contender in CONTENDERS if contender.name in request["contenders"]]
+    known = {contender.name: contender for contender in CONTENDERS}
+    contenders = [known[name] if name in known else load_peer(name) for name in request["contenders"]]
     print(json.dumps(_memory_here(contenders, Case(**request["case"]), "cpu")))
 
 

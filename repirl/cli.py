@@ -193,7 +193,10 @@ def _add_tools(commands: Any) -> None:
 
     # Its options, --help too, are those of bench/run.py.
     command = commands.add_parser(
-        "bench", help="the fused ops beside their peers, on this machine", allow_abbrev=False, add_help=False
+        "bench",
+        help="the fused ops beside their peers, on this machine; bench compare A.json B.json: two such runs",
+        allow_abbrev=False,
+        add_help=False,
     )
     command.set_defaults(run=_bench)
 
@@ -342,10 +345,11 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
             f"the benchmarks are part of the source checkout, not of the installed package, and {checkout} has no "
             "bench/run.py: clone the repository and run `make bench` there"
         )
-    # Beside this package, and in the caller's folder, from which relative paths count.
-    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run([sys.executable, "-m", "bench.run", *arguments], env=environment).returncode
+    # The benchmarks beside this package, even where the caller's folder has others; relative paths count from there.
+    paths = [str(checkout), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    module = ["bench.compare", *arguments[1:]] if arguments[:1] == ["compare"] else ["bench.run", *arguments]
+    return subprocess.run([sys.executable, "-m", *module], env=environment).returncode
 
 
 def print_summary(config: Config) -> None:

@@ -2,16 +2,24 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import report, run
-from bench.cases import PROFILES, Case, make_inputs
+from bench import compare, measure, report, run, schema
+from bench.cases import PROFILES, Case, make_inputs, own_cases
 from bench.contenders import CONTENDERS, Contender, Values
 from bench.measure import extra_bytes_of, spread, times_of
+from bench.peers import EXAMPLE
 from repirl.cli import main as repirl
 
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "bench" / "results" / "cpu"
 OURS = CONTENDERS[0]
 EAGER = next(contender for contender in CONTENDERS if contender.name == "eager")
 CASE = Case("tiny", 32, "fp32", "policy+entropy")
@@ -39,6 +47,8 @@ def test_the_command_measures_every_contender_or_says_why_not(results):
     assert {"date", "revision", "cpu", "cores", "threads", "memory_gib", "versions", "command"} <= result.keys()
     assert result["versions"]["torch"] == torch.__version__
     assert "--threads 1" in result["command"]
+    assert result["format"] == 2
+    assert schema.problems(result) == []
     assert [measured["case"]["task"] for measured in result["cases"]] == ["sft", "policy+entropy", "logits"]
     seen = set()
     for measured in result["cases"]:
@@ -65,8 +75,12 @@ def test_the_page_is_made_from_the_results_alone(results, tmp_path, capsys):
     (results / "untitled.md").write_text("| phase |\n")
     for _ in range(2):
         assert report.main(["--results", str(results), "--page", str(page)]) == 0
-        made.append((page.read_text(), (results / "here" / "ops.svg").read_bytes()))
+        plots = sorted((tmp_path / "plots" / "here").iterdir())
+        made.append((page.read_text(), [plot.read_bytes() for plot in plots]))
     assert made[0] == made[1]
+    assert [plot.name for plot in plots] == ["ops_error.svg", "ops_memory.svg", "ops_time.svg"]
+    # Nothing beside the results, which may be another's.
+    assert not list(results.glob("**/*.svg"))
     text = made[0][0]
     there = os.path.relpath(results, tmp_path)
     assert f"* [Beside a peer]({there}/here/trainers.md)\n* [untitled]({there}/untitled.md)\n" in text
@@ -75,8 +89,101 @@ def test_the_page_is_made_from_the_results_alone(results, tmp_path, capsys):
         for row in measured["rows"]:
             assert row["contender"] in text
             assert row.get("reason", "") in text
+    assert "](plots/here/ops_time.svg)" in text
     assert report.main(["--results", str(tmp_path / "none"), "--page", str(page)]) == 2
     assert "none has no */ops*.json" in capsys.readouterr().err
+
+
+def test_the_page_is_written_in_the_callers_folder_alone(tmp_path, monkeypatch, capsys):
+    own = tmp_path / "bench" / "results" / "here"
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 2
+    assert f"{tmp_path} has no bench/results: call this in the top folder of a clone" in capsys.readouterr().err
+    own.mkdir(parents=True)
+    shutil.copy(COMMITTED / "ops_memory.json", own)
+    before = {path: path.stat().st_mtime_ns for path in COMMITTED.parents[1].rglob("*")}
+    assert report.main(["--csv", "all.csv"]) == 0
+    assert {path.name for path in own.iterdir()} == {"ops_memory.json", "ops_memory_memory.svg", "ops_memory_error.svg"}
+    text = (tmp_path / "bench" / "README.md").read_text()
+    assert "](results/here/ops_memory_memory.svg)" in text
+    assert (tmp_path / "all.csv").read_text().startswith("file,date,")
+    assert before == {path: path.stat().st_mtime_ns for path in COMMITTED.parents[1].rglob("*")}
+    (own / "ops_other.json").write_text("{}")
+    assert report.main([]) == 2
+    assert "ops_other.json is not what bench.run --json writes" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_what_is_made_from_the_committed_results(tmp_path):
+    bench = COMMITTED.parents[1]
+    folder = tmp_path / "bench"
+    shutil.copytree(bench / "results", folder / "results", ignore=shutil.ignore_patterns("*.svg"))
+    assert report.main(["--results", str(folder / "results"), "--page", str(folder / "README.md")]) == 0
+    made, committed = ((where / "README.md").read_text().splitlines() for where in (folder, bench))
+    # The list of other results' pages may be behind for a commit; what it names is there.
+    other_pages = re.compile(r"\* \[.*\]\((results/.*\.md)\)")
+    assert all((bench / link[1]).exists() for line in committed if (link := other_pages.fullmatch(line)))
+    made, committed = ([line for line in lines if not other_pages.fullmatch(line)] for lines in (made, committed))
+    assert made == committed
+    drawn = sorted(path.relative_to(folder) for path in folder.rglob("ops*.svg"))
+    assert drawn == sorted(path.relative_to(bench) for path in bench.rglob("results/*/ops*.svg"))
+    for path in drawn:
+        assert (folder / path).read_bytes() == (bench / path).read_bytes(), path
+
+
+def test_every_command_that_the_pages_show_runs(tmp_path, monkeypatch, capsys):
+    """With small sizes, one dtype and one task."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(run, "memory_of", measure._memory_here)  # no process of its own for each case
+    (tmp_path / "my_heads.py").write_text(EXAMPLE)
+    small = [
+        "--task",
+        "sft",
+        "--dtype",
+        "fp32",
+        "--threads",
+        "1",
+        "--seconds",
+        "0.001",
+        "--peers",
+        "linear_token",
+        "eager",
+    ]
+    for page in (ROOT / "README.md", ROOT / "bench" / "README.md"):
+        lines = [
+            shlex.split(line, comments=True) for line in re.findall(r"^    repirl (bench .*)", page.read_text(), re.M)
+        ]
+        assert [words[1] for words in lines] == ["--shape", "--shape", "compare"], page
+        for words in lines:
+            if words[1] == "compare":
+                # Small cases on a busy machine are not what a ratio is for.
+                assert compare.main(["0" if word == "0.95" else word for word in words[2:]]) == 0
+            else:
+                sizes = iter(("12x8x50", "16x8x60"))
+                assert run.main([next(sizes) if re.match(r"\d+x", word) else word for word in words[1:]] + small) == 0
+        assert "my_heads:plain" in (tmp_path / "after.csv").read_text()
+        assert f"```python\n{EXAMPLE}```" in (ROOT / "bench" / "README.md").read_text()
+    assert "A/B above 1: B is better" in capsys.readouterr().out
+
+
+def test_bench_runs_the_benchmarks_beside_the_package(tmp_path, monkeypatch, capfd):
+    other = tmp_path / "bench"
+    other.mkdir()
+    for name in ("__init__.py", "compare.py", "run.py"):
+        (other / name).write_text("raise SystemExit('those of another clone')")
+    monkeypatch.chdir(tmp_path)
+    assert repirl(["bench", "compare", "A.json", "B.json"]) == 2
+    assert "A.json cannot be read" in capfd.readouterr().err
+
+
+def test_the_revision_is_that_of_the_checkout_of_the_ops(tmp_path):
+    assert re.fullmatch(r"[0-9a-f]{12}(\+changes)?", run._revision(ROOT / "repirl" / "cli.py"))
+    # A copy that is installed inside a checkout is not a part of it.
+    copy = tmp_path / "clone" / "site-packages" / "ops.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    subprocess.run(["git", "init", "--quiet", tmp_path / "clone"], check=True)
+    assert run._revision(copy) == "unknown"
 
 
 def _half_entropy(inputs) -> Values:
@@ -149,7 +256,19 @@ def test_memory_is_the_transient_peak_beyond_gradients():
 
 
 def test_spread_is_median_and_quartiles():
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0, "rounds": 5}
+    rounds = [5.0, 1.0, 2.0, 3.0, 4.0]
+    assert spread(rounds) == {"median": 3.0, "low": 2.0, "high": 4.0, "rounds": 5, "seconds": rounds}
+
+
+def test_shapes_of_ones_own():
+    cases = own_cases("12 x 8 X 50")
+    assert {case.name for case in cases} >= {"12x8x50 bf16 score", "12x8x50 fp32 policy+entropy"}
+    assert {case.task for case in cases} == {"score", "sft", "policy", "policy+entropy"}
+    inputs = make_inputs(cases[0], "cpu")
+    assert (inputs.hidden.shape, inputs.weight.shape) == ((12, 8), (50, 8))
+    named, own = run._shapes(run._parser(), [["12", "x", "8", "x", "50", "tiny"], ["4x2x9"]])
+    assert named == ["tiny"]
+    assert [case.shape for case in own[:: len(cases)]] == ["8x50", "2x9"]
 
 
 def test_inputs_are_those_of_the_case():
@@ -167,7 +286,15 @@ def test_inputs_are_those_of_the_case():
 def test_filters(capsys):
     with pytest.raises(SystemExit):
         run.main(["--shape", "GPT-5"])
-    assert "invalid choice: 'GPT-5'" in capsys.readouterr().err
+    assert (
+        "GPT-5 is not of the form NxDxV: expected NxDxV, such as 1024x576x49152, or SmolLM2" in capsys.readouterr().err
+    )
+    for sizes in ("0x8x50", "12x8x1"):
+        with pytest.raises(SystemExit):
+            run.main(["--shape", sizes])
+        assert f"{sizes} needs N and D of at least 1 and V of at least 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run.main(["--check-rows", "0"])
     assert run.main(["--profile", "test", "--rows", "7"]) == 2
     assert "nothing is left to measure" in capsys.readouterr().err
 
