@@ -1,7 +1,8 @@
 """The study: where the training systems differ, with error bars.
 
-    python -m bench.study                                  the tasks of arithmetic, 3 seeds
+    python -m bench.study                                  what fits into an hour, 3 seeds
     python -m bench.study --only exact,hard --seeds 5      some tasks
+    python -m bench.study --only last-digit-16,hard-120    more of arithmetic
     python -m bench.study --only code                      programs: the runs of `repirl demo --task code`
     python -m bench.study --page                           the page alone, from the runs that are there
 
