@@ -241,7 +241,7 @@ PAPER = {
     "policy": {"gradient_checkpointing": True},
     "prm": {"gradient_checkpointing": True},
     "data": {"train": "math/train.jsonl", "solution_column": "solutions"},
-    "rollout": {"prompts_per_step": 128, "samples_per_prompt": 4, "max_sequences": 16},
+    "rollout": {"prompts_per_step": 128, "samples_per_prompt": 4, "max_sequences": 16, "engine": "transformers"},
     "irl": {"experts": "all", "experts_per_step": 512},
     "compute_dtype": "bfloat16",
     "checkpoint": {"every": 20},

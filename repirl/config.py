@@ -67,7 +67,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of parameters and optimiser state")
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="of gathered weights, activations and rollouts; null: as dtype"
+        None, description="of products, activations and rollouts; null: bfloat16 on a GPU, on a CPU as dtype"
     )
     num_threads: Positive | None = Field(None, description="PyTorch's CPU threads; null: its default")
     order: Literal["prm_first", "policy_first"] = Field("prm_first", description="which side a step updates first")
@@ -398,6 +398,7 @@ class Config(Section):
         )
         plain = VLLMConfig()
         others = {
+            "auto": (),
             "transformers": (),
             "vllm": ("url", "push_host"),
             "vllm_server": ("kv_cache_gib", "tensor_parallel", "enforce_eager"),

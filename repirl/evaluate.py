@@ -108,7 +108,7 @@ def evaluate_prm_checkpoint(config: Config, checkpoint: str | None) -> tuple[dic
     if checkpoint is None and config.prm.model is None:
         raise ConfigError("a PRM whose head is new says 0 of everything: give --checkpoint, or prm.model")
     path = resolve_checkpoint(checkpoint) if checkpoint is not None else None
-    set_up_process(config)
+    config = set_up_process(config)
     world, timer = join_world(config), PhaseTimer()
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     held_out = load_steps(config.data, tokenizer, "eval")
@@ -139,7 +139,7 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> tuple[float, 
     if config.data.eval is None:
         raise ConfigError("data.eval is not set: there are no held-out prompts to evaluate on")
     path = resolve_checkpoint(checkpoint) if checkpoint is not None else None
-    set_up_process(config)
+    config = set_up_process(config)
     world, timer = join_world(config), PhaseTimer()
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     held_out = load_prompts(config.data, tokenizer, "eval")

@@ -173,8 +173,10 @@ class RolloutConfig(Section):
     max_response_tokens: Positive = Field(3000, description="longest response (paper: 3000)")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature")
     max_sequences: Positive = Field(256, description="responses decoded side by side")
-    engine: Literal["transformers", "vllm", "vllm_server"] = Field(
-        "transformers", description="what samples: the policy's own model, vLLM in this process, or a vLLM server"
+    engine: Literal["auto", "transformers", "vllm", "vllm_server"] = Field(
+        "auto",
+        description="what samples: transformers (the policy's own model), vLLM in this process, or a vLLM server; "
+        "auto: vllm on a GPU where it is installed, else transformers",
     )
     vllm: VLLMConfig = Field(VLLMConfig(), description="options of the vLLM engines")
     overlap: Literal["none", "prm", "step"] = Field(
@@ -210,6 +212,11 @@ class RolloutConfig(Section):
                 "rollout.filter.surplus is 'keep': some rollouts come from older weights, which "
                 "loss.sampler_ratio_cap corrects; it is null"
             )
+
+    @property
+    def by_policy(self) -> bool:
+        """Whether the policy's own model samples; as `auto` does, unless `defaults.set_defaults` has changed it."""
+        return self.engine in ("auto", "transformers")
 
     @property
     def prompts_per_round(self) -> int:

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from repirl_kernels import segment_sum
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repirl.adapters import add_adapters, init_adapters
 from repirl.batch import PackedBatch
 from repirl.checkpoint.fingerprints import take_fingerprints
-from repirl.checkpoint.identity import Resumption, choose_checkpoint
+from repirl.checkpoint.identity import Resumption, choose_checkpoint, stored_configuration
 from repirl.checkpoint.load import load_checkpoint
 from repirl.checkpoint.manifest import list_checkpoints
 from repirl.checkpoint.save import Checkpointer
 from repirl.config import Config, ConfigError
-from repirl.configfile import describe
+from repirl.configfile import describe, load_config
 from repirl.data import Data, Feed
 from repirl.data.experts import check_matches
 from repirl.data.load import load_data, rows_by_option
 from repirl.data.prompts import PromptSet, load_prompts
+from repirl.defaults import set_defaults, this_machine
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
-from repirl.distributed.world import World, join_world
+from repirl.distributed.world import World, join_world, own_rank, pick_device
 from repirl.gate import Gate
 from repirl.interrupt import Interrupted
 from repirl.learner import Learner, TrainingError, enable_checkpointing
@@ -45,6 +44,7 @@ from repirl.rollout.engine import MismatchError
 from repirl.rollout.sampler import Sampler
 from repirl.rounding import break_ties
 from repirl.sources import check_sources
+from repirl.streams import Reference
 from repirl.systems import LABELS
 from repirl.verify.choose import make_verifier
 from repirl.work import PhaseTimer, Work
@@ -53,38 +53,6 @@ logger = logging.getLogger(__name__)
 
 # At which the PRM's distribution is read, whatever the rollouts' temperature is.
 PRM_TEMPERATURE = 1.0
-
-
-@dataclass
-class Reference:
-    """The frozen initial policy. prm_temperature: at which the PRM reads it; None where its rewards do not need it."""
-
-    learner: Learner
-    prm_temperature: float | None
-
-    def write(self, batch: PackedBatch) -> None:
-        """Write `ref_logprob`, at the policy's temperature, and `prm_ref_logprob`, at the PRM's."""
-        logprob = self.learner.score(batch)["logprob"]
-        batch.write("ref_logprob", logprob)
-        if self.prm_temperature == self.learner.temperature:
-            batch.write("prm_ref_logprob", logprob)
-        elif self.prm_temperature is not None:
-            batch.write("prm_ref_logprob", self.for_prm(batch))
-
-    def complete(self, batch: PackedBatch) -> None:
-        """Write `ref_logprob` of the sequences that lack it, such as experts beside rollouts."""
-        values = torch.full((batch.num_response_tokens,), math.nan)
-        if "ref_logprob" in batch.streams:
-            values = batch.read("ref_logprob")
-        missing = segment_sum(values, batch.response_cu_seqlens).isnan().nonzero()[:, 0].tolist()
-        if missing:
-            logprob = self.learner.score(batch.select(missing))["logprob"]
-            values[batch.response_positions(missing)] = logprob
-            batch.write("ref_logprob", values)
-
-    def for_prm(self, batch: PackedBatch) -> Tensor:
-        """log pi_ref of each response token [R] at the PRM's temperature."""
-        return self.learner.score(batch, self.prm_temperature)["logprob"]
 
 
 @dataclass
@@ -349,12 +317,26 @@ class _Builder:
         return max(turns, 1) * section.updates_per_step
 
 
-def set_up_process(config: Config) -> None:
-    """What a run changes in its process: threads, the seed, and how much transformers says."""
+def set_up_process(config: Config, before: Config | None = None, *, samples: bool | None = None) -> Config:
+    """What a run changes in its process: threads, the seed, and how much transformers says.
+
+    Args:
+        config: as it was given.
+        before: of a run that goes on, the configuration that it began with.
+        samples: whether responses are sampled; None: as training with this configuration does.
+
+    Returns:
+        The configuration with the options that the device decides (`defaults.set_defaults`), which the main process
+        prints.
+    """
     quiet_transformers()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
+    config, lines = set_defaults(config, this_machine(pick_device(config).type), before, samples=samples)
+    for line in lines if own_rank() == 0 else ():
+        print(line, flush=True)
+    return config
 
 
 def build(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) -> Run:
@@ -368,7 +350,7 @@ def build(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) 
     Raises:
         ConfigError (or DataError): what the user can mend, with one clear message.
     """
-    set_up_process(config)
+    config = set_up_process(config, _began_with(config) if resume else None)
     world, timer, system = _begin(config, resume), PhaseTimer(), config.system
     tokenizer = check_sources(config)
 
@@ -414,6 +396,13 @@ def build(config: Config, *, resume: bool = False, changed: Sequence[str] = ()) 
         fingerprints,
         resumption,
     )
+
+
+def _began_with(config: Config) -> Config | None:
+    """The configuration that a run began with; None where it cannot be read, which `choose_checkpoint` explains."""
+    with suppress(ConfigError):
+        return load_config(stored_configuration(config.output_dir))
+    return None
 
 
 def _begin(config: Config, resume: bool) -> World:

@@ -1,7 +1,12 @@
-"""Writes into a batch what the present learners say of it, for the objectives that read it."""
+"""Writes into a batch what learners say of it: the present ones, for the objectives that read it, and the reference."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
+from repirl_kernels import segment_sum
 from torch import Tensor
 
 from repirl.batch import PackedBatch
@@ -48,3 +53,35 @@ class Scores:
         if name == "prm":
             return read_rewards(outputs, batch, self.config.prm)
         return outputs["logprob" if name == "policy" else "value"]
+
+
+@dataclass
+class Reference:
+    """The frozen initial policy. prm_temperature: at which the PRM reads it; None where its rewards do not need it."""
+
+    learner: Learner
+    prm_temperature: float | None
+
+    def write(self, batch: PackedBatch) -> None:
+        """Write `ref_logprob`, at the policy's temperature, and `prm_ref_logprob`, at the PRM's."""
+        logprob = self.learner.score(batch)["logprob"]
+        batch.write("ref_logprob", logprob)
+        if self.prm_temperature == self.learner.temperature:
+            batch.write("prm_ref_logprob", logprob)
+        elif self.prm_temperature is not None:
+            batch.write("prm_ref_logprob", self.for_prm(batch))
+
+    def complete(self, batch: PackedBatch) -> None:
+        """Write `ref_logprob` of the sequences that lack it, such as experts beside rollouts."""
+        values = torch.full((batch.num_response_tokens,), math.nan)
+        if "ref_logprob" in batch.streams:
+            values = batch.read("ref_logprob")
+        missing = segment_sum(values, batch.response_cu_seqlens).isnan().nonzero()[:, 0].tolist()
+        if missing:
+            logprob = self.learner.score(batch.select(missing))["logprob"]
+            values[batch.response_positions(missing)] = logprob
+            batch.write("ref_logprob", values)
+
+    def for_prm(self, batch: PackedBatch) -> Tensor:
+        """log pi_ref of each response token [R] at the PRM's temperature."""
+        return self.learner.score(batch, self.prm_temperature)["logprob"]

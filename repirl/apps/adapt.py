@@ -247,7 +247,7 @@ class _Answer:
 
 def _answers(config: Config, rows: Sequence[PromptRow], options: AdaptOptions, prm: str) -> list[_Answer]:
     """One response of the policy to each prompt, by greedy decoding, judged and scored."""
-    set_up_process(config)
+    config = set_up_process(config)
     world, timer = join_world(config), PhaseTimer()
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     ends = find_end_tokens(config.data, tokenizer, config.policy.model)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,13 @@ def eval_model(
     """
     options, grading, folder = options or AskOptions(), grading or GradeOptions(), Path(output)
     asked = ask(_benchmark(benchmark), os.fspath(data), os.fspath(model), str(folder), options)
+    asked = replace(asked, config=set_up_process(asked.config))
     config, total = asked.config, asked.num_responses
     with ExitStack() as stack:
         file = None
         if own_rank() == 0:
             file = stack.enter_context(ResumableOutput(folder / RESPONSES, "repirl eval", resume=resume))
             file.begin(asked.made_with(), total)
-        set_up_process(config)
         world = join_world(config)
         start = int(world.maximum(file.num_rows if file is not None else 0))
         if start < total:

@@ -87,7 +87,7 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
         raise ConfigError("labelling needs prompts with their right answers: set data.train and data.answer_column")
     # The policy is not trained here, whatever the objective is.
     config = config.model_copy(update={"adapters": None})
-    set_up_process(config)
+    config = set_up_process(config, samples=True)
     world = join_world(config)
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     problems = load_problems(config, tokenizer)

@@ -66,7 +66,7 @@ def sample(
         raise ConfigError("sampling needs prompts: set data.train")
     refuse_existing(output)
     folder = resolve_checkpoint(checkpoint) if checkpoint is not None else None
-    set_up_process(config)
+    config = set_up_process(config, samples=True)
     tokenizer = check_sources(config)
     prompts = load_prompts(config.data, tokenizer, "train").prompts[:num_prompts]
     counts = SampleCounts(prompts=len(prompts))

@@ -118,7 +118,7 @@ def search(
         trained_policy(model) as (policy, policy_print),
     ):
         config, rows = _read(policy, os.fspath(prm), os.fspath(source), options, values or {})
-        set_up_process(config)
+        config = set_up_process(config)
         world = join_world(config)
         if world.size > 1:
             raise ConfigError("repirl search works in one process: start it without torchrun, for a part of the data")

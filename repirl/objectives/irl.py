@@ -40,7 +40,7 @@ class IRL(Objective):
         # The stream with log mu, the log-probability under the weights that sampled. The trainer's own value
         # (old_logprob) is more exact, but only the sampler has it if it samples from older weights, or from adapters
         # that it has rounded together with their base.
-        merged = config.adapters is not None and config.rollout.engine != "transformers"
+        merged = config.adapters is not None and not config.rollout.by_policy
         older = config.rollout.overlap == "step" or config.rollout.keeps_surplus
         self.behaviour = "sampler_logprob" if older or merged else "old_logprob"
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from repirl.config import Config, ConfigError
 from repirl.configfile import build_config, merge
+from repirl.defaults import set_defaults, this_machine
 from repirl.plan.plan import GIB, Plan, plan
 from repirl.report.display import print_table
 
@@ -63,6 +64,7 @@ def find_fit(config: Config, memory: int, ranks: int = 1, device: str | None = N
         device: "cuda" or "cpu"; by default the configuration's, as for `plan`.
     """
     first = plan(config, ranks, device)
+    config, _ = set_defaults(config, this_machine(first.device))
     available = usable(memory, first.device)
     if first.peak.total <= available:
         return Fit(memory, [], first)
@@ -228,6 +230,8 @@ def print_plan(
     title = f"{config.policy.model}, {config.objective}, {ranks} {several if ranks > 1 else one}: GiB of each"
     print_table(title, *table(memory_plan), console=console)
     show(device_note(config, memory_plan.device, device))
+    for line in set_defaults(config, this_machine(memory_plan.device))[1]:
+        show(line)
     show(
         f"peak: {gib(memory_plan.peak.total)} GiB in {memory_plan.peak.name}; every prompt and response at its longest"
     )

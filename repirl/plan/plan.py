@@ -16,6 +16,7 @@ import functools
 from dataclasses import dataclass, field
 
 from repirl.config import Config
+from repirl.defaults import set_defaults, this_machine
 from repirl.plan.activations import load_shape
 from repirl.plan.phases import Phase, Planner, Rows
 from repirl.plan.sides import base_weights, build_sides, place
@@ -57,6 +58,7 @@ def plan(config: Config, ranks: int = 1, device: str | None = None) -> Plan:
 
 def make_planner(config: Config, ranks: int, device: str) -> Planner:
     """The learners of a run and what is planned of them. Arguments and errors: as of `plan`, device is not optional."""
+    config, _ = set_defaults(config, this_machine(device))
     placement = place(config, ranks, device)
     shapes = {name: _load_shape(*config.start_of(name)) for name in learner_names(config)}
     return Planner(config, placement, build_sides(config, placement, shapes), base_weights(config, placement, shapes))

@@ -23,7 +23,7 @@ def make_engine(config: Config, policy: Learner, tokenizer: PreTrainedTokenizerB
         EngineError: no server answers in time.
     """
     rollout, options = config.rollout, config.rollout.vllm
-    if rollout.engine == "transformers":
+    if rollout.by_policy:
         return TransformersEngine(policy, pad_id=tokenizer.pad_token_id, max_sequences=rollout.max_sequences)
     if config.adapters is not None and config.computes_in == "bfloat16":
         logger.warning(

@@ -270,7 +270,7 @@ class Sampler:
         place: dict[tuple[int, ...], int] = {}
         shares = [place.setdefault(prompt.token_ids, len(place)) % self.world.size for prompt in prompts]
         mine = [i for i, share in enumerate(shares) if share == self.world.rank]
-        if self.policy.residency is not None and config.engine != "transformers":
+        if self.policy.residency is not None and not config.by_policy:
             # The engine has its own copy of the weights, so all training models can leave the device while it samples.
             self.policy.residency.use(None)
         sampling = Sampling(config.max_response_tokens, temperature, self._end_ids)
@@ -327,7 +327,7 @@ class Sampler:
             MismatchError: the difference is larger than rounding explains.
         """
         config = self.config
-        if config.rollout.engine != "transformers":
+        if not config.rollout.by_policy:
             return
         if self._fresh is not None:
             # Those of older weights may rightly differ.

@@ -126,7 +126,10 @@ class VLLMEngine:
         try:
             self.llm = LLM(model=folder, **arguments)
         except Exception as error:
-            raise ConfigError(f"vLLM cannot run this model: {_short(error)}") from error
+            raise ConfigError(
+                f"vLLM cannot run this model: {_short(error)} (rollout.engine: transformers samples with the policy's "
+                "own model)"
+            ) from error
         if had_process_group:
             from vllm.v1.engine import core
 

@@ -126,6 +126,7 @@ BOTH = {"gradient_checkpointing": True, "activation_offload": True}
 SWITCHES = {
     "none": {},
     "bfloat16": {"compute_dtype": "bfloat16"},
+    "bfloat16 by default": {"compute_dtype": None},
     "cpu_offload": {"parallel": {"cpu_offload": True}},
     "bfloat16 and cpu_offload": {"compute_dtype": "bfloat16", "parallel": {"cpu_offload": True}},
     "activation_offload": {"policy": BOTH, "prm": BOTH},
@@ -142,7 +143,7 @@ def test_the_dual_loop_runs_and_resumes(tmp_path, switch):
     changes = SWITCHES[switch]
     if DEVICE.type == "cpu" and ("cpu_offload" in str(changes) or "activation_offload" in str(changes)):
         pytest.skip("needs a CUDA device")
-    values = {"device": DEVICE.type, "steps": 2, "eval": {"every": 0}} | changes
+    values = {"device": DEVICE.type, "steps": 2, "eval": {"every": 0}, "compute_dtype": "float32"} | changes
     make_model(tmp_path / "model", head_dim=16)
     train(tiny_config(tmp_path, **values))
     leave_world()

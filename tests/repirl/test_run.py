@@ -3,7 +3,7 @@
 import torch
 
 from repirl.batch import concatenate, pack
-from repirl.run import Reference
+from repirl.streams import Reference
 
 
 class Asked:

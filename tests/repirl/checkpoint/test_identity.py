@@ -415,4 +415,7 @@ def test_a_tokenizers_fingerprint_outlives_saving(run):
 def test_the_stored_configuration_is_the_runs(run):
     stored = load_config("run/checkpoints/step_1/config.yaml")
     assert isinstance(stored, Config)
-    assert stored == build_config(yaml.safe_load(Path("my.yaml").read_text()))
+    given = build_config(yaml.safe_load(Path("my.yaml").read_text()))
+    # What was left open has been set (defaults.py).
+    assert given.rollout.engine == "auto"
+    assert stored == given.model_copy(update={"rollout": given.rollout.model_copy(update={"engine": "transformers"})})

@@ -27,7 +27,7 @@ def test_moments_are_torchaos(tmp_path):
 
 def test_a_prm_of_another_shape_has_its_own_heads(tmp_path):
     # In float32 on a GPU keys and values are repeated where query heads share them: the PRM's do, the policy's do not.
-    grouped = configured(tmp_path)
+    grouped = configured(tmp_path, compute_dtype="float32")
     model_config("llama", num_key_value_heads=4).save_pretrained(tmp_path / "other")
     other = merged(grouped, policy={"model": str(tmp_path / "other")}, prm={"model": grouped.policy.model})
     rows = [phases(plan(config, device="cuda"))["prm"].rows for config in (grouped, other)]
