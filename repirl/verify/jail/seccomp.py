@@ -4,6 +4,7 @@ fails with EPERM. Numbers are those of Linux on x86-64 and AArch64."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 
@@ -12,7 +13,8 @@ from . import kernel
 # Name: number on x86-64, on AArch64 (None: not there).
 _Numbers = dict[str, tuple[int | None, int | None]]
 # Other processes, mounts, kernel, sockets. Files in memory are not seen by the watch on memory; System V's objects
-# outlive processes. io_uring does what the filter does not see.
+# outlive processes. io_uring does what the filter does not see. inotify tells who else reads the standard library, and
+# mounts tell where things are outside. `sync` writes out what the whole system has not written yet.
 _DENIED: _Numbers = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424), "process_madvise": (440, 440),
@@ -35,6 +37,8 @@ _DENIED: _Numbers = {
     "msgrcv": (70, 188), "msgctl": (71, 187), "memfd_create": (319, 279), "memfd_secret": (447, 447),
     "personality": (135, 92), "vmsplice": (278, 75), "migrate_pages": (256, 238), "move_pages": (279, 239),
     "uselib": (134, None), "sysfs": (139, None), "lookup_dcookie": (212, 18),
+    "inotify_init": (253, None), "inotify_init1": (294, 26), "sync": (162, 81), "syncfs": (306, 267),
+    "statmount": (457, 457), "listmount": (458, 458), "open_tree_attr": (467, 467),
 }  # fmt: skip
 # Where files and processes of the user's are in reach but for these: Landlock leaves modes, owners, times and
 # attributes of files alone.
@@ -45,7 +49,7 @@ _DENIED_IF_SHARED: _Numbers = {
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "truncate": (76, 45), "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122),
     "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "sched_setparam": (142, 118),
-    "inotify_init": (253, None), "inotify_init1": (294, 26), "pidfd_open": (434, 434),
+    "pidfd_open": (434, 434), "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
 # By their first argument, a process: the caller's own alone.
 _OWN_PROCESS: _Numbers = {"prlimit64": (302, 261)}
@@ -54,12 +58,16 @@ _SIGNALS: _Numbers = {
     "rt_tgsigqueueinfo": (297, 240),
 }  # fmt: skip
 _CLONE, _CLONE3, _SOCKETPAIR = (56, 220), (435, 435), (53, 199)
+_IOCTL, _FCNTL = (16, 29), (72, 25)
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to other processes, sent by the kernel. F_SETLEASE: whoever opens the file
+# waits. F_NOTIFY: as inotify.
+_DENIED_FCNTL = (8, 10, 15, 1024, 1026)
 _NAMESPACES = 0x7E020000
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32 = 0x40000000
 _LOAD, _JEQ, _JGE, _JSET, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = _ERRNO | 1, _ERRNO | 38
+_EPERM, _ENOTTY, _ENOSYS = _ERRNO | 1, _ERRNO | 25, _ERRNO | 38
 _FIRST, _SECOND = 16, 24
 _UNIX, _DATAGRAM = 1, 2
 
@@ -81,8 +89,32 @@ def filter_program(is_shared: bool, only_own_signals: bool, own_pid: int) -> byt
         only_own_signals: signals reach the program's first process alone; else its namespace or Landlock holds them.
         own_pid: of that process.
     """
-    machine = os.uname().machine
-    column = 0 if machine == "x86_64" else 1
+    column = _column()
+    lines = []
+    own = (_OWN_PROCESS if is_shared else {}) | (_SIGNALS if only_own_signals else {})
+    for name, numbers in own.items():
+        zero = 0 if name in _OWN_PROCESS else own_pid
+        lines += _if_call(
+            numbers[column],
+            [
+                _line(_LOAD, _FIRST),
+                _line(_JEQ, own_pid, 2, 0),
+                _line(_JEQ, zero, 1, 0),
+                _line(_RETURN, _EPERM),
+                _line(_RETURN, _ALLOW),
+            ],
+        )
+    return _for_all(is_shared) + b"".join([*lines, _line(_RETURN, _ALLOW)])
+
+
+def _column() -> int:
+    return 0 if os.uname().machine == "x86_64" else 1
+
+
+@functools.cache
+def _for_all(is_shared: bool) -> bytes:
+    """The instructions that are the same for all programs. What they say nothing of passes."""
+    machine, column = os.uname().machine, _column()
     lines = [
         _line(_LOAD, 4),
         _line(_JEQ, _AUDIT_ARCH[machine], 1, 0),
@@ -113,20 +145,20 @@ def filter_program(is_shared: bool, only_own_signals: bool, own_pid: int) -> byt
             _line(_RETURN, _ALLOW),
         ],
     )
-    own = (_OWN_PROCESS if is_shared else {}) | (_SIGNALS if only_own_signals else {})
-    for name, numbers in own.items():
-        zero = 0 if name in _OWN_PROCESS else own_pid
-        lines += _if_call(
-            numbers[column],
-            [
-                _line(_LOAD, _FIRST),
-                _line(_JEQ, own_pid, 2, 0),
-                _line(_JEQ, zero, 1, 0),
-                _line(_RETURN, _EPERM),
-                _line(_RETURN, _ALLOW),
-            ],
-        )
-    return b"".join([*lines, _line(_RETURN, _ALLOW)])
+    # Terminals, and what all descriptors have: how much can be read, whether to wait, whether to close.
+    lines += _if_call(
+        _IOCTL[column],
+        [
+            _line(_LOAD, _SECOND),
+            _line(_AND, 0xFFFFFF00),
+            _line(_JEQ, 0x5400, 1, 0),
+            _line(_RETURN, _ENOTTY),
+            _line(_RETURN, _ALLOW),
+        ],
+    )
+    commands = [part for command in _DENIED_FCNTL for part in (_line(_JEQ, command, 0, 1), _line(_RETURN, _EPERM))]
+    lines += _if_call(_FCNTL[column], [_line(_LOAD, _SECOND), *commands, _line(_RETURN, _ALLOW)])
+    return b"".join(lines)
 
 
 def _line(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,34 @@ def test_the_system(sandbox, path):
     source = f"import os\nprint(os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}).read())"
     execution = sandbox.run_program(source)
     assert (execution.status, execution.stdout) == ("error", "")
+
+
+def test_what_is_there(sandbox):
+    """All folders of the view, as docs/sandbox.md lists them."""
+    source = """
+import os
+for folder in ("/", "/etc", "/usr", "/usr/share", "/var", "/proc", "/sys", "/opt", "/mnt", "/home", "/run", "/boot"):
+    try:
+        print(folder, *os.listdir(folder))
+    except OSError:
+        print(folder)
+"""
+    seen = {line.split()[0]: set(line.split()[1:]) for line in sandbox.run_program(source).stdout.splitlines()}
+    own = set(Path(sys.base_prefix).parts)
+    assert seen["/"] <= {"dev", "etc", "lib", "lib64", "sandbox", "tmp", "usr"} | own
+    assert seen["/etc"] <= {"ld.so.cache", "localtime"}
+    assert seen["/usr"] <= {"bin", "lib", "lib64", "share"} | own
+    assert seen["/usr/share"] <= {"zoneinfo"}
+    for folder in (
+        "/var",
+        "/proc",
+        "/sys",
+        "/mnt",
+        "/run",
+        "/boot",
+        *({"/opt", "/home"} - {f"/{name}" for name in own}),
+    ):
+        assert not seen[folder]
 
 
 def test_home(sandbox):

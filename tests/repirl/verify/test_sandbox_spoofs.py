@@ -388,3 +388,105 @@ def test_endless_value(sandbox):
 
 def test_large_value(sandbox):
     assert both(sandbox, "def f(x):\n    return 'x' * 10**7").status == "output"
+
+
+def test_import_hooks(sandbox):
+    """They give their own modules to whatever is imported later, the reader of arguments among it."""
+    source = """
+import sys, types
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        return None
+    def __getattr__(self, name):
+        return lambda *_, **__: True
+sys.meta_path[:] = [Hook()]
+sys.path_hooks[:] = []
+for name in ("json", "struct", "linecache", "traceback", "threading"):
+    sys.modules[name] = types.SimpleNamespace(__getattr__=lambda *_: True, loads=lambda _: [[], {}])
+def f(x):
+    return "wrong"
+"""
+    both(sandbox, source)
+
+
+def test_code_of_the_runner_replaced(sandbox):
+    source = """
+import sys
+program = sys.modules["jail.program"]
+def say(tag, data=b"", descriptor=3):
+    import os, struct
+    os.write(descriptor, b"P" + struct.pack("<Q", 16) + bytes(16))
+program.say.__code__ = say.__code__
+program._guarded = lambda function: 0
+program._JOBS.clear()
+def f(x):
+    return "wrong"
+"""
+    both(sandbox, source, dataclasses.replace(LIMITS, wall_seconds=2))
+
+
+def test_exit_when_an_object_is_deleted(sandbox):
+    source = """
+import os
+class A:
+    def __del__(self):
+        os._exit(0)
+kept = [A()]
+def f(x):
+    kept.clear()
+    return "wrong"
+"""
+    both(sandbox, source)
+
+
+def test_tuple_with_names_that_is_endless(sandbox):
+    """A named tuple is written as its elements."""
+    source = """
+class A(tuple):
+    _fields = ("x",)
+    def __len__(self):
+        return 1
+    def __iter__(self):
+        while True:
+            yield 1
+def f(x):
+    return A()
+"""
+    both(sandbox, source, dataclasses.replace(LIMITS, wall_seconds=20, cpu_seconds=2))
+
+
+def test_assertion_that_the_candidate_raises(sandbox):
+    """It is not one of the test's own."""
+    for kind in ("AssertionError", "MemoryError", "SystemExit(0)"):
+        execution = asserted(sandbox, f"def f(x):\n    raise {kind}", LIMITS)
+        assert execution.status in ("error", "memory")
+
+
+def test_threads_that_answer_at_the_same_time(sandbox):
+    source = FORGED + (
+        "import threading\ndef f(x):\n"
+        "    for _ in range(3):\n        threading.Thread(target=flood, args=(message(b'V', b'T'),)).start()\n"
+        "    return 'wrong'"
+    )
+    both(sandbox, source)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "float('nan')",
+        "float('inf')",
+        "[[]] * 10**4",
+        "10**10**5",
+        "{10**10**5: 1}",
+        "'\\0'",
+        "'\\ud800'",
+        "iter('e5a7')",
+        "type('X', (str,), {'__eq__': lambda *_: True, '__hash__': lambda _: 1})()",
+        "NotImplemented",
+        "...",
+        "f",
+    ],
+)
+def test_values_that_are_hard_to_compare(sandbox, value):
+    both(sandbox, f"def f(x):\n    return {value}")
