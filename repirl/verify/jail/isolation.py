@@ -20,6 +20,8 @@ class Isolation:
 
     proc: descriptor of a /proc that shows the zygote · own_pid: its number there · kept: a descriptor that the
     program's process needs until `confine` closes it; -1 for none.
+
+    Of one program: `fork`; in its process `enter` and `confine`; then `kill`, and `wipe`.
     """
 
     kind = "none"
@@ -35,6 +37,10 @@ class Isolation:
         """
         self.options, self.proc = options, options["proc"]
         self.oom_kills, self.kept = 0, -1
+        self.only_own_signals = self.is_shared and not (self.kind == "landlock" and landlock.version() >= 6)
+        if seccomp.is_available():
+            # Made once, for the forks to have.
+            seccomp.filter_program(self.is_shared, self.only_own_signals, 0)
         self.confine_zygote()
         self.own_pid = int(os.readlink("self", dir_fd=self.proc))
         self.own_bytes = limiting.address_space(self.proc)
@@ -46,7 +52,7 @@ class Isolation:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
 
     def num_own_threads(self) -> int:
-        # The zygote and the program's first process.
+        # The zygote and the first process of the program's namespace.
         return 2
 
     def report(self) -> dict[str, Any]:
@@ -56,17 +62,22 @@ class Isolation:
         return {"kind": self.kind, "cgroup": self.options["oom"] >= 0, "missing": missing}
 
     def fork(self) -> int:
-        """Fork the first process of a program."""
+        """Fork the process of a program."""
         self.oom_kills = self._killed_for_memory()
         return os.fork()
 
     def _killed_for_memory(self) -> int:
         return cgroup.killed_for_memory(self.options["oom"]) if self.options["oom"] >= 0 else 0
 
-    def kill(self, pid: int) -> None:
-        """End a program: once this returns, none of its processes is left."""
-        with contextlib.suppress(ProcessLookupError):
+    def kill(self, pid: int | None) -> None:
+        """End a program: once this returns, none of its processes is left.
+
+        Args:
+            pid: of the program's process; None where it has ended and has been waited for.
+        """
+        if pid is not None:
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         end_descendants(self.proc, self.own_pid)
 
     def wipe(self) -> None:
@@ -77,7 +88,7 @@ class Isolation:
         return self._killed_for_memory() > self.oom_kills
 
     def enter(self, limits: dict[str, Any]) -> None:
-        """In the program's first process, which is trusted."""
+        """In the process of the program, while it is trusted."""
         os.setsid()
         # Where memory runs out, the kernel ends this and not the zygote. The file is the process's own only while
         # others of its user may look into it.
@@ -99,8 +110,7 @@ class Isolation:
         self.restrict_files()
         kernel.drop_capabilities()
         if seccomp.is_available():
-            only_own = self.is_shared and not (self.kind == "landlock" and landlock.version() >= 6)
-            seccomp.install(seccomp.filter_program(self.is_shared, only_own, os.getpid()))
+            seccomp.install(seccomp.filter_program(self.is_shared, self.only_own_signals, os.getpid()))
 
     def restrict_files(self) -> None:
         pass
@@ -140,21 +150,33 @@ class Namespaced(Isolation):
 
     def fork(self) -> int:
         self.oom_kills = self._killed_for_memory()
-        # What is forked now is the first process of a new namespace; what is forked later is not to be in it.
+        # What starts from here on is in a new namespace; what is started later is not to be.
         kernel.unshare(kernel.CLONE_NEWPID)
         pid = -1
         try:
-            pid = os.fork()
+            # The first process there does nothing, and gets the children of others when those end. The kernel waits
+            # for children whose parent ignores their ends.
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            try:
+                self.first = kernel.start_idle_process()
+            finally:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            try:
+                pid = os.fork()
+            except OSError:
+                self.kill(None)
+                raise
             return pid
         finally:
             if pid:
                 kernel.setns(self.own_namespace, kernel.CLONE_NEWPID)
 
-    def kill(self, pid: int) -> None:
-        # The kernel ends the namespace with its first process, and waits for that.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    def kill(self, pid: int | None) -> None:
+        # The kernel ends the namespace with its first process, once all others there have been waited for.
+        os.kill(self.first, signal.SIGKILL)
+        for number in (pid, self.first):
+            if number is not None:
+                os.waitpid(number, 0)
 
     def wipe(self) -> None:
         """The folder is gone with the mount namespace."""

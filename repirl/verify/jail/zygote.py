@@ -1,8 +1,8 @@
 """The warm interpreter: a trusted process in the sandbox that forks for each program, watches it, and ends it with all
 that it started. It never sees what it runs: the job goes by descriptor from the trainer to the program.
 
-A program has two processes at least: its `init`, trusted, which waits and whose end ends the process namespace, and
-below that the one that runs the program.
+A program's process is a fork of it. Where the program has a process namespace of its own, an idle process is the first
+one there, whose end ends all others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from typing import Any
@@ -24,7 +23,9 @@ from . import program
 from .isolation import Isolation
 
 _TICK_SECONDS = 0.02
-# On the status pipe, before the exit code: the program is confined, and begins.
+# Where the kernel does not tell the end of a process.
+_OLD_TICK_SECONDS = 0.002
+# On the status pipe: the program is confined, and begins.
 _STARTED = b"s"
 
 
@@ -44,6 +45,8 @@ class Zygote:
         poll = select.poll()
         for descriptor in (self.control.fileno(), *self.watched):
             poll.register(descriptor, select.POLLIN)
+        # It has no use for signals, and what shares its memory must not run their handlers.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._reply({"ready": True, **self.isolation.report()})
         while True:
             for descriptor, _ in poll.poll():
@@ -85,40 +88,46 @@ class Zygote:
             self._reply({"status": "broken", "code": None, "seconds": 0.0})
             return True
         if not pid:
-            self._init(limits, descriptors, status_write)
+            self._program(limits, descriptors, status_write)
         for descriptor in (*descriptors, status_write):
             os.close(descriptor)
-        said = bytearray()
-        status, is_wanted = self._watch(limits, status_read, said, began)
-        self.isolation.kill(pid)
-        os.close(status_read)
+        status, is_wanted = self._watch(limits, pid, began)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if status == "exited" else None
+        self.isolation.kill(pid if code is None else None)
         self.isolation.wipe()
-        code = struct.unpack("<i", said[1:5])[0] if len(said) >= 5 else None
-        if status == "exited" and said[:1] != _STARTED:
+        has_started = os.read(status_read, 1) == _STARTED
+        os.close(status_read)
+        if status == "exited" and not has_started:
             status = "broken"
         elif status == "exited" and self.isolation.ran_out_of_memory():
             status = "memory"
         self._reply({"status": status, "code": code, "seconds": time.monotonic() - began})
         return is_wanted
 
-    def _watch(self, limits: dict[str, Any], status: int, said: bytearray, began: float) -> tuple[str, bool]:
-        """Wait for the program's end: why it is to end, and whether the trainer is still there. What comes on the
-        status pipe is added to `said`."""
-        poll = select.poll()
-        for descriptor in (status, self.control.fileno(), *self.watched):
-            poll.register(descriptor, select.POLLIN)
+    def _watch(self, limits: dict[str, Any], pid: int, began: float) -> tuple[str, bool]:
+        """Wait for the end of the program's process: why it is to end, and whether the trainer is still there. It is
+        still to be waited for."""
+        poll, end = select.poll(), _end_of(pid)
+        try:
+            for descriptor in (end, self.control.fileno(), *self.watched):
+                if descriptor >= 0:
+                    poll.register(descriptor, select.POLLIN)
+            return self._watch_by(poll, limits, pid, end, began)
+        finally:
+            if end >= 0:
+                os.close(end)
+
+    def _watch_by(
+        self, poll: select.poll, limits: dict[str, Any], pid: int, end: int, began: float
+    ) -> tuple[str, bool]:
         wait = _TICK_SECONDS
         while True:
             left = began + limits["wall_seconds"] - time.monotonic()
             if left <= 0:
                 return "timeout", True
-            events = dict(poll.poll(1000 * min(left, wait) + 1))
-            if status in events:
-                data = os.read(status, 8)
-                said += data
-                if not data or len(said) >= 5:
-                    return "exited", True
-                continue
+            events = dict(poll.poll(1000 * min(left, wait if end >= 0 else _OLD_TICK_SECONDS) + 1))
+            if end in events or (end < 0 and _has_ended(pid)):
+                return "exited", True
             if self.control.fileno() in events:
                 message, _ = self._receive()
                 return "stopped", bool(message)
@@ -132,30 +141,9 @@ class Zygote:
                 return "memory", True
             if used.cpu > limits["cpu_seconds"]:
                 return "timeout", True
-            if used.processes > limits["processes"] + 2:
+            # The first one of a namespace is not the program's.
+            if used.processes > limits["processes"] + (1 if self.isolation.is_shared else 2):
                 return "processes", True
-
-    def _init(self, limits: dict[str, Any], descriptors: list[int], status: int) -> None:
-        """The first process of a program: never returns."""
-        code = 255
-        try:
-            self.control.detach()
-            # The first process of a namespace gets the signals that it handles, and no others.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            self.isolation.enter(limits)
-            self._arrange(descriptors, status)
-            pid = os.fork()
-            if not pid:
-                self._program(limits)
-            for number in (*range(6), 7):
-                with contextlib.suppress(OSError):
-                    os.close(number)
-            self._wait(pid)
-        except BaseException:
-            with contextlib.suppress(BaseException):
-                sys.excepthook(*sys.exc_info())
-        finally:
-            os._exit(code)
 
     def _arrange(self, descriptors: list[int], status: int) -> None:
         """0 to 4: stdin, stdout, stderr, result, the other program; 5, 6: job, status; 7: what the isolation keeps.
@@ -173,17 +161,13 @@ class Zygote:
                     os.close(number)
         os.closerange(8, 1 << 16)
 
-    @staticmethod
-    def _wait(pid: int) -> None:
-        while True:
-            ended, status = os.wait()
-            if ended == pid:
-                os.write(6, struct.pack("<i", os.waitstatus_to_exitcode(status)))
-                return
-
-    def _program(self, limits: dict[str, Any]) -> None:
+    def _program(self, limits: dict[str, Any], descriptors: list[int], status: int) -> None:
+        """The process of the program: never returns."""
         code = 255
         try:
+            self.control.detach()
+            self.isolation.enter(limits)
+            self._arrange(descriptors, status)
             self.isolation.confine(limits)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(6, _STARTED)
@@ -194,3 +178,15 @@ class Zygote:
                 sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
+
+
+def _end_of(pid: int) -> int:
+    """A descriptor that tells the end of a child; -1 before Linux 5.3."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
