@@ -40,7 +40,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str 
             if native.is_available():
                 return "native"
             _warn_once(
-                "repirl_kernels: the native CPU backend is not built, running the slower reference backend. "
+                f"repirl_kernels: the native CPU backend {native.why_not()}, running the slower reference backend. "
                 "Reinstall with a C++17 compiler to get it, or pass backend='reference' to silence this."
             )
         elif device.type == "cuda":
@@ -59,7 +59,7 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, backend: str 
         if device.type != "cpu":
             raise ValueError(f"backend='native' runs on the CPU, got tensors on {device}")
         if not native.is_available():
-            raise RuntimeError("backend='native' is not built: reinstall repirl with a C++17 compiler")
+            raise RuntimeError(f"backend='native' {native.why_not()}: reinstall repirl with a C++17 compiler")
         return backend
     if not _triton_installed():
         raise RuntimeError("backend='triton' needs the triton package: pip install triton")

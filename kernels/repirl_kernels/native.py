@@ -18,10 +18,14 @@ from torch import Tensor
 from repirl_kernels.operands import Options
 from repirl_kernels.reference import ForwardResult, RowGradients, rows_above
 
+# Why the C++ module cannot be loaded although it is there, such as a C++ runtime older than the one it was built with.
+_load_error: ImportError | None = None
 try:
-    from repirl_kernels import _native
-except ImportError:
+    import repirl_kernels._native as _native
+except ModuleNotFoundError:
     _native = None  # type: ignore[assignment]
+except ImportError as error:
+    _native, _load_error = None, error  # type: ignore[assignment]
 
 # The number of logits in a slab: 16 MiB in float32. Smaller slabs would fit better into the caches, but would make the
 # matrix products slower by more than that.
@@ -35,8 +39,13 @@ _PANEL_COLUMNS = 48  # the C++ module's kPanelColumns
 
 
 def is_available() -> bool:
-    """Whether the C++ module was built when the package was installed."""
+    """Whether the C++ module was built when the package was installed, and can be loaded."""
     return _native is not None
+
+
+def why_not() -> str:
+    """What is wrong where :func:`is_available` is false."""
+    return "is not built" if _load_error is None else f"cannot be loaded ({_load_error})"
 
 
 def instruction_sets() -> list[str]:

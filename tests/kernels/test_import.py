@@ -73,6 +73,24 @@ def test_the_sources_alone_have_no_version():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "unknown\n"
 
 
+def test_a_native_module_that_cannot_be_loaded_is_told():
+    code = (
+        "import sys\n"
+        "class Broken:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'repirl_kernels._native': raise ImportError('GLIBCXX_3.4.30 not found')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "import torch\n"
+        "from repirl_kernels import choose_backend\n"
+        "print(choose_backend('cpu', torch.float32))\n"
+        "choose_backend('cpu', torch.float32, 'native')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "reference\n"
+    assert "the native CPU backend cannot be loaded (GLIBCXX_3.4.30 not found), running the slower" in done.stderr
+    assert "RuntimeError: backend='native' cannot be loaded (GLIBCXX_3.4.30 not found): reinstall" in done.stderr
+
+
 def test_the_readme_is_in_the_package():
     assert "README.md in this package" in repirl_kernels.__doc__
     text = (Path(repirl_kernels.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -120,7 +138,8 @@ def test_lora_on_the_head_trains_as_the_readme_says():
 
 def test_the_wheel_holds_the_readme_and_no_tests(tmp_path):
     pytest.importorskip("scikit_build_core")
-    code = "import scikit_build_core.build as b, sys; b.build_wheel(sys.argv[1], {'wheel.cmake': 'false'})"
+    options = {"wheel.cmake": "false", "wheel.py-api": "py3"}
+    code = f"import scikit_build_core.build as b, sys; b.build_wheel(sys.argv[1], {options})"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
