@@ -324,5 +324,7 @@ def _shown(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
+    """The beginning of what a program wrote, on one line, without characters that a terminal obeys."""
     text = " ".join(text[: 4 * _MAX_QUOTED].split())
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."

@@ -6,7 +6,8 @@ import math
 import re
 from typing import Any
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,4})?")
+_WHOLE = re.compile(r"[-+]?[0-9]+")
 # Longer numbers are compared as texts.
 _MAX_NUMBER = 300
 
@@ -39,10 +40,10 @@ def _same_word(actual: str, expected: str, tolerance: float) -> bool:
         return False
     if not (_NUMBER.fullmatch(actual) and _NUMBER.fullmatch(expected)):
         return False
-    if re.fullmatch(r"[-+]?\d+", expected):
+    if _WHOLE.fullmatch(expected):
         # Exact, also beyond 2^53.
         whole, _, fraction = actual.partition(".")
-        return bool(re.fullmatch(r"[-+]?\d+", whole)) and int(whole) == int(expected) and not fraction.strip("0")
+        return bool(_WHOLE.fullmatch(whole)) and int(whole) == int(expected) and not fraction.strip("0")
     return _close(float(actual), float(expected), tolerance)
 
 
@@ -50,9 +51,9 @@ def same_value(actual: Any, expected: Any, tolerance: float) -> bool:
     """Whether a function returned what is expected, a value of JSON.
 
     By Python's ==, as the graders of LiveCodeBench and APPS do, and the assertions of HumanEval and MBPP: so 1, 1.0 and
-    True are the same. Besides, tuples are lists, as JSON has none (those graders take the outermost for one); floats are
-    compared with the tolerance, where a float is expected; and a number as a key is the text of it, as JSON has no
-    others.
+    True are the same. Besides, tuples are lists, as JSON has none (those graders take the outermost one for a list);
+    floats are compared with the tolerance, where a float is expected; and a number as a key is the text of it, as JSON
+    has no others.
     """
     if isinstance(expected, float) and isinstance(actual, int | float):
         return _close(_as_float(actual), expected, tolerance)

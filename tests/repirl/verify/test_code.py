@@ -98,6 +98,20 @@ def test_a_class_may_be_given_where_a_function_is_asked_for():
     assert judged([(fenced(wrong), gcd), (fenced("class Solution: pass"), gcd)])[0] == [0, 0]
 
 
+def test_reasons_hold_nothing_that_a_terminal_obeys():
+    programs = [
+        "print('\\x1b]0;title\\x07\\x1b[2J')",
+        "import os\nos.write(1, b'\\xff\\0\\x9b31m')",
+        "print('\\ud800\\u202e')",
+        "raise ValueError('\\x1b[31m' * 99)",
+        "print('\\u0662')",
+    ]
+    verdicts, reasons, _ = judged([(fenced(code), SUMS) for code in programs])
+    assert verdicts == [0] * 5
+    assert all(reason.isprintable() for reason in reasons)
+    assert "\\x1b]0;title" in reasons[0]
+
+
 def test_what_a_program_returns_cannot_say_that_it_is_equal():
     sly = fenced("class X(int):\n    def __eq__(self, other): return True\ndef f(x): return X(3)")
     assert judged([(sly, CALLS), (sly, ASSERTIONS)])[0] == [0, 0]

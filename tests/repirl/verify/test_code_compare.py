@@ -27,6 +27,11 @@ from repirl.verify.code_compare import same_output, same_value
         ("9007199254740993", "9007199254740992", False),
         ("123456789012345678901", "123456789012345678901.0", True),
         ("nan", "1.0", False),
+        ("\u0663", "3", False),
+        ("\u0663.0", "3.0", False),
+        ("1_000", "1000", False),
+        ("3\x00", "3", False),
+        ("\ufffd3", "3", False),
         ("1" * 5000, "1" * 4999 + "2", False),
     ],
 )
