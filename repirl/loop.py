@@ -16,6 +16,7 @@ from repirl.interrupt import Interrupted, Signals, end_with_torchrun
 from repirl.lock import locked
 from repirl.objectives import Metrics
 from repirl.record import record_turn
+from repirl.report.profile import profiled
 from repirl.report.reporter import Reporter
 from repirl.run import Run, build, check_output_dir
 from repirl.streams import Scores
@@ -57,7 +58,8 @@ def _train(run: Run, callbacks: Callbacks) -> int:
         begin(callbacks, config)
         with Signals(defer=True) as signals:
             for done in range(start + 1, config.steps + 1):
-                metrics = online_turn(run, done - 1, reporter) if config.system.online else offline_turn(run)
+                with profiled(config, run.world, done):
+                    metrics = online_turn(run, done - 1, reporter) if config.system.online else offline_turn(run)
                 record_turn(run, done, reporter)
                 metrics |= run.data.metrics()
                 if run.evaluates and config.eval.every and (done % config.eval.every == 0 or done == config.steps):
@@ -67,8 +69,7 @@ def _train(run: Run, callbacks: Callbacks) -> int:
                 reporter.log(done, metrics)
                 ends = any_stops(callbacks, done, metrics, run.world) or done == config.steps
                 signal = signals.requested(run.world)
-                # Log first, so that every turn in a checkpoint has its line in the log. The time for saving is
-                # therefore reported with the next turn.
+                # After the log, in which every turn of a checkpoint has a line: so its time counts for the next turn.
                 with timer("checkpoint"):
                     if config.checkpoint.every and (ends or signal is not None or done % config.checkpoint.every == 0):
                         run.save(done, metrics.get("eval/accuracy"))
@@ -78,8 +79,7 @@ def _train(run: Run, callbacks: Callbacks) -> int:
                 if signal is not None:
                     run.checkpointer.finish()
                     raise Interrupted(signal, run.account(done), is_complete=True)
-        # Wait for the last checkpoint here, so that an error while it is written is an error of the run.
-        run.checkpointer.finish()
+        run.checkpointer.finish()  # Here, so that an error while the last one is written is an error of the run.
     return done
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from repirl.codeconfig import CodeConfig
 from repirl.section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
@@ -393,3 +393,30 @@ class LogConfig(Section):
         description="history.jsonl: of each prompt and turn the outcomes, rewards, log-probability and length of its "
         "responses (`repirl signal`); the PRM then scores rollouts also where the policy does not follow it",
     )
+    profile_turns: list[Positive] = Field(
+        [],
+        description="turns that torch.profiler records, a list or a range such as 3-5: traces and tables go to "
+        "OUTPUT_DIR/profile",
+    )
+    memory_snapshot: bool = Field(
+        False, description="on a GPU: with these, a snapshot of each allocation for https://pytorch.org/memory_viz"
+    )
+
+    @field_validator("profile_turns", mode="before")
+    @classmethod
+    def _turns_of_a_range(cls, turns: Any) -> Any:
+        """3 and "3-5" as lists."""
+        if isinstance(turns, int) and not isinstance(turns, bool):
+            return [turns]
+        if not isinstance(turns, str):
+            return turns
+        bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", turns)
+        if bounds is None or int(bounds[1]) > int(bounds[2]):
+            raise ValueError("expected turns such as [3, 5], or a range such as 3-5")
+        return list(range(int(bounds[1]), int(bounds[2]) + 1))
+
+    @model_validator(mode="after")
+    def _a_snapshot_is_of_turns(self) -> LogConfig:
+        if self.memory_snapshot and not self.profile_turns:
+            raise ValueError("memory_snapshot is of the turns in profile_turns, and there are none: name some")
+        return self

@@ -39,6 +39,7 @@ from repirl.objectives import Objective, load_objectives
 from repirl.options import LearnerConfig
 from repirl.packing import fit_window
 from repirl.report.log import LogError
+from repirl.report.profile import check_profile
 from repirl.rollout.choose import make_engine
 from repirl.rollout.engine import MismatchError
 from repirl.rollout.sampler import Sampler
@@ -410,6 +411,7 @@ def _begin(config: Config, resume: bool) -> World:
     world = join_world(config)
     if len(set(world.gather([resume]))) > 1:
         raise ConfigError(f"output_dir {config.output_dir!r} is not one folder for all processes: only some see a run")
+    check_profile(config, world.device)
     for warning in config.warnings if world.is_main else ():
         logger.warning(warning)
     return world
