@@ -65,7 +65,7 @@ def _check_metadata(content: bytes) -> list[str]:
 def _check_module(name: str, content: bytes, wheel: str) -> list[str]:
     problems = [f"{name} names a folder of the build: {path.decode()}" for path in set(MACHINE_PATH.findall(content))]
     if "x86_64" in wheel:
-        absent = [isa for isa in INSTRUCTION_SETS if b"\0" + isa.encode() + b"\0" not in content]
+        absent = [isa for isa in INSTRUCTION_SETS if not re.search(rb"(?<!\w)%b\0" % isa.encode(), content)]
         problems += [f"{name} has no kernels for {isa}" for isa in absent]
     return problems
 
