@@ -13,8 +13,8 @@ of this file in PYTHONPATH, and a PRM served as prm_service.py says:
         reward.reward_manager.module.path=$PWD/verl_hooks.py \\
         +prm.url=http://127.0.0.1:8000 +prm.path=$PWD/out/prm +prm.coefficient=1.0
 
-Each hook was run on a CPU inside verl's own functions (the actor's forward and loss, the loading of the manager and its
-call); the command as a whole needs GPUs and was not run. verl wants an older transformers than repirl's trainer, so the
+Each hook was run on a CPU by verl's own code (its fused head, its table of policy losses, its loading and its call of a
+reward manager); the command as a whole needs GPUs and was not run. verl wants an older transformers than repirl's trainer, so the
 PRM is not loaded here but asked for. verl's rollouts have one reward each: the PRM's mean over the response's tokens.
 """
 
