@@ -76,8 +76,14 @@ def is_history(row: Mapping[str, Any]) -> bool:
         is_count(row.get("index"))
         and is_count(row.get("samples"))
         and (row.get("correct", -1) is None or is_count(row.get("correct")))
-        and all((value := row.get(name, "")) is None or isinstance(value, int | float) for name in _NUMBERS)
+        and all(_is_number(row.get(name, "")) for name in _NUMBERS)
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number, or null."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and math.isfinite(value))
 
 
 def history_rows(step: int, responses: Mapping[int, Sequence[Scored]]) -> list[dict[str, Any]]:

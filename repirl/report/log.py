@@ -183,14 +183,14 @@ def read_rows(path: str | os.PathLike, what: str, is_row: Callable[[dict[str, An
     except OSError as error:
         raise LogError(f"{what} cannot be read from {os.fspath(path)!r}: {error.strerror}") from error
     if bad:
-        logger.warning("%s: %s; left out", os.fspath(path), _described(bad))
+        logger.warning("%s: %s; left out", os.fspath(path), _described(bad, what))
     return rows
 
 
-def _described(bad: dict[int, bytes]) -> str:
+def _described(bad: dict[int, bytes], what: str) -> str:
     numbers = list(bad)
     shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-    return f"line {shown} is no record of a step" if len(numbers) == 1 else f"lines {shown} are no records of a step"
+    return f"line{'s' * (len(numbers) > 1)} {shown} cannot be read as {what}"
 
 
 def keep_until(path: Path, start_step: int, what: str, is_row: Callable[[dict[str, Any]], bool]) -> None:
@@ -201,16 +201,16 @@ def keep_until(path: Path, start_step: int, what: str, is_row: Callable[[dict[st
     with explained(path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _keep_until(path, start_step, is_row)
+            _keep_until(path, start_step, what, is_row)
 
 
-def _keep_until(path: Path, start_step: int, is_row: Callable[[dict[str, Any]], bool]) -> None:
+def _keep_until(path: Path, start_step: int, what: str, is_row: Callable[[dict[str, Any]], bool]) -> None:
     rows, bad = _read(path, is_row) if start_step > 0 else ([], {})
     if bad:
         aside = path.with_suffix(".damaged.jsonl")
         with open(aside, "ab") as file:
             file.writelines(line + b"\n" for line in bad.values())
-        logger.warning("%s: %s; moved to %s", path, _described(bad), aside.name)
+        logger.warning("%s: %s; moved to %s", path, _described(bad, what), aside.name)
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as new:

@@ -65,6 +65,7 @@ def test_a_resumed_run_has_each_turn_once(tmp_path):
 def test_lines_that_are_no_rows_are_left_out(tmp_path, caplog):
     [good] = history_rows(1, {0: [scored(0.0)]})
     bad = [good | {"correct": -1}, good | {"reward": "x"}, {"step": 1}]
+    bad += [good | {"length": True}, good | {"reward_failed": float("nan")}]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [good, *bad]))
     assert read_history(tmp_path) == [good]
-    assert "lines 2, 3, 4 are no records of a step" in caplog.text
+    assert "lines 2, 3, 4, 5, 6 cannot be read as outcomes of prompts" in caplog.text

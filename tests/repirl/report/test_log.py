@@ -108,10 +108,10 @@ def test_a_line_that_is_no_record_costs_no_other(tmp_path, caplog, bad):
     path.write_bytes(b"\n".join([first, bad, second, third, b'{"step": 4']))
     with caplog.at_level(logging.WARNING):
         assert steps(tmp_path) == [1, 2, 3]
-    assert f"{path}: line 2 is no record of a step; left out" in caplog.text
+    assert f"{path}: line 2 cannot be read as metrics; left out" in caplog.text
     with MetricsLogger(tmp_path, tensorboard=False, start_step=2) as logger:
         logger.log(3, {"x": 5.0})
-    assert "line 2 is no record of a step; moved to metrics.damaged.jsonl" in caplog.text
+    assert "line 2 cannot be read as metrics; moved to metrics.damaged.jsonl" in caplog.text
     assert path.read_text().splitlines() == [*GOOD[:2], '{"step": 3, "x": 5.0}']
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == bad + b"\n"
     caplog.clear()
@@ -123,7 +123,7 @@ def test_many_lines_that_are_no_records_are_counted(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text("{\n" * 20 + GOOD[0] + "\n")
     with caplog.at_level(logging.WARNING):
         assert steps(tmp_path) == [1]
-    assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 12 more are no records of a step" in caplog.text
+    assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 12 more cannot be read as metrics" in caplog.text
 
 
 def fail_with(number):
