@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,10 +78,22 @@ class StoredTensor:
 def load_message(what: str, name: str, gguf_file: str | None, error: BaseException) -> str:
     """What to tell the user where a model or tokenizer cannot be loaded."""
     place = f"{name!r}" + (f" (gguf_file {gguf_file!r})" if gguf_file else "")
-    return (
-        f"cannot load the {what} {place}: expected a folder with a Hugging Face model, or a hub id that can be "
-        f"reached from here. {first_line(error)}"
-    )
+    why = f"expected a folder with a Hugging Face model. {first_line(error)}"
+    if Path(name).is_file():
+        why = "it is a file, expected a folder with a Hugging Face model"
+    elif not Path(name).exists():
+        why = "there is no such folder"
+        # Whatever else may be an id of the hub.
+        if not (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+            why += f" here, and the hub has none that can be reached: {first_line(error)}"
+    return f"cannot load the {what} {place}: {why}"
+
+
+def of_same_export(name: str, part: str) -> str:
+    """How a message calls `part` ("policy" or "prm") of the export that the folder `name` belongs to."""
+    beside = Path(name).absolute().parent / part
+    called = {"prm": "PRM"}.get(part, part)
+    return f"the {called} is {str(Path(name).parent / part)!r}" if beside.is_dir() else f"it wrote the {called}, too"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from repirl.data.text import EndTokens, encode_joined, encode_prompt, encode_sol
 from repirl.dataconfig import DataConfig, Token
 from repirl.learner import Learner
 from repirl.model_checks import check_vocabulary
-from repirl.model_files import load_message
+from repirl.model_files import load_message, of_same_export
 from repirl.models import load_model, load_tokenizer
 from repirl.options import BatchConfig, PRMConfig
 from repirl.packing import fit_window
@@ -391,7 +391,7 @@ def _read_description(name: str, config: PretrainedConfig) -> PRMDescription:
     if not isinstance(content, dict):
         raise ConfigError(f"{place} is {content!r:.60}, expected an object: {again}")
     if content.get("role") == "policy":
-        raise ConfigError(f"{name!r} is an exported policy; the PRM is the folder `prm` beside it")
+        raise ConfigError(f"{name!r} is the policy of an export, no PRM: {of_same_export(name, 'prm')}")
     if content.get("format") != FORMAT:
         raise ConfigError(
             f"{place} has format {content.get('format')!r}, this repirl reads format {FORMAT}: read it with the "

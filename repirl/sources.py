@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from repirl.config import Config, ConfigError
 from repirl.model_checks import check_positions, check_same_tokenizer, check_shapes, check_vocabulary
-from repirl.model_files import find_file, read_model_config, weight_tensors
+from repirl.model_files import find_file, of_same_export, read_model_config, weight_tensors
 from repirl.models import load_tokenizer
 from repirl.value_head import add_value_head
 
@@ -58,8 +58,8 @@ def _check_role(name: str, config: PretrainedConfig, reward: str | None) -> None
         return
     if reward is None:
         raise ConfigError(
-            f"policy.model {name!r} is an exported PRM (config.json, key `repirl`); the policy is the folder `policy` "
-            "beside it"
+            f"policy.model {name!r} is the PRM of an export (config.json, key `repirl`): "
+            f"{of_same_export(name, 'policy')}"
         )
     if described.get("reward") != reward:
         raise ConfigError(

@@ -18,7 +18,7 @@ from repirl.checkpoint.manifest import checksum, list_checkpoints, resolve_check
 from repirl.config import ConfigError
 from repirl.export import export_checkpoint
 from repirl.foreign import CONVENTIONS, load_foreign
-from repirl.model_files import read_model_config
+from repirl.model_files import of_same_export, read_model_config
 from repirl.models import quiet_transformers
 from repirl.prm import PRM, PromptFormat, load_prm
 
@@ -124,7 +124,7 @@ def policy_options(model: str) -> dict[str, Any]:
         return {}
     if described.get("role") == "prm":
         raise ConfigError(
-            f"{model!r} is an exported PRM (config.json, key `repirl`); the policy is the folder `policy` beside it"
+            f"{model!r} is the PRM of an export (config.json, key `repirl`): {of_same_export(model, 'policy')}"
         )
     try:
         return PromptFormat.model_validate(described.get("prompt")).model_dump()

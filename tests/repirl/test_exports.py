@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_an_export_is_not_loaded_as_what_it_is_not(value, logprob):
     for path, reward, kind in [(trained, "logprob", "value"), (other, "value", "logprob"), (other, "logit", "logprob")]:
         with pytest.raises(ConfigError, match=f"rewards are of kind '{kind}', and prm.reward is '{reward}'"):
             check(prm={"model": str(path), "reward": reward})
-    with pytest.raises(ConfigError, match=r"is an exported PRM .*the policy is the folder `policy` beside it"):
+    with pytest.raises(ConfigError, match=r"is the PRM of an export .*: the policy is '.*/policy'"):
         check(policy={"model": str(other)})
     # A PRM may start from an exported policy.
     assert check(prm={"model": str(folder / "out" / "policy"), "reward": "value"})
@@ -166,3 +167,20 @@ def test_models_on_the_hub_name_each_other_as_they_are_called_there(value, tmp_p
         export_checkpoint(values["output_dir"], tmp_path / "out", hub="me/mine")
     described = json.loads((tmp_path / "out" / "prm" / "config.json").read_text())["repirl"]
     assert described["reference"]["model"] == "me/mine-policy"
+
+
+def test_an_export_replaces_nothing_that_it_is_made_from(value, tmp_path, capsys):
+    """Neither the checkpoint, nor the model that the run started from."""
+    folder, values = value
+    [checkpoint] = (Path(values["output_dir"]) / "checkpoints").iterdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "policy").symlink_to(folder / "model")
+    places = (checkpoint, folder / "model")
+    before = {path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()}
+    export = ["export", "--checkpoint", values["output_dir"], "--output"]
+    for output in (tmp_path / "out", checkpoint):
+        assert main([*export, str(output)]) == 2
+        assert "is an input: choose another folder" in capsys.readouterr().err
+    assert main([*export, str(folder / "run.yaml")]) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()} == before

@@ -18,6 +18,7 @@ from repirl.config import ConfigError
 from repirl.configfile import build_config
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.world import join_world
+from repirl.model_files import load_message
 from repirl.models import load_model
 
 FIRST = "model.layers.0.self_attn.q_proj.weight"
@@ -371,3 +372,16 @@ def test_models_of_other_families_are_still_complete(tmp_path):
     shape = {"vocab_size": 20, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
     assert load(tmp_path / "gpt2").lm_head.weight.shape == (20, 32)
+
+
+def test_a_path_that_is_missing_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    error = OSError("the hub's own text")
+    for name in ("/nope", "./nope", "../nope", "~/nope", "runs/mine/out"):
+        assert load_message("model", name, None, error) == f"cannot load the model {name!r}: there is no such folder"
+    for name in ("out/prm", "nope"):
+        said = load_message("PRM", name, None, error)
+        assert "there is no such folder here, and the hub has none that can be reached: the hub's own text" in said
+    assert "it is a file, expected a folder" in load_message("model", "file", None, error)
+    assert "expected a folder with a Hugging Face model. the hub's" in load_message("model", str(tmp_path), None, error)

@@ -274,7 +274,7 @@ def test_folders_that_are_no_prm_are_refused(value, tmp_path):
     plain = make_model(tmp_path / "model")
     for folder, message in [
         (plain, r"no key `repirl`.*older repirl.*description="),
-        (value.out / "policy", r"is an exported policy; the PRM is the folder `prm` beside it"),
+        (value.out / "policy", r"is the policy of an export, no PRM: the PRM is '.*/prm'"),
         (value.out, r"is no model; the PRM of this export is '.*out/prm'"),
         (tmp_path / "nowhere", r"cannot load the PRM .*nowhere"),
         (resolve_checkpoint(value.config.output_dir) / "prm", "has format 0, this repirl reads format 1"),

@@ -188,7 +188,7 @@ def test_the_command_stops_by_kl_with_a_prm_of_steps(place, tmp_path, capsys):
         (["--turns", "0"], "--turns is 0, expected at least 1"),
         (["--answer-column", "golden"], "no column 'golden' (--answer-column)"),
         (["--prm", "POLICY"], "does not say how its rewards are read"),
-        (["--policy", "PRM"], "is an exported PRM"),
+        (["--policy", "PRM"], "is the PRM of an export"),
         (["--samples", "1"], "rollout.samples_per_prompt is 1"),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_prm_of_a_checkpoint_is_that_of_its_export(tmp_path, capsys):
         prints.append(fingerprint)
     assert prints[1] == prints[2] != prints[0]
     assert policy_options(values["policy"]["model"]) == {}
-    with pytest.raises(ConfigError, match="is an exported PRM"), trained_policy(tmp_path / "out" / "prm"):
+    with pytest.raises(ConfigError, match="is the PRM of an export"), trained_policy(tmp_path / "out" / "prm"):
         pass
     # And by the command line, twice.
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PAIRS[0][0], "response": PAIRS[0][1]}) + "\n")
