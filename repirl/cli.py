@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ try:
     from repirl.apps.signal_commands import add_signal_commands
     from repirl.config import Config, ConfigError, RunError
     from repirl.configfile import describe, list_presets, load_config, parse_overrides
+    from repirl.output_path import check_folder
 except ModuleNotFoundError:
     # `main` says what to install, rather than a traceback of whoever imports this.
     if not missing_packages():
@@ -189,6 +191,7 @@ def _add_tools(commands: Any) -> None:
     command.add_argument("--output", metavar="FILE", required=True, help="JSON lines, one response each")
     command.add_argument("--checkpoint", metavar="DIR", help="a run's folder or a step_N folder; default: the model")
     command.add_argument("--prompts", type=int, metavar="N", help="the first N prompts; default: all")
+    command.add_argument("--resume", action="store_true", help="go on with the file; what is done is kept")
     command.set_defaults(run=_sample)
 
     # Its options, --help too, are those of bench/run.py.
@@ -245,6 +248,7 @@ def _load_for_training(options: argparse.Namespace, overrides: list[str]) -> Con
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     config = _load_for_training(options, overrides)
     if options.dry_run:
+        check_folder(config.output_dir, option="output_dir")
         print(describe(config))
         print(batch_arithmetic(config))
         return 0
@@ -266,9 +270,13 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     try:
-        memories = [float(part) for part in options.memory.split(",")]
+        memories = list(dict.fromkeys(float(part) for part in options.memory.split(",")))
+        if not all(0 < memory < math.inf for memory in memories):
+            raise ValueError(options.memory)
     except ValueError as error:
         raise ConfigError(f"--memory is {options.memory!r}, expected GiB such as 24,48,80") from error
+    if options.ranks < 1:
+        raise ConfigError(f"--ranks is {options.ranks}, expected at least 1")
     config = _load(options, overrides)
     from repirl.models import quiet_transformers
     from repirl.plan.fit import print_plan
@@ -328,7 +336,9 @@ def _sample(options: argparse.Namespace, overrides: list[str]) -> int:
     from repirl.apps.sample import sample
     from repirl.distributed.world import leave_world
 
-    counts = sample(config, options.output, checkpoint=options.checkpoint, num_prompts=options.prompts)
+    counts = sample(
+        config, options.output, checkpoint=options.checkpoint, num_prompts=options.prompts, resume=options.resume
+    )
     if int(os.environ.get("RANK", 0)) == 0:
         right = f", {counts.right / counts.judged:.1%} of them right" if counts.judged else ", without outcomes"
         print(f"{options.output}: {counts.responses} responses to {counts.prompts} prompts{right}")

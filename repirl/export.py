@@ -29,6 +29,7 @@ from repirl.hub import repository
 from repirl.learner import Learner
 from repirl.modelcard import Model, metrics_until, model_card
 from repirl.models import build_model, load_tokenizer, quiet_transformers, save_tokenizer
+from repirl.output_path import check_folder
 from repirl.prm import FORMAT, PRMDescription, PromptFormat, ReferenceModel, StepRule
 from repirl.run import PRM_TEMPERATURE, build_learners
 from repirl.serving import take_probe
@@ -70,13 +71,15 @@ def export_checkpoint(
 
     Raises:
         ConfigError: where the checkpoint is missing, damaged, or not one, has weights that `dtype` cannot hold, or has
-            no adapters and those alone are asked for.
+            no adapters and those alone are asked for; where the output is a file, or would replace the checkpoint or
+            the model that the run started from.
     """
     quiet_transformers()
     folder = resolve_checkpoint(checkpoint)
     config = load_config(folder / "config.yaml")
     if adapter_only and config.adapters is None:
         raise ConfigError(f"{str(folder)!r} holds whole models, no adapters: export it without --adapter-only")
+    _check_output(output, folder, config, adapter_only)
     policy = repository(hub, "policy") if hub is not None else str(Path(output) / "policy")
     step = int(check_format(folder)["step"])
     metrics = metrics_until(folder.parent.parent, step)
@@ -97,6 +100,18 @@ def export_checkpoint(
         (target / "README.md").write_text(model_card(card))
         written.append(target)
     return written
+
+
+def _check_output(output: str | os.PathLike, checkpoint: Path, config: Config, adapter_only: bool) -> None:
+    """ConfigError where the export would replace what it is made from, or mix with one of another kind."""
+    names = [name for name in EXPORTED if (checkpoint / name).is_dir()]
+    starts = [model for model in (config.policy.model, config.prm.model) if model is not None]
+    check_folder(output, names, [*starts, *(checkpoint / name for name in names)])
+    for name in names:
+        target = Path(output) / name
+        if (target / ("config.json" if adapter_only else "adapter_config.json")).exists():
+            there = "a whole model" if adapter_only else "adapters alone"
+            raise ConfigError(f"{str(target)!r} holds {there} of another export: choose another --output")
 
 
 def _write_model(

@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from repirl.apps.best_of import mean_and_error, shown_mean
-from repirl.apps.prompt_rows import PromptRow, fitted_config, read_prompt_rows
-from repirl.apps.score import AGGREGATES, aggregate_of
+from repirl.apps.prompt_rows import PromptRow, fitted_config, prompts_of, read_prompt_rows
+from repirl.apps.score import aggregate_by
 from repirl.apps.searcher import score_responses, shown_number
 from repirl.apps.solutions import Solution, as_source
 from repirl.apps.stop_rule import StopOptions, StopRule
@@ -24,13 +24,14 @@ from repirl.config import Config, ConfigError, RunError
 from repirl.configfile import merge
 from repirl.data.prompts import Prompt
 from repirl.data.responses import decode_response
-from repirl.data.sources import read_rows
 from repirl.data.text import find_end_tokens
 from repirl.distributed.world import join_world
 from repirl.export import export_checkpoint
+from repirl.interrupt import Interrupted
 from repirl.loop import train
 from repirl.models import load_tokenizer
 from repirl.options import VerifierConfig
+from repirl.output_path import check_folder
 from repirl.prm import PRMDescription, read_description
 from repirl.report.log import read_metrics
 from repirl.rollout.choose import make_engine
@@ -40,6 +41,8 @@ from repirl.run import build_learners, check_output_dir, set_up_process
 from repirl.verify.choose import make_verifier
 from repirl.work import PhaseTimer
 
+# What the output gets.
+WRITTEN = ("run", "policy", "prompts.jsonl", "responses.jsonl", "adapt.json")
 # Options that would bring answers or outcomes into training, or are those of the command.
 FIXED = (
     "objective",
@@ -127,19 +130,24 @@ def adapt(
         ConfigError: rows, models or options that cannot be used, or an output that holds another result.
         RunError: training cannot go on, or a file cannot be written.
     """
-    options, folder = options or AdaptOptions(), Path(output)
-    policy, prm = os.fspath(policy), os.fspath(prm)
+    options, policy, prm = options or AdaptOptions(), os.fspath(policy), os.fspath(prm)
+    folder = check_folder(output, WRITTEN, [prompts, policy, prm])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("repirl adapt works in one process: start it without torchrun")
     if (folder / "adapt.json").exists():
         raise ConfigError(f"--output {str(folder)!r} holds a result already (adapt.json): choose another folder")
     config, rows = _read(policy, prm, os.fspath(prompts), folder, options, values or {})
     check_output_dir(config, resume)
-    before = _answers(config, rows, options, prm)
-    rule = _train(config, options)
-    export_checkpoint(folder / "run", folder)
-    adapted = config.model_copy(update={"policy": config.policy.model_copy(update={"model": str(folder / "policy")})})
-    after = _answers(adapted, rows, options, prm)
+    try:
+        before = _answers(config, rows, options, prm)
+        rule = _train(config, options)
+        export_checkpoint(folder / "run", folder)
+        changed = config.policy.model_copy(update={"model": str(folder / "policy")})
+        after = _answers(config.model_copy(update={"policy": changed}), rows, options, prm)
+    except Interrupted as interruption:
+        if not interruption.message and list_checkpoints(folder / "run" / "checkpoints"):
+            interruption.message = f"stopped; the run is in {str(folder / 'run')!r}, go on with it by --resume"
+        raise
     result = _result(rule, before, after) | {"policy": policy, "prm": prm, "seed": config.seed}
     _write_lines(folder / "responses.jsonl", [_line(*pair) for pair in zip(rows, before, after, strict=True)])
     _write(folder / "adapt.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -165,10 +173,7 @@ def _read(
         raise ConfigError(f"{prm!r} does not say how its rewards are read (config.json, key `repirl`)")
     _check_reference(described, policy, prm)
     given = as_source(source)
-    texts = [
-        place.prompt(place.value(row, options.prompt, "--prompt-column"), options.prompt)
-        for _, place, row in read_rows(given, "train")
-    ]
+    texts = prompts_of(given, options.prompt)
     _write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
     plain: dict[str, Any] = {
         "objective": "rloo-prm",
@@ -265,8 +270,7 @@ def _answers(config: Config, rows: Sequence[PromptRow], options: AdaptOptions, p
         for row, (response, _) in zip(rows, judged, strict=True)
     ]
     with trained_prm(prm, options.placed) as (loaded, _):
-        aggregate = AGGREGATES[aggregate_of(loaded)]
-        scores = score_responses(loaded, responses, aggregate, options.placed.tokens)
+        scores = score_responses(loaded, responses, aggregate_by(loaded, None), options.placed.tokens)
     return [
         _Answer(str(one.response), one.finished, score, None if outcome is None else outcome > 0.5)
         for one, (_, score), (_, outcome) in zip(responses, scores, judged, strict=True)

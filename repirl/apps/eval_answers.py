@@ -16,7 +16,7 @@ from repirl import __version__
 from repirl.apps.eval_metrics import Answered, Responses, figures, num_tied, shares
 from repirl.apps.eval_sampling import Asked, AskOptions, Given, ask, sampled
 from repirl.apps.judge import response_text, verifier_config
-from repirl.apps.lines import LinesFile, refuse_existing, write_json
+from repirl.apps.lines import LinesFile, write_json
 from repirl.apps.output import ResumableOutput
 from repirl.apps.sample import policy_sampler
 from repirl.apps.solutions import as_source
@@ -26,6 +26,7 @@ from repirl.data.values import Place, shown
 from repirl.distributed.world import join_world, own_rank
 from repirl.evals import BENCHMARKS
 from repirl.evals.benchmark import Benchmark, Problem, read_problems
+from repirl.output_path import check_folder
 from repirl.run import set_up_process
 from repirl.sources import check_sources
 from repirl.verify.choose import make_verifier
@@ -98,14 +99,15 @@ def eval_model(
         ConfigError: data, a model or options that cannot be used, or an output that exists.
         RunError: the output cannot be written, or the engine or the grader fails.
     """
-    options, grading, folder = options or AskOptions(), grading or GradeOptions(), Path(output)
+    options, grading = options or AskOptions(), grading or GradeOptions()
+    folder = check_folder(output, (RESPONSES, RESULTS), [data])
     asked = ask(_benchmark(benchmark), os.fspath(data), os.fspath(model), str(folder), options)
     asked = replace(asked, config=set_up_process(asked.config))
     config, total = asked.config, asked.num_responses
     with ExitStack() as stack:
         file = None
         if own_rank() == 0:
-            file = stack.enter_context(ResumableOutput(folder / RESPONSES, "repirl eval", resume=resume))
+            file = stack.enter_context(ResumableOutput(folder / RESPONSES, "repirl eval", resume=resume, inputs=[data]))
             file.begin(asked.made_with(), total)
         world = join_world(config)
         start = int(world.maximum(file.num_rows if file is not None else 0))
@@ -166,8 +168,7 @@ def eval_responses(
     given = _given(problems, os.fspath(responses))
     file = None
     if output is not None:
-        refuse_existing(Path(output) / RESPONSES)
-        refuse_existing(Path(output) / RESULTS)
+        check_folder(output, (RESPONSES, RESULTS), [data, responses], is_new=True)
         file = LinesFile(Path(output) / RESPONSES)
     rows = []
     for part in _graded(chosen, iter(lambda: list(islice(given, _CHUNK)), []), grading):
@@ -253,13 +254,17 @@ def _texts(place: Place, row: dict[str, Any]) -> list[str]:
 def _optional(place: Place, row: dict[str, Any]) -> tuple[float | None, bool | None, int | None]:
     """temperature, finished and tokens of a row."""
     temperature, finished, tokens = row.get("temperature"), row.get("finished"), row.get("tokens")
-    if temperature is not None and (not isinstance(temperature, int | float) or not temperature >= 0):
+    if temperature is not None and (not _is_number(temperature, int | float) or not temperature >= 0):
         raise place.error(f"'temperature' is {shown(temperature)}, expected a number of at least 0")
     if finished is not None and not isinstance(finished, bool):
         raise place.error(f"'finished' is {shown(finished)}, expected true or false")
-    if tokens is not None and not isinstance(tokens, int):
-        raise place.error(f"'tokens' is {shown(tokens)}, expected a number")
+    if tokens is not None and not (_is_number(tokens, int) and tokens >= 0):
+        raise place.error(f"'tokens' is {shown(tokens)}, expected a whole number of at least 0")
     return temperature, finished, tokens
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _result(

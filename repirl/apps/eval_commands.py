@@ -164,6 +164,8 @@ def _answers(options: argparse.Namespace, changes: Mapping[str, Any]) -> int:
         if options.resume:
             raise ConfigError("--resume is for --model, not for responses that are there")
         print_result(eval_responses(options.benchmark, data, options.responses, options.output, grading=grading))
+        if options.output is not None:
+            print(options.output)
         return 0
     if options.output is None:
         raise ConfigError("give --output DIR: the responses are kept there")

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from repirl.apps.prompt_rows import response_tokens
 from repirl.apps.solutions import as_source
 from repirl.checkpoint.fingerprints import fingerprint_model
 from repirl.config import Config, ConfigError
@@ -19,7 +20,6 @@ from repirl.data.prompts import Prompt
 from repirl.data.responses import decode_response
 from repirl.data.text import encode_prompt, find_end_tokens
 from repirl.evals.benchmark import BOXED, Benchmark, Problem, read_problems
-from repirl.model_checks import longest_position
 from repirl.model_files import read_model_config
 from repirl.models import load_tokenizer
 from repirl.rollout.engine import sequence_seed
@@ -189,7 +189,9 @@ def ask(benchmark: Benchmark, data: str, model: str, output_dir: str, options: A
         for number, problem in enumerate(problems)
     ]
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    limit = _limit(benchmark, described, longest, options, model)
+    tokens = options.max_response_tokens
+    asked = {} if tokens is None else {"--max-response-tokens": tokens}
+    limit = response_tokens(described, model, longest, asked, benchmark.sampling.max_response_tokens)
     lengths = {"data": {"max_prompt_tokens": longest}, "rollout": {"max_response_tokens": limit}}
     config = build_config(merge(merge(base, lengths), changes))
     samples = benchmark.sampling.samples if options.samples is None else options.samples
@@ -203,20 +205,6 @@ def _trained_prompt(described: PretrainedConfig) -> dict[str, Any] | None:
         return None
     prompt: dict[str, Any] | None = value.get("prompt")
     return prompt
-
-
-def _limit(benchmark: Benchmark, described: PretrainedConfig, longest: int, options: AskOptions, model: str) -> int:
-    """The most tokens of a response."""
-    if options.max_response_tokens is not None:
-        return options.max_response_tokens
-    window = longest_position(described)
-    room = benchmark.sampling.max_response_tokens if window is None else window[0] - longest
-    if room < 1:
-        raise ConfigError(
-            f"the longest prompt has {longest} tokens, but {model!r} has positions for {window and window[0]} only: "
-            "leave that problem out, or use another model"
-        )
-    return min(benchmark.sampling.max_response_tokens, room)
 
 
 def sampled(asked: Asked, sampler: Sampler, start: int) -> Iterator[list[Given]]:

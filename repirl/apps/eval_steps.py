@@ -20,7 +20,7 @@ from repirl.apps.benchmarks import (
     prmbench_scores,
     processbench_scores,
 )
-from repirl.apps.first_errors import check_threshold, choose_threshold
+from repirl.apps.first_errors import check_threshold, choose_threshold, is_same, refuse_twice
 from repirl.apps.lines import write_json
 from repirl.apps.localize import first_error
 from repirl.apps.output import ResumableOutput
@@ -32,6 +32,7 @@ from repirl.dataconfig import SourceConfig
 from repirl.evals.prmbench import CATEGORIES, CORRECT, read_prmbench
 from repirl.evals.processbench import read_processbench
 from repirl.evals.steps import Case
+from repirl.output_path import check_folder
 from repirl.prm import PRM
 
 STEPS, RESULTS = "steps.jsonl", "results.json"
@@ -102,16 +103,16 @@ def eval_prm(
         raise ConfigError(f"--threshold {options.threshold} and --calibrate {os.fspath(calibration)}: give one of them")
     splits = {name: READERS[benchmark](as_source(source)) for name, source in _names(data).items()}
     inputs, tuned_on = [os.fspath(source) for source in data], None if calibration is None else os.fspath(calibration)
+    if output is not None:
+        check_folder(output, (STEPS, RESULTS), [*inputs, *([tuned_on] if tuned_on else [])])
     # Scored with the others, once, where it is one of them.
-    same = next((n for n, s in _names(data).items() if tuned_on is not None and Path(s) == Path(tuned_on)), None)
+    same = next((n for n, s in _names(data).items() if tuned_on is not None and is_same(s, tuned_on)), None)
     parts = dict(splits)
     if tuned_on is not None and same is None:
         parts["calibration"] = READERS[benchmark](as_source(tuned_on))
     with trained_prm(prm, options.placed) as (loaded, prints):
         check_threshold(loaded, options.threshold, calibrated=tuned_on is not None)
-        made_with = {"benchmark": benchmark, "split": options.split, "tokens": options.placed.tokens}
-        made_with |= {"dtype": options.placed.dtype, "convention": options.placed.convention, **prints}
-        scores = _scored(loaded, parts, options, made_with, output, resume)
+        scores = _scored(loaded, parts, options, {"benchmark": benchmark, **prints}, output, resume)
     known = None
     if tuned_on is not None:
         cases = parts[same or "calibration"]
@@ -130,8 +131,7 @@ def eval_prm(
 def _names(data: Sequence[str | os.PathLike]) -> dict[str, str]:
     """Sources by the names of their splits: gsm8k for gsm8k.jsonl and Qwen/ProcessBench:gsm8k."""
     sources = [os.fspath(source) for source in data]
-    if twice := [source for source in sources if sources.count(source) > 1]:
-        raise ConfigError(f"--data names {twice[0]!r} twice")
+    refuse_twice("--data", sources)
     names = [Path(source.rpartition(":")[2]).name.partition(".")[0] for source in sources]
     if len(set(names)) < len(names) or "" in names or "calibration" in names:
         names = sources
@@ -163,7 +163,9 @@ def _scored(
         digest = hashlib.blake2b(digest_size=8)
         for name, case in cases:
             digest.update(json.dumps([name, case.id, case.problem, case.steps, case.wrong]).encode())
-        made_with |= {"data": f"{len(cases)} solutions, digest {digest.hexdigest()}"}
+        placed = options.placed
+        made_with |= {"split": options.split, "tokens": placed.tokens, "dtype": placed.dtype}
+        made_with |= {"convention": placed.convention, "data": f"{len(cases)} solutions, digest {digest.hexdigest()}"}
         with ResumableOutput(Path(output) / STEPS, "repirl eval", resume=resume) as file:
             file.begin(made_with, len(cases))
             if file.num_rows:

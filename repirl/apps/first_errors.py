@@ -10,13 +10,14 @@ from statistics import fmean
 from typing import Any
 
 from repirl.apps.benchmarks import ProcessBenchScores, calibrate, processbench_scores
-from repirl.apps.lines import LinesFile, refuse_existing
+from repirl.apps.lines import LinesFile
 from repirl.apps.localize import first_error
 from repirl.apps.score import Progress
 from repirl.apps.solutions import Columns, Solution, as_source, check_split, encode, read_solutions, score_encoded
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError
 from repirl.evals.processbench import first_wrong
+from repirl.output_path import LINES, check_file
 from repirl.prm import PRM
 
 # Of step scores that are probabilities, where none is given.
@@ -99,11 +100,10 @@ def localize(
     options = options or LocalizeOptions()
     if calibration is not None and options.threshold is not None:
         raise ConfigError(f"--threshold {options.threshold} and --calibrate {os.fspath(calibration)}: give one of them")
-    if output is not None:
-        refuse_existing(output)
     names = [os.fspath(source) for source in sources]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"--input names {twice[0]!r} twice")
+    if output is not None:
+        check_file(output, LINES, names if calibration is None else [*names, calibration])
+    refuse_twice("--input", names)
     files = {name: _read(name, options, output=output is not None) for name in names}
     tuned = None if calibration is None else _read(os.fspath(calibration), options)
     with trained_prm(prm, options.placed) as (loaded, _):
@@ -117,6 +117,19 @@ def localize(
         _write(LinesFile(output), files, scored, predicted)
     scores = {name: processbench_scores(predicted[name], files[name].labels) for name in names}
     return Localized(threshold, origin, scores)
+
+
+def refuse_twice(option: str, names: Sequence[str]) -> None:
+    """ConfigError where two names are those of one file."""
+    for number, name in enumerate(names):
+        if any(is_same(name, other) for other in names[:number]):
+            raise ConfigError(f"{option} names {name!r} twice")
+
+
+def is_same(name: str, other: str) -> bool:
+    """Whether two sources are one, however they are written."""
+    are_there = os.path.exists(name) and os.path.exists(other)
+    return Path(name) == Path(other) or (are_there and os.path.samefile(name, other))
 
 
 def _predict(scores: Sequence[float], threshold: float) -> int:
@@ -158,7 +171,7 @@ def choose_threshold(
     except ValueError as error:
         raise ConfigError(f"--calibrate {name}: {error}") from error
     told = f"calibrated on {name}, {len(tuned[1])} solutions"
-    if any(Path(name) == Path(source) for source in names):
+    if any(is_same(name, source) for source in names):
         told += "; that is an input, too: its own figures are optimistic"
     return threshold, told
 

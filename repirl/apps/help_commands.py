@@ -11,8 +11,9 @@ from typing import Any
 
 from repirl.apps.commands import refuse_overrides
 from repirl.completion import SHELLS, completion_script, list_commands
-from repirl.config import Config, ConfigError
+from repirl.config import Config, ConfigError, RunError
 from repirl.configfile import build_config, list_presets, load_config, merge, parse_overrides
+from repirl.output_path import YAML, check_file
 from repirl.reference import all_options, commented_yaml, help_text, option_groups, presets_text
 
 # What has no default, for a configuration of one's own.
@@ -114,13 +115,13 @@ def _config(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.output is None:
         show(text.rstrip("\n"))
         return 0
+    path = check_file(options.output, YAML)
     try:
-        with open(options.output, "x", encoding="utf-8") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise ConfigError(f"--output {options.output!r} exists already; choose another file") from error
     except OSError as error:
-        raise ConfigError(f"--output {options.output!r} cannot be written: {error.strerror}") from error
+        raise RunError(f"--output {options.output!r} cannot be written: {error.strerror}") from error
     print(f"{options.output}: set the model and the data, then: repirl train --config {options.output} --dry-run")
     return 0
 

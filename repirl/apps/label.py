@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from repirl.apps.output import ResumableOutput
 from repirl.apps.step_labels import METHODS, LabelledTrajectory, hard
 from repirl.checkpoint.fingerprints import fingerprint_model
-from repirl.config import Config, ConfigError, RunError, first_line
+from repirl.config import Config, ConfigError
 from repirl.data.problems import Problem, load_problems
 from repirl.data.split import Steps, segment
-from repirl.data.values import shown
 from repirl.distributed.world import World, join_world
 from repirl.models import load_tokenizer
 from repirl.packing import fit_window
@@ -33,8 +31,6 @@ from repirl.rollout.completions import Completer, Request, Trajectory
 from repirl.run import build_learners, set_up_process
 from repirl.verify.choose import make_verifier
 from repirl.work import Work
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,6 +81,7 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
     """
     if config.data.train is None or config.data.answer_column is None:
         raise ConfigError("labelling needs prompts with their right answers: set data.train and data.answer_column")
+    inputs = [config.data.train.path]
     # The policy is not trained here, whatever the objective is.
     config = config.model_copy(update={"adapters": None})
     config = set_up_process(config, samples=True)
@@ -92,46 +89,51 @@ def label(config: Config, output: str | os.PathLike | None = None, *, resume: bo
     tokenizer = load_tokenizer(config.policy.model, config.policy.gguf_file)
     problems = load_problems(config, tokenizer)
     path = _output_path(config, output)
-    file = OutputFile(path, _made_with(config, problems), len(problems), world, resume=resume)
-    with closing(file):
-        if file.counts.prompts < len(problems):
-            _sample_and_label(problems, tokenizer, file, config)
-    return file.counts, path
+    with ExitStack() as stack:
+        file = None
+        if world.is_main:
+            output_file = ResumableOutput(path, "repirl label", resume=resume, inputs=inputs, unit="prompts")
+            file = stack.enter_context(output_file)
+            file.begin(_made_with(config, problems), len(problems))
+        labels = Labels(file, world)
+        if labels.counts.prompts < len(problems):
+            _sample_and_label(problems, tokenizer, labels, config)
+    return labels.counts, path
 
 
 def _sample_and_label(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, file: OutputFile, config: Config
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, labels: Labels, config: Config
 ) -> None:
     """Load the policy, and label what is not done yet."""
-    world = file.world
+    world = labels.world
     policy = build_learners(config, world, Work(), ("policy",))["policy"]
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     fit_window(policy.model, config.policy.model, longest)
     verifier = make_verifier(config.verifier)
     completer = Completer(config, policy, tokenizer, make_engine(config, policy, tokenizer), verifier)
     try:
-        _label_all(problems, completer, file, config)
+        _label_all(problems, completer, labels, config)
     finally:
         completer.close()
         if policy.residency is not None:
             policy.residency.close()
 
 
-def _label_all(problems: list[Problem], completer: Completer, file: OutputFile, config: Config) -> None:
+def _label_all(problems: list[Problem], completer: Completer, labels: Labels, config: Config) -> None:
     """Label batch by batch, always the same ones: a completion depends, by rounding, on those sampled with it."""
     size, separator = config.label.prompts_per_batch, config.data.step_separator
     with Progress(len(problems), completer.world) as progress:
-        for start in range(file.counts.prompts, len(problems), size):
+        for start in range(labels.counts.prompts, len(problems), size):
             begun = time.perf_counter()
             batch = problems[start : start + size]
             labelled, sampled = label_batch(batch, completer, config)
-            counts = file.counts
+            counts = labels.counts
             counts.completions += len(sampled)
             counts.tokens_sampled += sum(t.num_sampled for t in sampled)
             rows = [to_row(p, one, separator) for p, some in zip(batch, labelled, strict=True) for one in some]
             counts.seconds += time.perf_counter() - begun
-            file.write(len(batch), rows)
-            progress.show(counts)
+            labels.write(len(batch), rows)
+            progress.show(counts.prompts, f"{counts.steps} steps, {counts.tokens_sampled} tokens sampled")
 
 
 def label_batch(
@@ -193,90 +195,19 @@ def to_row(problem: Problem, labelled: LabelledTrajectory, separator: str) -> di
     }
 
 
-class OutputFile:
-    """The output, batch by batch, and beside it OUTPUT.meta.json, which says how far it got.
-
-    Only the main process writes. After a kill, lines that OUTPUT.meta.json does not know of are cut off.
+class Labels:
+    """What is labelled so far: all processes count it, the main one writes it to the output.
 
     Args:
-        path: of the output.
-        made_with: what labels depend on.
-        num_prompts: of the whole input.
+        file: the output, begun; None in the other processes.
         world: the processes.
-        resume: go on with the file that is there.
-
-    Raises:
-        ConfigError: the file is there and `resume` is false, or it was made in another way.
     """
 
-    def __init__(self, path: Path, made_with: dict[str, Any], num_prompts: int, world: World, *, resume: bool) -> None:
-        self.path, self.made_with, self.num_prompts, self.world = path, made_with, num_prompts, world
-        self.meta = path.with_name(path.name + ".meta.json")
-        self.counts, self._size = LabelCounts(), 0
-        self._file = self._open() if world.is_main else None
-        try:
-            # An empty file without the other one is what is left of a call that was killed at once.
-            if path.exists() and (path.stat().st_size or self.meta.exists()):
-                self._continue(resume)
-        except ConfigError:
-            self.close()
-            raise
-        # No process writes before all have read.
-        world.barrier()
-        if self._file is not None:
-            self._file.truncate(self._size)
-            self._save()
-
-    def _open(self) -> BinaryIO:
-        """Open the output, and keep other calls from it; the lock ends with this process, however it ends."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "ab")  # noqa: SIM115 (it stays open, and locked, until `close`)
-        except OSError as error:
-            raise ConfigError(f"{str(self.path)!r} cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise ConfigError(f"another `repirl label` writes {str(self.path)!r}: choose another --output") from error
-        except OSError:
-            logger.warning("%s is on a file system without locks: let only one `repirl label` write it", self.path)
-        return file
-
-    def close(self) -> None:
-        """Let others write the output."""
-        if self._file is not None:
-            self._file.close()
-
-    def _continue(self, resume: bool) -> None:
-        """Take over what OUTPUT.meta.json says."""
-        try:
-            before = json.loads(self.meta.read_text(encoding="utf-8"))
-            counts, size, made_with = LabelCounts(**before["counts"]), before["bytes"], before["made_with"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{str(self.path)!r} exists, and {str(self.meta)!r} beside it does not say that `repirl label` made it "
-                f"({first_line(error)}): choose another --output, or remove the file"
-            ) from error
-        if counts.prompts == 0:
-            return
-        if not resume:
-            raise ConfigError(
-                f"{str(self.path)!r} holds labels of {counts.prompts} of {before['num_prompts']} prompts; go on with "
-                "it by --resume, or choose another --output"
-            )
-        for name in made_with.keys() | self.made_with.keys():
-            old, new = made_with.get(name), self.made_with.get(name)
-            if old != new:
-                raise ConfigError(
-                    f"{str(self.path)!r} was made with {name} {shown(old)}, now it is {shown(new)}: the labels of one "
-                    "file are made in one way; set it back, or choose another --output"
-                )
-        if self.path.stat().st_size < size:
-            raise ConfigError(
-                f"{str(self.path)!r} is shorter than it was: remove it and {str(self.meta)!r}, and begin anew"
-            )
-        self.counts, self._size = counts, size
+    def __init__(self, file: ResumableOutput | None, world: World) -> None:
+        self.file, self.world = file, world
+        before: dict[str, Any]
+        [before] = world.gather([] if file is None else [file.counts])
+        self.counts = LabelCounts(**before)
 
     def write(self, num_prompts: int, rows: list[dict[str, Any]]) -> None:
         """Add the rows of the next prompts, and count them."""
@@ -288,28 +219,9 @@ class OutputFile:
         labels = [value for row in kept for value in row["labels"] if value is not None]
         counts.steps += len(labels)
         counts.right += sum(labels)
-        if self._file is None:
-            return
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode()
-        try:
-            self._file.write(content)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._size += len(content)
-            self._save()
-        except OSError as error:
-            raise RunError(f"{str(self.path)!r} cannot be written: {error.strerror}") from error
-
-    def _save(self) -> None:
-        state = {
-            "made_with": self.made_with,
-            "num_prompts": self.num_prompts,
-            "bytes": self._size,
-            "counts": asdict(self.counts),
-        }
-        temporary = self.meta.with_name(self.meta.name + ".tmp")
-        temporary.write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(self.meta)
+        if self.file is not None:
+            lines = [json.dumps(row, ensure_ascii=False) for row in kept]
+            self.file.write(lines, asdict(counts), num_prompts)
 
 
 def _output_path(config: Config, output: str | os.PathLike | None) -> Path:
@@ -346,14 +258,6 @@ def _digest(problems: list[Problem]) -> str:
     return f"{len(problems)} rows, digest {digest.hexdigest()}"
 
 
-class Sampled(Protocol):
-    """What `Progress` shows: prompts that are done, and steps and tokens in what was sampled for them."""
-
-    prompts: int
-    steps: int
-    tokens_sampled: int
-
-
 class Progress:
     """Shows how many prompts are done: a bar on a terminal, elsewhere a line now and then. Only the main process does.
 
@@ -387,14 +291,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, counts: Sampled) -> None:
-        """Show what is done."""
-        figures = f"{counts.steps} steps, {counts.tokens_sampled} tokens sampled"
-        self._bar.update(self._task, completed=counts.prompts, description=figures)
-        due = counts.prompts == self.num_prompts or counts.prompts - self._shown >= self.num_prompts / 20
+    def show(self, done: int, figures: str) -> None:
+        """Show how many prompts are done, and what came of them."""
+        self._bar.update(self._task, completed=done, description=figures)
+        due = done == self.num_prompts or done - self._shown >= self.num_prompts / 20
         if self.world.is_main and not self.console.is_terminal and due:
-            self.console.print(f"{self.name} {counts.prompts}/{self.num_prompts}: {figures}", soft_wrap=True)
-            self._shown = counts.prompts
+            self.console.print(f"{self.name} {done}/{self.num_prompts}: {figures}", soft_wrap=True)
+            self._shown = done
 
 
 def summary(counts: LabelCounts, path: str) -> str:

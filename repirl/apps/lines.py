@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from repirl.config import ConfigError, RunError
+from repirl.config import RunError
+from repirl.output_path import LINES, check_file
 
 
 class LinesFile:
     """A file of JSON lines that has another name until it is complete (`finish`)."""
 
     def __init__(self, output: str | os.PathLike) -> None:
-        """ConfigError where the file exists, RunError where it cannot be written."""
-        self._path = Path(output)
+        """ConfigError where the file exists or cannot be made, RunError where it cannot be written."""
+        self._path = check_file(output, LINES)
         self._partial = self._path.with_name(f"{self._path.name}.partial")
-        refuse_existing(output)
         with self._explained():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.write_text("")
@@ -44,9 +44,8 @@ class LinesFile:
 
 
 def refuse_existing(output: str | os.PathLike) -> None:
-    """ConfigError where there is something by this name."""
-    if Path(output).exists():
-        raise ConfigError(f"--output {os.fspath(output)!r} exists: choose another file, or remove it")
+    """ConfigError where there cannot be a new file of JSON lines by this name (output_path.check_file)."""
+    check_file(output, LINES)
 
 
 def write_json(output: str | os.PathLike, value: Any) -> None:

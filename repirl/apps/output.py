@@ -6,12 +6,13 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from repirl.config import ConfigError, RunError, first_line
 from repirl.data.values import shown
+from repirl.interrupt import Interrupted
+from repirl.output_path import LINES, check_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +26,24 @@ class ResumableOutput:
         path: of the output.
         command: the name of the command that writes it, for messages.
         resume: go on with the file that is there.
+        inputs: files and folders that are read (output_path.check_file).
+        unit: what `num_rows` counts, in the plural.
 
     Raises:
-        ConfigError: the file is there and `resume` is false, another call writes it, or it was not made so.
+        ConfigError: the file is there and `resume` is false, another call writes it, it was not made so, or its name
+            cannot be that of an output.
     """
 
-    def __init__(self, path: str | os.PathLike, command: str, *, resume: bool) -> None:
-        self.path, self.command = Path(path), command
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        command: str,
+        *,
+        resume: bool,
+        inputs: Iterable[str | os.PathLike] = (),
+        unit: str = "rows",
+    ) -> None:
+        self.path, self.command, self.unit = check_file(path, LINES, inputs, replaces=True), command, unit
         self.meta = self.path.with_name(self.path.name + ".meta.json")
         self.num_rows, self.counts = 0, dict[str, float]()
         self._size, self._made_with, self._before = 0, dict[str, Any](), dict[str, Any]()
@@ -47,7 +59,10 @@ class ResumableOutput:
     def __enter__(self) -> ResumableOutput:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Interrupted) and not error.message and self._made_with and self.num_rows:
+            count = f"{self.num_rows} of {self._total} {self.unit}"
+            error.message = f"stopped; {count} are in {str(self.path)!r}, go on with it by --resume"
         self.close()
 
     def close(self) -> None:
@@ -78,19 +93,19 @@ class ResumableOutput:
             made_with, counts = dict(before["made_with"]), dict(before["counts"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{str(self.path)!r} exists, and {str(self.meta)!r} beside it does not say that `{self.command}` made "
-                f"it ({first_line(error)}): choose another --output, or remove the file"
+                f"{str(self.path)!r} exists, and {str(self.meta)!r} does not say that `{self.command}` made it "
+                f"({first_line(error)}): choose another --output"
             ) from error
         if done == 0:
             return
         if not resume:
             raise ConfigError(
-                f"{str(self.path)!r} holds {done} of {total} rows; go on with it by --resume, or choose another "
-                "--output"
+                f"{str(self.path)!r} holds {done} of {total} {self.unit}; go on with it by --resume, or choose "
+                "another --output"
             )
         if self.path.stat().st_size < size:
             raise ConfigError(
-                f"{str(self.path)!r} is shorter than it was: remove it and {str(self.meta)!r}, and begin anew"
+                f"{str(self.path)!r} is shorter than `{self.command}` left it: begin anew, with another --output"
             )
         self.num_rows, self.counts, self._size, self._before = done, counts, size, made_with
 
@@ -119,16 +134,24 @@ class ResumableOutput:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def write(self, lines: Sequence[str], counts: Mapping[str, float]) -> None:
-        """Add the next rows, each as text without a line break, and what was counted so far. RunError where the file
-        cannot be written."""
+    def write(self, lines: Sequence[str], counts: Mapping[str, float], num_rows: int | None = None) -> None:
+        """Add the next lines.
+
+        Args:
+            lines: each as text without a line break.
+            counts: what was counted so far.
+            num_rows: of the input that these lines are of; None for as many as there are lines.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
         content = encoded("".join(line + "\n" for line in lines))
         try:
             self._file.write(content)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._size += len(content)
-            self.num_rows += len(lines)
+            self.num_rows += len(lines) if num_rows is None else num_rows
             self.counts = dict(counts)
             self._save()
         except OSError as error:

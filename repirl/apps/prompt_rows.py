@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from repirl.config import Config
+from transformers import PretrainedConfig
+
+from repirl.config import Config, ConfigError
 from repirl.configfile import build_config, merge
 from repirl.data.answers import answer_of
 from repirl.data.prompts import Prompt, load_prompts
 from repirl.data.sources import read_rows
 from repirl.data.values import Place
 from repirl.dataconfig import SourceConfig
-from repirl.model_checks import check_positions, check_vocabulary, longest_position
+from repirl.model_checks import check_vocabulary, longest_position
 from repirl.models import load_tokenizer
 from repirl.sources import check_source
 
@@ -37,6 +39,12 @@ class PromptRow:
     answer: str | None
     number: int
     token_ids: tuple[int, ...]
+
+
+def prompts_of(source: SourceConfig, column: str) -> list[Any]:
+    """The prompts of a file, each text or messages. DataError where a row has none; it names the row."""
+    option = "--prompt-column"
+    return [place.prompt(place.value(row, column, option), column) for _, place, row in read_rows(source, "train")]
 
 
 def read_prompt_rows(
@@ -74,8 +82,8 @@ def fitted_config(values: dict[str, Any], max_tokens: int | None) -> tuple[Confi
 
     Args:
         values: of the configuration, with `data.train` and `policy.model`.
-        max_tokens: `rollout.max_response_tokens`; None for what `values` say or, if it is less, what is left of the
-            model's positions behind the longest prompt.
+        max_tokens: `rollout.max_response_tokens`; None for what `values` say or, where they do not, as by default or,
+            if it is less, what is left of the model's positions behind the longest prompt.
 
     Returns:
         The configuration, and the prompts of `data.train`.
@@ -90,11 +98,48 @@ def fitted_config(values: dict[str, Any], max_tokens: int | None) -> tuple[Confi
     tokenizer = load_tokenizer(policy.model, policy.gguf_file)
     check_vocabulary(described, policy.model, tokenizer, policy.model)
     prompts = load_prompts(config.data, tokenizer, "train").prompts
-    longest, window = max(len(prompt.token_ids) for prompt in prompts), longest_position(described)
-    limit = max_tokens or config.rollout.max_response_tokens
-    if max_tokens is None and window is not None:
-        limit = max(1, min(limit, window[0] - longest))
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    by_name = {"--max-tokens": max_tokens, "--rollout.max_response_tokens": _given_tokens(values)}
+    asked = {option: tokens for option, tokens in by_name.items() if tokens is not None}
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} are the same: give one of them")
+    limit = response_tokens(described, policy.model, longest, asked, config.rollout.max_response_tokens)
     fitting = {"data": {"max_prompt_tokens": longest}, "rollout": {"max_response_tokens": limit}}
-    config = build_config(merge(values, fitting))
-    check_positions(described, policy.model, config.longest_sequence)
-    return config, prompts
+    return build_config(merge(values, fitting)), prompts
+
+
+def _given_tokens(values: Mapping[str, Any]) -> int | None:
+    rollout = values.get("rollout")
+    return rollout.get("max_response_tokens") if isinstance(rollout, Mapping) else None
+
+
+def response_tokens(
+    described: PretrainedConfig, model: str, longest: int, asked: Mapping[str, int], default: int
+) -> int:
+    """How many tokens a response may have.
+
+    Args:
+        described: the model's configuration.
+        model: its name, for messages.
+        longest: tokens of the longest prompt.
+        asked: what the user asks for, by option; empty for nothing.
+        default: unless the model has positions for less.
+
+    Raises:
+        ConfigError: the model has not as many positions as are asked for, or none behind the longest prompt.
+    """
+    window = longest_position(described)
+    room = None if window is None else window[0] - longest
+    if room is not None and room < 1:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens, but {model!r} has positions for {window and window[0]} only: "
+            "leave that prompt out, or use another model"
+        )
+    for option, tokens in asked.items():
+        if room is not None and tokens > room:
+            raise ConfigError(
+                f"{option} is {tokens}, but behind the longest prompt, of {longest} tokens, {model!r} has positions "
+                f"for {room} ({window and window[1]} in its config.json): ask for {room} or fewer, or leave it out"
+            )
+        return tokens
+    return default if room is None else min(default, room)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from repirl.config import ConfigError, RunError
+from repirl.output_path import PAGE, check_file
 from repirl.report.charts import MAX_POINTS, Curve, Series
 from repirl.report.html import ComparisonTable, Report, write_report
 from repirl.report.kept import kept_samples, step_explanation
@@ -83,7 +84,7 @@ def report(
 
     Args:
         runs: their folders (output_dir).
-        output: the file; by default report.html in the first run's folder. It is replaced.
+        output: the file, which is replaced; None for report.html in the run's folder, where there is one run.
         responses: of each run that are shown, of those that it kept.
         metrics: names in metrics.jsonl that get a chart, too.
 
@@ -91,7 +92,7 @@ def report(
         The file.
 
     Raises:
-        ConfigError: a folder is not that of a run, or no run has one of the metrics.
+        ConfigError: a folder is not that of a run, no run has one of the metrics, or no page can be at `output`.
         RunError: a file cannot be read, or the page cannot be written.
     """
     if not runs:
@@ -99,7 +100,11 @@ def report(
     if responses < 0:
         raise ConfigError(f"--responses is {responses}, expected 0 or more")
     records = read_runs(runs)
-    path = Path(output) if output is not None else records[0].folder / "report.html"
+    if output is None and len(runs) > 1:
+        raise ConfigError(
+            f"a page of {len(runs)} runs is none of these runs' own (report.html in its folder): give --output FILE"
+        )
+    path = check_file(records[0].folder / "report.html" if output is None else output, PAGE, replaces=True)
     page = page_of(records, responses, metrics)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

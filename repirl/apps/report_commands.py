@@ -21,7 +21,7 @@ def add_report_commands(commands: Any) -> None:
         metavar="DIR",
         help="a run's output_dir; may be given several times",
     )
-    command.add_argument("--output", metavar="FILE", help="default: report.html in the first run's folder")
+    command.add_argument("--output", metavar="FILE", help="is replaced; default, of one run: report.html in its folder")
     command.add_argument(
         "--responses", type=int, default=40, metavar="N", help="of those that each run kept; default: 40"
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from repirl.apps.best_of import best_of_n, choose, mean_and_error, pass_at_n, subsets, votes
-from repirl.apps.lines import refuse_existing, write_json
-from repirl.apps.score import AGGREGATES, Progress, aggregate_of
+from repirl.apps.lines import write_json
+from repirl.apps.score import AGGREGATES, Progress, aggregate_by, aggregate_of
 from repirl.apps.solutions import Solution, as_source, encode, score_encoded
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError
@@ -21,6 +21,7 @@ from repirl.data.sources import read_rows
 from repirl.data.values import Place, shown
 from repirl.dataconfig import SourceConfig
 from repirl.options import VerifierConfig
+from repirl.output_path import JSON, check_file
 from repirl.verify.canonical import canonical_answer
 from repirl.verify.choose import make_verifier
 
@@ -117,7 +118,7 @@ def rerank(
     options = options or RerankOptions()
     source = source if isinstance(source, SourceConfig) else as_source(os.fspath(source))
     if output is not None:
-        refuse_existing(output)
+        check_file(output, JSON, [source.path])
     samples = read_samples(source, options)
     how = _score(samples, prm, options)
     is_judged = _judge(samples, options)
@@ -147,7 +148,7 @@ def read_samples(source: SourceConfig, options: RerankOptions) -> list[Sample]:
             response = one.get("response")
             if not (isinstance(response, str) and not response.strip()):
                 response = place.text(response, "response")
-            score = None if one.get(options.score) is None else _number(one[options.score], place, options.score)
+            score = None if one.get(options.score) is None else _score_of(one[options.score], place, options.score)
             named = next((name for name in ("verdict", "outcome") if one.get(name) is not None), None)
             right = None if named is None else _number(one[named], place, named) > 0.5
             answer = _answer(one, place, options)
@@ -179,6 +180,13 @@ def _single(row: dict[str, Any], place: Place, score: str) -> list[dict[str, Any
     return singles
 
 
+def _score_of(value: Any, place: Place, column: str) -> float:
+    """A number that is no verdict."""
+    if isinstance(value, bool):
+        raise place.error(f"{column!r} is {shown(value)}, expected a number: a verdict is no score")
+    return _number(value, place, column)
+
+
 def _number(value: Any, place: Place, column: str) -> float:
     if isinstance(value, str):
         # As in CSV.
@@ -202,23 +210,27 @@ def _score(samples: Sequence[Sample], prm: str | os.PathLike | None, options: Re
     """Fill in the scores; returns where they come from."""
     without = [sample for sample in samples if sample.score is None]
     if not without:
+        if options.aggregate is not None:
+            raise ConfigError(
+                f"--aggregate {options.aggregate} makes scores of steps' scores, but the rows have a {options.score!r} "
+                "already: leave it out, or the column"
+            )
         return {"scores": f"column {options.score!r}"}
+    place, is_there = without[0].place, any(options.score in sample.row for sample in without)
     if len(without) < len(samples):
-        place = without[0].place
-        raise place.error(f"there is no {options.score!r}, but other rows have one: score all of them, or none")
+        lack = f"{options.score!r} is null" if options.score in without[0].row else f"there is no {options.score!r}"
+        raise place.error(f"{lack}, but other rows have one: score all of them, or none")
     if prm is None:
-        raise ConfigError(
-            f"{samples[0].place.source} has no column {options.score!r}: give --prm DIR, or name the column by "
-            "--score-column"
-        )
+        lack = f"is null in all rows of {place.source}" if is_there else f"is no column of {place.source}"
+        raise ConfigError(f"{options.score!r} {lack}: give --prm DIR, or name another column by --score-column")
     with trained_prm(prm, options.placed) as (loaded, _):
-        name = options.aggregate or aggregate_of(loaded)
+        name, aggregate = options.aggregate or aggregate_of(loaded), aggregate_by(loaded, options.aggregate)
         encoded = [
             encode(Solution(s.place, s.row, s.prompt, s.response, _is_finished(s)), loaded, None) for s in samples
         ]
         with Progress("rerank", sum(map(len, encoded))) as progress:
             for i, scored in score_encoded(loaded, encoded, options.placed.tokens):
-                samples[i].score = AGGREGATES[name](scored.steps.tolist())
+                samples[i].score = aggregate(scored.steps.tolist())
                 progress.add(len(encoded[i]))
     return {"scores": f"PRM {os.fspath(prm)}", "aggregate": name}
 

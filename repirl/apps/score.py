@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 import rich.progress
 from rich.console import Console
@@ -38,7 +38,8 @@ from repirl.config import ConfigError
 from repirl.data.values import Place
 from repirl.prm import Scorer
 
-AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+Aggregate: TypeAlias = Callable[[Sequence[float]], float]
+AGGREGATES: dict[str, Aggregate] = {
     "mean": fmean,
     "sum": math.fsum,
     "min": min,
@@ -126,13 +127,14 @@ def score(
         RunError: the output cannot be written, a reward is not finite, or the server does not answer as it should.
     """
     options = options or ScoreOptions()
-    with ResumableOutput(output, "repirl score", resume=resume) as file:
+    with ResumableOutput(output, "repirl score", resume=resume, inputs=[source]) as file:
         solutions = read_solutions(as_source(os.fspath(source)), options.columns, finished=options.finished)
         made_with = _made_with(solutions, options)
         with _opened(prm, options) as (loaded, prints):
+            aggregate = aggregate_by(loaded, options.aggregate)
             tokens = [encode(solution, loaded, options.split) for solution in solutions]
             file.begin(made_with | prints, len(solutions))
-            return _score_all(loaded, solutions, tokens, file, options)
+            return _score_all(loaded, list(zip(solutions, tokens, strict=True)), aggregate, file, options)
 
 
 @contextmanager
@@ -148,28 +150,27 @@ def _opened(prm: str | os.PathLike | None, options: ScoreOptions) -> Iterator[tu
 
 def _score_all(
     prm: Scorer,
-    solutions: Sequence[Solution],
-    tokens: Sequence[EncodedSolution],
+    rows: Sequence[tuple[Solution, EncodedSolution]],
+    aggregate: Aggregate,
     file: ResumableOutput,
     options: ScoreOptions,
 ) -> ScoreCounts:
     """Score part by part, always the same ones: a reward depends, by rounding, on what is scored with it."""
-    aggregate = AGGREGATES[options.aggregate or aggregate_of(prm)]
     counts = ScoreCounts(file.num_rows)
     if file.num_rows:
         counts.steps, counts.tokens = int(file.counts["steps"]), int(file.counts["tokens"])
         counts.seconds = file.counts["seconds"]
-    lengths, budget = [len(one) for one in tokens], options.placed.tokens
+    lengths, budget = [len(one) for _, one in rows], options.placed.tokens
     with Progress("score", sum(lengths), sum(lengths[: file.num_rows])) as progress:
         for start, end in chunks(lengths, BATCHES_PER_PART * budget):
             if end <= file.num_rows:
                 continue
             begun = time.perf_counter()
             scored: dict[int, ScoredSolution] = {}
-            for i, one in score_encoded(prm, tokens[start:end], budget):
+            for i, one in score_encoded(prm, [tokens for _, tokens in rows[start:end]], budget):
                 scored[start + i] = one
                 progress.add(lengths[start + i])
-            lines = [_line(solutions[i], scored[i], aggregate, options) for i in range(start, end)]
+            lines = [_line(rows[i][0], scored[i], aggregate, options) for i in range(start, end)]
             counts.rows += end - start
             counts.steps += sum(len(one.steps) for one in scored.values())
             counts.tokens += sum(lengths[start:end])
@@ -186,9 +187,23 @@ def aggregate_of(prm: Scorer) -> str:
     return "prod" if name == "product" else name
 
 
-def _line(
-    solution: Solution, scored: ScoredSolution, aggregate: Callable[[Sequence[float]], float], options: ScoreOptions
-) -> str:
+def aggregate_by(prm: Scorer, name: str | None) -> Aggregate:
+    """How a PRM's step scores are put together: by `name`, a key of AGGREGATES, or else as its description says.
+
+    Raises:
+        ConfigError: it is a product, and step scores are no chances.
+    """
+    name = name or aggregate_of(prm)
+    if name == "prod" and prm.description.steps.score != "end":
+        raise ConfigError(
+            "--aggregate prod multiplies chances, and the step scores of this PRM are mean rewards of tokens, which "
+            "may be of any size and sign (steps.score in its config.json is not `end`): give --aggregate mean, min or "
+            "last"
+        )
+    return AGGREGATES[name]
+
+
+def _line(solution: Solution, scored: ScoredSolution, aggregate: Aggregate, options: ScoreOptions) -> str:
     steps = _short(scored.steps)
     values: list[Any] = [_short(scored.rewards)] if options.token_rewards else []
     values += [steps, aggregate(steps)]

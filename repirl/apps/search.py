@@ -16,8 +16,8 @@ from repirl.apps.beams import METHODS, Beam, SearchResult
 from repirl.apps.best_of import mean_and_error, shown_mean
 from repirl.apps.label import Progress
 from repirl.apps.output import ResumableOutput, encoded
-from repirl.apps.prompt_rows import PromptRow, fitted_config, read_prompt_rows
-from repirl.apps.score import dump
+from repirl.apps.prompt_rows import PromptRow, fitted_config, prompts_of, read_prompt_rows
+from repirl.apps.score import aggregate_by, dump
 from repirl.apps.searcher import CHOICES, Searcher, SearchOptions, shown_number
 from repirl.apps.solutions import as_source
 from repirl.apps.trained import policy_options, trained_policy, trained_prm
@@ -114,7 +114,7 @@ def search(
     """
     options = options or SearchOptions()
     with (
-        ResumableOutput(output, "repirl search", resume=resume) as file,
+        ResumableOutput(output, "repirl search", resume=resume, inputs=[source]) as file,
         trained_policy(model) as (policy, policy_print),
     ):
         config, rows = _read(policy, os.fspath(prm), os.fspath(source), options, values or {})
@@ -124,6 +124,7 @@ def search(
             raise ConfigError("repirl search works in one process: start it without torchrun, for a part of the data")
         made_with = _made_with(config, rows, options) | {"policy": policy_print}
         with trained_prm(prm, options.placed) as (loaded, prints):
+            aggregate_by(loaded, options.aggregate)  # refused before anything is written
             separator = options.separator or loaded.description.steps.separator
             steps = loaded.description.steps.model_copy(update={"separator": separator})
             described = loaded.description.model_copy(update={"steps": steps})
@@ -142,6 +143,7 @@ def _read(
     """The configuration by which the policy samples, and the rows."""
     device = options.placed.device
     given = as_source(source)
+    prompts_of(given, options.prompt)
     plain: dict[str, Any] = {
         # Of the systems with a policy, the one that needs neither answers nor experts. Nothing is trained; the rate is
         # one that weights in bfloat16 may have.
@@ -230,7 +232,7 @@ def _search_all(
             lines = [_line(searcher, *one, counts) for one in zip(part, results, samples, strict=True)]
             counts.seconds += time.perf_counter() - begun
             file.write(lines, counts.flat())
-            progress.show(counts)
+            progress.show(counts.prompts, f"{counts.steps} steps, {counts.tokens_sampled} tokens sampled")
 
 
 def _line(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from repirl.apps.beams import Beam, SearchedPrompt, SearchResult, SearchShape, search_steps
 from repirl.apps.best_of import choose
 from repirl.apps.prompt_rows import PromptRow
-from repirl.apps.score import AGGREGATES, aggregate_of
+from repirl.apps.score import AGGREGATES, Aggregate, aggregate_by
 from repirl.apps.solutions import Solution, encode, score_encoded
 from repirl.apps.trained import Placed
 from repirl.config import ConfigError
@@ -86,7 +86,7 @@ class Searcher:
     options: SearchOptions
 
     def __post_init__(self) -> None:
-        self.aggregate = AGGREGATES[self.options.aggregate or aggregate_of(self.prm)]
+        self.aggregate = aggregate_by(self.prm, self.options.aggregate)
 
     def search(self, rows: Sequence[PromptRow]) -> list[SearchResult]:
         """Search for responses to the prompts of a few rows, side by side."""
@@ -159,7 +159,7 @@ class Searcher:
 
 
 def score_responses(
-    prm: PRM, responses: Sequence[Solution], aggregate: Callable[[Sequence[float]], float], tokens: int
+    prm: PRM, responses: Sequence[Solution], aggregate: Aggregate, tokens: int
 ) -> list[tuple[tuple[float, ...], float]]:
     """Step scores of each response, and their aggregate. A beginning without text has no steps, and the lowest score.
 

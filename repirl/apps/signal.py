@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from repirl.apps.lines import refuse_existing, write_json
+from repirl.apps.lines import write_json
 from repirl.config import ConfigError
 from repirl.evaluate import auroc
+from repirl.output_path import JSON, check_file
 from repirl.report.history import read_history
 
 # Column of history.jsonl -> (name of the score, sign with which the higher value is expected of prompts that are solved
@@ -79,12 +80,12 @@ def signal(
         RunError: the history cannot be read, or the output cannot be written.
     """
     if output is not None:
-        refuse_existing(output)
+        check_file(output, JSON)
     if resamples < 1:
         raise ConfigError(f"--resamples is {resamples}, expected at least 1")
     rows = _verified(run)
     last = max(row["step"] for row in rows)
-    chosen = list(turns) or sorted({max(1, last * quarter // 4) for quarter in (1, 2, 3)})
+    chosen = list(dict.fromkeys(turns)) or sorted({max(1, last * quarter // 4) for quarter in (1, 2, 3)})
     for turn in chosen:
         if not 1 <= turn < last:
             raise ConfigError(f"--turns has {turn}, expected 1 to {last - 1}: the run in {str(run)!r} has {last} turns")
@@ -103,9 +104,10 @@ def _verified(run: str | os.PathLike) -> list[dict[str, Any]]:
         raise ConfigError(f"--run {str(run)!r} is not a folder; expected the output_dir of a run")
     history = read_history(run)
     if not history:
-        raise ConfigError(
-            f"{str(Path(run) / 'history.jsonl')!r} has no rows: runs that sample keep it, unless log.history is false"
-        )
+        path = Path(run) / "history.jsonl"
+        if path.exists() and path.stat().st_size:
+            raise ConfigError(f"{str(path)!r} has no row that can be read: is it the file that the run wrote?")
+        raise ConfigError(f"{str(path)!r} has no rows: runs that sample keep it, unless log.history is false")
     rows = [row for row in history if row["correct"] is not None]
     if not rows:
         raise ConfigError(f"no response of the run in {str(run)!r} was verified: which prompts it solves is not known")

@@ -20,6 +20,7 @@ from typing import Any
 
 from repirl.config import ConfigError, RunError
 from repirl.data.tasks.arithmetic import Problem, Solution, expert_solution, planted_error, problems
+from repirl.output_path import LINES, check_file
 
 # Fewest and most steps of a problem, as in the demo.
 _NUM_STEPS = (4, 5)
@@ -34,7 +35,7 @@ def write_gsm8k(path: str | os.PathLike, seed: int = 0, num: int = 200) -> None:
         num: how many.
 
     Raises:
-        ConfigError: the file exists, or `num` is less than 1.
+        ConfigError: the file exists or cannot be made, or `num` is less than 1.
         RunError: it cannot be written.
     """
     drawn = _drawn(seed, num)
@@ -97,13 +98,12 @@ def _steps(solution: Solution) -> list[str]:
 
 
 def _write(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    check_file(path, LINES, option="FILE")
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError as error:
-        raise ConfigError(f"{os.fspath(path)!r} exists: choose another file, or remove it") from error
     except OSError as error:
         raise RunError(f"{os.fspath(path)!r} cannot be written: {error.strerror}") from error
 

@@ -85,6 +85,15 @@ def test_files_hold_the_adapter_alone(run):
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
+def test_adapters_and_whole_models_do_not_share_a_folder(run, capsys):
+    export = ["export", "--checkpoint", str(run / "run"), "--output"]
+    for place, options, what in (("alone", [], "adapters alone"), ("merged", ["--adapter-only"], "a whole model")):
+        assert main([*export, str(run / place), *options]) == 2
+        assert f"holds {what} of another export: choose another --output" in capsys.readouterr().err
+    # Of one kind the newer one replaces the older.
+    assert main([*export, str(run / "alone"), "--adapter-only"]) == 0
+
+
 def test_a_run_without_adapters_has_none_to_export(tmp_path):
     values = tiny_values(tmp_path, steps=1, eval={"every": 0}, objective="sft")
     del values["prm"]

@@ -176,6 +176,16 @@ def test_resuming_with_other_models_is_refused(file, capsys):
     assert "does not fit the configured models" in capsys.readouterr().err
 
 
+def test_a_dry_run_refuses_a_file_as_folder(file, tmp_path, capsys):
+    for place, said in (
+        ("train.jsonl", "is a file, expected a folder"),
+        ("train.jsonl/run", "is a file, not a folder"),
+    ):
+        error = fails(capsys, "train", "--config", file(), "--dry-run", "--output_dir", str(tmp_path / place))
+        assert f"output_dir {str(tmp_path / place)!r} " in error
+        assert said in error
+
+
 def test_plan_needs_nothing_but_the_models_configuration(file, tmp_path, capsys):
     path = file()
     for name in ("train.jsonl", "eval.jsonl", "model/model.safetensors", "model/tokenizer.json"):
@@ -188,8 +198,9 @@ def test_plan_needs_nothing_but_the_models_configuration(file, tmp_path, capsys)
     assert "does not fit" in out
     assert "24 GiB" in out
     assert "fits, " in out
-    assert "--memory is 'much'" in fails(capsys, "plan", "--config", path, "--memory", "much")
-    assert "ranks is 0" in fails(capsys, "plan", "--config", path, "--ranks", "0")
+    for memory in ("much", "nan", "24,-1", "0", "inf", ""):
+        assert f"--memory is {memory!r}" in fails(capsys, "plan", "--config", path, f"--memory={memory}")
+    assert "--ranks is 0, expected at least 1" in fails(capsys, "plan", "--config", path, "--ranks", "0")
     assert "cannot load" in fails(capsys, "plan", "--config", path, "--policy.model", str(tmp_path / "nowhere"))
 
 

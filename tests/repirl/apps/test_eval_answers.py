@@ -166,7 +166,7 @@ def test_given_responses_are_judged(tmp_path, data, capsys):
     assert [row["sample"] for row in kept] == [None, 0, 1, 0, 1, 2, 3]
     assert kept[2]["reason"] == "differs: 11 vs 12"
     assert main(command) == 2
-    assert "exists: choose another file" in capsys.readouterr().err
+    assert "holds 'responses.jsonl' already: choose another folder" in capsys.readouterr().err
 
 
 def test_what_could_not_be_judged_is_told(tmp_path, data, capsys):

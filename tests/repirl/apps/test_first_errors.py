@@ -104,8 +104,10 @@ def test_what_cannot_be_judged_is_refused(tmp_path, tokens, chances, capsys):
     assert "step scores of this PRM are no probabilities" in refused(prm=tokens)
     assert "give one of them" in refused("--threshold", "0.5", "--calibrate", data)
     assert "--threshold is nan" in refused("--threshold", "nan")
-    assert "exists: choose another file" in refused("--output", data)
-    assert "names" in refused("--input", data, data)
+    assert "is an input, which would be lost" in refused("--output", data)
+    assert "is an input, which would be lost" in refused("--calibrate", "b.jsonl", "--output", data)
+    for other in (data, f"{tmp_path}/../{tmp_path.name}/a.jsonl"):
+        assert f"--input names {other!r} twice" in refused("--input", data, other)
     assert "has no column 'question' (--prompt-column)" in refused("--prompt-column", "question")
     one_kind = write(tmp_path / "b.jsonl", [-1] * 4)
     assert "b.jsonl: a threshold needs solutions with and without an error, there are 0 and 4" in refused(

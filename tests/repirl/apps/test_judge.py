@@ -61,7 +61,7 @@ def test_rows_are_kept_and_get_verdict_and_reason(tmp_path, write, capsys):
     assert printed.index("equal ") < printed.index("differs ")
     assert [output.name] == [file.name for file in output.parent.iterdir()]
     assert main(arguments) == 2
-    assert "exists: choose another file" in capsys.readouterr().err
+    assert "exists already: choose another file" in capsys.readouterr().err
 
 
 def test_a_function_of_the_users_judges_within_its_limits(tmp_path, write, function, capsys):

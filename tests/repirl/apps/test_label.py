@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_config, tiny_values
 
-from repirl.apps.label import OutputFile, label, summary
+from repirl.apps.label import Labels, label, summary
 from repirl.cli import main
 from repirl.config import ConfigError, RunError
 from repirl.configfile import build_config, merge
@@ -174,21 +174,21 @@ def test_a_killed_run_goes_on_to_the_same_file(tmp_path, monkeypatch, method):
         assert counts.steps >= 10
         assert all(len(row["labels"]) == len(row["completions"]) for row in lines(path))
 
-    write, done = OutputFile.write, []
+    write, done = Labels.write, []
 
     def dying(self, num_prompts, rows):
         write(self, num_prompts, rows)
         done.append(num_prompts)
         if len(done) == 2:
-            with open(self.path, "ab") as file:
+            with open(self.file.path, "ab") as file:
                 file.write(b'{"prompt": "half a li')
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(OutputFile, "write", dying)
+    monkeypatch.setattr(Labels, "write", dying)
     with pytest.raises(KeyboardInterrupt):
         label(config)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"made.jsonl' holds labels of 4 of 5 prompts; go on with it by --resume"):
+    with pytest.raises(ConfigError, match=r"made.jsonl' holds 4 of 5 prompts; go on with it by --resume"):
         label(config)
     again, other = label(config, resume=True)
     assert other.read_bytes() == path.read_bytes()
@@ -245,7 +245,7 @@ def test_what_cannot_be_used_is_refused(tmp_path):
     refused(r"was made with seed 0, now it is 1", merge(one, {"seed": 1}), resume=True)
     refused(r"was made with label.samples 2, now it is 3", merge(one, {"label": {"samples": 3}}), resume=True)
     (tmp_path / "made.jsonl").write_text("")
-    refused("is shorter than it was", one, resume=True)
+    refused("is shorter than `repirl label` left it", one, resume=True)
 
 
 def test_a_call_that_was_killed_at_once_leaves_nothing_in_the_way(tmp_path, monkeypatch):

@@ -21,11 +21,19 @@ def test_a_file_has_its_name_when_it_is_complete(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert "é" in lines[0]
     assert list(map(json.loads, lines)) == [rows[0], {"day": "2020-01-02"}]
-    with pytest.raises(ConfigError, match=r"a\.jsonl' exists: choose another file, or remove it"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl' exists already: choose another file$"):
         LinesFile(path)
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
+def test_what_cannot_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"--output .*a\.jsonl' cannot be written: (File exists|Not a directory)"):
+    with pytest.raises(ConfigError, match=r"--output .*a\.jsonl' cannot be written: .*file' is a file, not a folder"):
         LinesFile(tmp_path / "file" / "a.jsonl")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    file = LinesFile(tmp_path / "a.jsonl")
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(RunError, match=r"--output .*a\.jsonl' cannot be written: No space left on device"):
+        file.write([{}])

@@ -1,11 +1,14 @@
 """Files that are written part by part: what a kill leaves is cut off, and what is not theirs is not touched."""
 
 import json
+import re
+import signal
 
 import pytest
 
 from repirl.apps.output import ResumableOutput
 from repirl.config import ConfigError, RunError
+from repirl.interrupt import Interrupted
 
 
 def test_what_a_kill_left_is_cut_off(tmp_path):
@@ -36,7 +39,7 @@ def test_files_that_were_changed_or_made_otherwise_are_refused(tmp_path):
         file.begin({"way": 2}, 3)
     assert path.read_bytes() == before
     path.write_text("")
-    with pytest.raises(ConfigError, match="is shorter than it was"):
+    with pytest.raises(ConfigError, match="is shorter than `it` left it"):
         ResumableOutput(path, "it", resume=True)
 
 
@@ -51,6 +54,19 @@ def test_nothing_stays_where_nothing_was_begun(tmp_path):
     with ResumableOutput(path, "it", resume=False) as file:
         file.begin({"way": 2}, 3)
         assert file.num_rows == 0
+
+
+def test_an_interruption_says_what_is_there(tmp_path):
+    path = tmp_path / "out.jsonl"
+    told = f"SIGINT: stopped; 4 of 6 prompts are in {str(path)!r}, go on with it by --resume"
+    for rows, said in ((0, "SIGINT: stopped; nothing was saved"), (4, told)):
+        with (  # noqa: PT012 (what is written before is what it is about)
+            pytest.raises(Interrupted, match=re.escape(said)),
+            ResumableOutput(path, "it", resume=False, unit="prompts") as file,
+        ):
+            file.begin({"way": 1}, 6)
+            file.write(["1"] * bool(rows), {}, rows)
+            raise Interrupted(signal.SIGINT)
 
 
 def test_places_that_cannot_be_written_are_told(tmp_path, monkeypatch):

@@ -178,8 +178,21 @@ def test_mistakes_are_named(tmp_path, capsys):
 def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys):
     folder = make_run(tmp_path / "a")
     (tmp_path / "file").write_text("")
-    assert main(["report", "--run", str(folder), "--output", str(tmp_path / "file" / "page.html")]) == 1
+    assert main(["report", "--run", str(folder), "--output", str(tmp_path / "file" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    for output, said in (("folder", "is a folder, expected the name of a file"), ("p.md", "would hold an HTML page")):
+        assert main(["report", "--run", str(folder), "--output", str(tmp_path / output)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_page_of_several_runs_replaces_no_runs_own(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    own = report(runs[:1]).read_bytes()
+    with pytest.raises(ConfigError, match="a page of 2 runs is none of these runs' own"):
+        report(runs)
+    assert report(runs, tmp_path / "pages" / "both.html").exists()
+    assert (runs[0] / "report.html").read_bytes() == own
 
 
 def test_runs_are_called_by_what_tells_them_apart(tmp_path):

@@ -6,12 +6,12 @@ from itertools import combinations
 from statistics import fmean, stdev
 
 import pytest
-from tiny import make_step_prm
+from tiny import make_model, make_step_prm
 
 from repirl.apps.rerank import METHODS, RerankOptions, rerank
 from repirl.cli import main
 from repirl.config import ConfigError
-from repirl.prm import load_prm
+from repirl.prm import PRMDescription, load_prm
 
 # Of each prompt: (response, score), the right answer is 1.
 SAMPLES = {
@@ -95,7 +95,7 @@ def test_the_command_prints_a_table(tmp_path, write, capsys):
         assert text in printed
     assert "1 of 13 responses mark no final answer, and do not vote" in printed
     assert main(arguments) == 2
-    assert "exists: choose another file" in capsys.readouterr().err
+    assert "exists already: choose another file" in capsys.readouterr().err
 
 
 def test_without_answers_it_says_what_it_chooses(write, capsys):
@@ -133,7 +133,8 @@ def test_a_prm_scores_what_has_no_score(tmp_path, write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": None}, "line 2: there is no 'score', but other rows have one"),
+        ({"score": None}, "line 2: 'score' is null, but other rows have one"),
+        ({"score": True}, "line 2: 'score' is True, expected a number: a verdict is no score"),
         ({"score": float("nan")}, "line 2: 'score' is nan, expected a finite number"),
         ({"score": "high"}, "line 2: 'score' is 'high', expected a number"),
         ({"response": 3}, "line 2: 'response' holds 3, expected text"),
@@ -160,12 +161,37 @@ def test_lists_that_do_not_fit_are_named(write):
 def test_options_are_checked(write, capsys):
     path = str(write(without_score(single_rows())))
     for options, message in (
-        ([], "has no column 'score': give --prm DIR, or name the column by --score-column"),
+        ([], "'score' is no column of "),
+        ([], ": give --prm DIR, or name another column by --score-column"),
         (["--temperature", "0"], "--temperature is 0.0, expected a number above 0"),
         (["--subsets", "0"], "--subsets is 0, expected at least 1"),
         (["--tokens", "0"], "--tokens is 0"),
     ):
         assert main(["rerank", "--input", path, *options]) == 2
         assert message in capsys.readouterr().err
+    nulls = [row | {"score": None} for row in single_rows()]
+    with pytest.raises(ConfigError, match=r"'score' is null in all rows of .*: give --prm DIR"):
+        rerank(write(nulls))
+    with pytest.raises(ConfigError, match="--aggregate min makes scores of steps' scores, but the rows have a 'score'"):
+        rerank(write(single_rows()), options=RerankOptions(aggregate="min"))
+    missing = [nulls[0], *list(single_rows())[1:]]
+    del missing[0]["score"]
+    with pytest.raises(ConfigError, match="line 1: there is no 'score', but other rows have one"):
+        rerank(write(missing))
     with pytest.raises(ConfigError, match="--aggregate is 'sum', expected one of mean, min, last, prod"):
         RerankOptions(aggregate="sum")
+
+
+def test_verdicts_may_be_true_and_false(write):
+    right = ("#### 1", "#### 1.0", r"\boxed{1}")
+    rows = [row | {"verdict": row["response"] in right} for row in single_rows()]
+    assert rerank(write(rows))["results"] == rerank(write(single_rows()))["results"]
+
+
+def test_a_product_of_rewards_is_refused(tmp_path, write):
+    path = make_model(tmp_path / "prm")
+    content = json.loads((path / "config.json").read_text())
+    described = PRMDescription(reward="logprob").model_dump(mode="json")
+    (path / "config.json").write_text(json.dumps(content | {"repirl": described}))
+    with pytest.raises(ConfigError, match="--aggregate prod multiplies chances, and the step scores of this PRM are"):
+        rerank(write(without_score(single_rows())), prm=path, options=RerankOptions(aggregate="prod"))

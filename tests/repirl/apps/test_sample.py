@@ -12,6 +12,7 @@ from repirl.apps.sample import sample
 from repirl.cli import main
 from repirl.config import ConfigError
 from repirl.configfile import build_config, merge
+from repirl.rollout.sampler import Sampler
 from repirl.run import build
 
 
@@ -36,7 +37,7 @@ def test_what_is_sampled_is_read_back_and_is_the_policys(tmp_path, capsys):
     end = AutoTokenizer.from_pretrained(tmp_path / "model").eos_token_id
     assert all(row["finished"] == (row["response_ids"][-1] == end) for row in rows)
     assert {row["finished"] for row in rows} == {True, False}
-    assert [path.name] == [file.name for file in path.parent.iterdir()]
+    assert {path.name, f"{path.name}.meta.json"} == {file.name for file in path.parent.iterdir()}
 
     run = build(build_config(tiny_values(tmp_path, **changes)))
     batch = run.next_trajectories()
@@ -69,6 +70,33 @@ def test_sampling_repeats_and_does_not_depend_on_the_batch(tmp_path):
         assert one["logprobs"] == pytest.approx(two["logprobs"], abs=1e-4)
 
 
+def test_a_killed_call_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, rollout={"prompts_per_step": 2, "samples_per_prompt": 2})
+    counts = sample(config, tmp_path / "whole.jsonl", num_prompts=5)
+    whole, ask, calls = (tmp_path / "whole.jsonl").read_bytes(), Sampler.ask, []
+
+    def dying(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Sampler, "ask", dying)
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sample(config, path, num_prompts=5)
+    assert len(rows_of(path)) == 4
+    with pytest.raises(ConfigError, match=r"holds 2 of 5 prompts; go on with it by --resume"):
+        sample(config, path, num_prompts=5)
+    with pytest.raises(ConfigError, match=r"was made with data.train '5 prompts.*now it is '6 prompts"):
+        sample(config, path, num_prompts=6, resume=True)
+    assert sample(config, path, num_prompts=5, resume=True) == counts
+    assert path.read_bytes() == whole
+    # Nothing is left to do.
+    assert sample(config, path, num_prompts=5, resume=True) == counts
+    assert len(calls) == 4
+
+
 def test_without_answers_there_are_no_outcomes(tmp_path):
     changes = {"loss": {"outcome_coefficient": 0.0}, "irl": {"use_outcome": False}}
     config = tiny_config(tmp_path, data={"answer_column": None, "eval": None}, **changes)
@@ -79,8 +107,12 @@ def test_without_answers_there_are_no_outcomes(tmp_path):
 def test_what_cannot_be_sampled_is_refused(tmp_path):
     config = tiny_config(tmp_path)
     (tmp_path / "a.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match=r"--output .*a.jsonl' exists: choose another file"):
-        sample(config, tmp_path / "a.jsonl")
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=r"a.jsonl' exists, and .* does not say that `repirl sample` made it"):
+            sample(config, tmp_path / "a.jsonl", resume=resume)
+    assert (tmp_path / "a.jsonl").read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"train.jsonl' is an input, which would be lost"):
+        sample(config, tmp_path / "train.jsonl")
     no_prompts = tiny_config(tmp_path, objective="dpo", data={"train": None})
     with pytest.raises(ConfigError, match=r"set data\.train"):
         sample(no_prompts, tmp_path / "b.jsonl")

@@ -111,6 +111,7 @@ def test_the_command_prints_a_table_and_does_without_a_prm(tmp_path, capsys):
     [
         (None, {}, "is not a folder; expected the output_dir of a run"),
         ([], {}, "has no rows: runs that sample keep it, unless log.history is false"),
+        ([row(1, 0, reward=True), row(2, 0, length="x")], {}, "has no row that can be read"),
         ([row(1, 0, correct=None), row(2, 0, correct=None)], {}, "no response of the run .* was verified"),
         ([row(1, 0)], {}, "has one turn so far: nothing is solved later"),
         ([row(1, 0), row(3, 0)], {"turns": [3]}, "--turns has 3, expected 1 to 2: the run in .* has 3 turns"),
@@ -126,8 +127,14 @@ def test_what_it_cannot_be_asked_of(tmp_path, rows, options, message):
         signal(folder, **options)
 
 
+def test_a_turn_that_is_named_twice_is_shown_once(tmp_path):
+    rows = [row(1, 0), row(2, 0), row(3, 0)]
+    result = signal(run_of(tmp_path, rows), turns=[2, 1, 2])
+    assert [line["turn"] for line in result["results"]] == [2, 1]
+
+
 def test_an_output_that_exists_stays(tmp_path):
     (tmp_path / "signal.json").write_text("mine")
-    with pytest.raises(ConfigError, match="exists: choose another file"):
+    with pytest.raises(ConfigError, match="exists already: choose another file"):
         signal(run_of(tmp_path, [row(1, 0), row(2, 0)]), tmp_path / "signal.json")
     assert (tmp_path / "signal.json").read_text() == "mine"

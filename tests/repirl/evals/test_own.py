@@ -60,6 +60,6 @@ def test_the_command_writes_and_refuses(tmp_path, capsys):
     assert main(["processbench", path, "--num", "4", "--seed", "1"]) == 0
     assert "4 rows in the format of processbench" in capsys.readouterr().out
     assert main(["processbench", path]) == 2
-    assert "exists: choose another file" in capsys.readouterr().err
+    assert "exists already: choose another file" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--num is 0, expected at least 1"):
         write_gsm8k(tmp_path / "b.jsonl", num=0)
