@@ -14,8 +14,9 @@ of this file in PYTHONPATH, and a PRM served as prm_service.py says:
         +prm.url=http://127.0.0.1:8000 +prm.path=$PWD/out/prm +prm.coefficient=1.0
 
 Each hook was run on a CPU by verl's own code (its fused head, its table of policy losses, its loading and its call of a
-reward manager); the command as a whole needs GPUs and was not run. verl wants an older transformers than repirl's trainer, so the
-PRM is not loaded here but asked for. verl's rollouts have one reward each: the PRM's mean over the response's tokens.
+reward manager); the command as a whole needs GPUs and was not run. verl wants an older transformers than repirl's
+trainer, so the PRM is not loaded here but asked for. verl's rollouts have one reward each: the PRM's mean over the
+response's tokens.
 """
 
 from concurrent.futures import ThreadPoolExecutor
