@@ -5,19 +5,22 @@
 #
 # The container works in /work, which is also its home: models of the hub are kept in /work/.cache.
 
-# Debian keeps no old versions of packages, so none is asked for by its version.
-FROM python:3.12-slim-bookworm AS build
+FROM python:3.12-slim-bookworm AS base
+# The compiler is for the C++ kernels, and for torch.compile (policy.compile) later on. Debian keeps no old versions, so
+# none is asked for.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
+
+FROM base AS build
 WORKDIR /source
 COPY . .
 # A wheel without the C++ kernels works, slower: here it ends the build.
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && ! ls /wheels/*without_cpp_kernels*
 
-FROM python:3.12-slim-bookworm
+FROM base
 # PyTorch's own index has the build for CPUs; that of PyPI brings CUDA. Before repirl, so that a change of repirl does not
 # ask for it again.
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"

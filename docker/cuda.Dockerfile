@@ -4,28 +4,27 @@
 #     docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/work" repirl:cuda \
 #         train --config my.yaml
 #
-# The host gives its driver (NVIDIA Container Toolkit); CUDA's libraries come with PyTorch. `--ipc host` is for NCCL's
-# shared memory, where several GPUs train: --entrypoint torchrun ... -m repirl.cli train. The container works in /work,
-# which is also its home: models of the hub and compiled Triton kernels are kept in /work/.cache and /work/.triton.
+# On several GPUs: --entrypoint torchrun ... repirl:cuda --nproc-per-node 8 -m repirl.cli train --config my.yaml, where
+# --ipc host is for the shared memory of NCCL. The host gives its driver (NVIDIA Container Toolkit); CUDA's libraries come
+# with PyTorch. The container works in /work, which is also its home: models of the hub and compiled Triton kernels are
+# kept in /work/.cache and /work/.triton.
 
-# Debian keeps no old versions of packages, so none is asked for by its version.
-FROM python:3.12-slim-bookworm AS build
+FROM python:3.12-slim-bookworm AS base
+# The compiler is for the C++ kernels; later on Triton compiles a C file for each kernel that it starts, and torch.compile
+# (policy.compile) C++. Debian keeps no old versions, so none is asked for.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
+
+FROM base AS build
 WORKDIR /source
 COPY . .
 # A wheel without the C++ kernels works, slower on CPUs: here it ends the build.
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && ! ls /wheels/*without_cpp_kernels*
 
-FROM python:3.12-slim-bookworm
-# Triton compiles a C file for each kernel that it starts.
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+FROM base
 # Before repirl, so that a change of repirl does not ask for PyTorch and CUDA again.
 RUN pip install --no-cache-dir "torch>=2.11,<2.14"
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
