@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench.sandbox import ATTACKERS
 from repirl.apps.judge import judge, verifier_config
 from repirl.cli import main
 from repirl.config import ConfigError, RunError
@@ -91,6 +92,18 @@ def test_programs_are_run_on_the_tests_of_their_rows(tmp_path, write, capsys):
     reasons = ["passed", "wrong answer: test 2 of 2: 4 instead of 9", "no code found"]
     assert [row["reason"] for row in rows_of(output)] == reasons
     assert "3 responses, 33.3% right" in capsys.readouterr().out
+
+
+def test_programs_that_attack_are_wrong_and_change_no_verdict_of_others(tmp_path, write):
+    tests = [{"input": "3\n", "output": "6\n"}]
+    programs = [program for attacker in ATTACKERS for program in (attacker, "print(int(input()) * 2)")]
+    rows = write(*({"response": f"```python\n{program}\n```", "tests": tests} for program in programs))
+    output = tmp_path / "out.jsonl"
+    arguments = ["--answer-column", "tests", "--output", str(output), "--timeout", "60", "--processes", "2"]
+    assert main(["judge", "--verifier", "code", "--input", rows, *arguments]) == 0
+    assert [row["verdict"] for row in rows_of(output)] == [0, 1] * len(ATTACKERS)
+    kinds = {row["reason"].partition(":")[0] for row in rows_of(output)}
+    assert kinds <= {"passed", "crashed", "out of memory", "too much output", "wrong answer", "timed out"}
 
 
 def test_counting_writes_nothing(tmp_path, write):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sandboxes import LIMITS, kinds, leftovers, processes
 
+from bench.sandbox import compare_mixed
 from repirl.config import ConfigError, RunError
 from repirl.verify import sandbox as module
 from repirl.verify.jail import limits as limiting
@@ -231,49 +232,11 @@ def test_several_threads(sandbox):
     assert time.monotonic() - began < 120
 
 
-# A program, and whether it is harmless.
-MIXED = [
-    ("print(int(input()) * 2)", True),
-    (
-        "import os\nopen('left', 'w').write('x')\nfor _ in range(30):\n    if os.fork() == 0:\n        os.setsid()",
-        False,
-    ),
-    ("n = int(input())\nprint(sum(range(n)))", True),
-    ("data = bytearray(1 << 30)", False),
-    ("import os\nprint(os.listdir(), input())", True),
-    ("import os, signal\nos.kill(-1, signal.SIGTERM)\nos.kill(os.getppid(), 9)", False),
-    ("print(1 / int(input()))", True),
-    ("while True:\n    print('x' * 999)", False),
-]
-
-
-def mixed(count, with_attackers):
-    """Programs in a fixed order, one in twenty an attacker, or the harmless ones of them alone."""
-    harmless = [source for source, is_harmless in MIXED if is_harmless]
-    attackers = [source for source, is_harmless in MIXED if not is_harmless]
-    for number in range(count):
-        if number % 20 != 7:
-            yield number, harmless[number % len(harmless)]
-        elif with_attackers:
-            yield number, attackers[number // 20 % len(attackers)]
-
-
-def verdicts(sandbox, count, with_attackers):
-    def judge(item):
-        number, source = item
-        execution = sandbox.run_program(source, f"{number % 5}\n")
-        return number, (execution.status, execution.exit_code, execution.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(judge, mixed(count, with_attackers)))
-
-
 def test_attackers_change_no_verdict_of_others(sandbox):
     count = int(os.environ.get("REPIRL_SANDBOX_PROGRAMS", "80"))
-    alone, together = verdicts(sandbox, count, False), verdicts(sandbox, count, True)
-    assert len(alone) == count * 19 // 20
-    assert {number: together[number] for number in alone} == alone
-    assert all(together[number][0] != "ok" or not together[number][2] for number in together if number not in alone)
+    harmless, attackers, differing, passing = compare_mixed(sandbox, 2, count)
+    assert (harmless, attackers) == (count * 19 // 20, count // 20)
+    assert (differing, passing) == ([], [])
 
 
 def test_nothing_leaks(sandbox):
@@ -408,7 +371,7 @@ def test_system_without_a_sandbox(monkeypatch):
         assert "\n" not in other.missing
         assert other.run_program("print(1)").stdout == "1\n"
         limits = dataclasses.replace(LIMITS, wall_seconds=0.5)
-        source = "import os, time\nos.fork()\nos.setsid()\ntime.sleep(300)"
+        source = "import os, time\nif os.fork() == 0:\n    os.setsid()\ntime.sleep(300)"
         before = processes(other)
         assert other.run_program(source, limits=limits).status == "timeout"
         assert processes(other) == before
