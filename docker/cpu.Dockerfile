@@ -28,9 +28,9 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(echo /wheels/repirl-*.whl)[train]" \
     && python -c "from repirl_kernels.native import is_available; assert is_available()" \
     && repirl --version
-# Whoever runs it, also with --user, may write there.
+# Whoever runs it, also with --user, may write there, and has the name that PyTorch asks for.
 RUN mkdir --mode=1777 /work
-ENV HOME=/work
+ENV HOME=/work USER=repirl
 WORKDIR /work
 USER 1000
 ENTRYPOINT ["repirl"]
