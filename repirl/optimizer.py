@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,7 +96,7 @@ def scaled_rates(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[No
         set_rates(optimizer, before)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: list[float]) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]) -> None:
     """Set the learning rate of each group."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
