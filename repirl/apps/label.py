@@ -205,7 +205,6 @@ class Labels:
 
     def __init__(self, file: ResumableOutput | None, world: World) -> None:
         self.file, self.world = file, world
-        before: dict[str, Any]
         [before] = world.gather([] if file is None else [file.counts])
         self.counts = LabelCounts(**before)
 

@@ -45,7 +45,7 @@ class ResumableOutput:
     ) -> None:
         self.path, self.command, self.unit = check_file(path, LINES, inputs, replaces=True), command, unit
         self.meta = self.path.with_name(self.path.name + ".meta.json")
-        self.num_rows, self.counts = 0, dict[str, float]()
+        self.num_rows, self.counts = 0, dict[str, Any]()
         self._size, self._made_with, self._before = 0, dict[str, Any](), dict[str, Any]()
         self._file = self._open()
         try:

@@ -95,7 +95,6 @@ def sample(
         prompts = load_prompts(config.data, tokenizer, "train").prompts[:num_prompts]
         if file is not None:
             file.begin(_made_with(config, prompts, folder), len(prompts))
-        before: dict[str, Any]
         [before] = world.gather([] if file is None else [file.counts])
         counts = SampleCounts(**before)
         if counts.prompts < len(prompts):
