@@ -174,7 +174,7 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path, caplog):
     bad = [row(1) | {"length": 2}, row(1) | {"kind": "x"}, {"step": 1}, row(1) | {"token_rewards": [1, 2]}]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [row(1), *bad]))
     assert read_samples(tmp_path) == [row(1)]
-    assert "lines 2, 3, 4, 5 are no records of a step" in caplog.text
+    assert "lines 2, 3, 4, 5 cannot be read as sampled responses" in caplog.text
     assert read_samples(tmp_path / "nothing") == []
 
 
