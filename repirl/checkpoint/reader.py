@@ -31,6 +31,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     }.items()
     for name in names.split()
 }
+# The name of the module in Python 3.13, whose checkpoints others read, too.
+_ALLOWED |= {("pathlib._local", name): value for (module, name), value in _ALLOWED.items() if module == "pathlib"}
 _ALLOWED |= {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 _ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 

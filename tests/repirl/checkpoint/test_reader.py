@@ -1,7 +1,9 @@
 """A checkpoint from somebody else runs no code when it is loaded."""
 
 import json
+import pathlib
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,24 @@ def test_the_index_runs_nothing(trained, tmp_path, kind, capsys):
         with pytest.raises(ConfigError, match="is no index of a checkpoint"):
             run.restore(path)
         assert not mark.exists()
+    finally:
+        rewrite(path, file, before)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_an_index_that_another_python_wrote_is_read(trained, monkeypatch, module):
+    """In Python 3.13 the classes of paths are in a module of another name."""
+    path = resolve_checkpoint(trained.output_dir)
+    file = path / "policy" / "tensors" / ".metadata"
+    index = pickle.loads(file.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, pathlib)
+        patch.setattr(pathlib.PosixPath, "__module__", module)
+        content = pickle.dumps(index)
+    assert module.encode() in content
+    before = rewrite(path, file, content)
+    try:
+        build(trained).restore(path)
     finally:
         rewrite(path, file, before)
 
