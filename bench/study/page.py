@@ -13,7 +13,8 @@ from repirl.verify.code import KINDS
 
 PROGRAMS = (
     "Programs are run on six tests each, in a sandbox, two programs at a time. What is wrong with those that do not "
-    "pass is counted for the held-out problems at the end."
+    "pass is counted for the held-out problems at the end. How many are judged a second depends on what else the "
+    "machine does: `python -m bench.sandbox` measures that."
 )
 
 # By task, arm and seed.
