@@ -23,6 +23,7 @@ from repirl.adapters import belongs, has_value_head, is_shared, merged_weights, 
 from repirl.batch import PackedBatch, to_device
 from repirl.config import ConfigError, RunError
 from repirl.distributed.offload import Residency
+from repirl.distributed.precision import recompute_with_casts
 from repirl.distributed.shard import find_nonfinite, gathered, reshard, whole
 from repirl.distributed.world import World
 from repirl.fused import PackedCausalLM, forward_flops, layout_for, ordinary_attention
@@ -382,3 +383,4 @@ def enable_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> No
         enable({"use_reentrant": False}, **options)
     except TypeError as error:
         raise ConfigError("activation_offload needs a newer transformers than the one installed here") from error
+    recompute_with_casts(model)

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from repirl.config import ConfigError, first_line
+from repirl.distributed.precision import compute_in
 from repirl.distributed.shard import find_nonfinite
 from repirl.fused import fuse
 from repirl.model_checks import check_loaded, check_shapes, refuse_nonfinite
@@ -80,10 +81,12 @@ def load_model(
     kind: str,
     dtype: torch.dtype,
     device: torch.device,
+    compute_dtype: torch.dtype | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
     """Load and fuse. kind: "causal" (a head over the vocabulary), "value" (a one-output head, which starts at 0 where
     the files hold none, so every reward is 0 at first) or "trained value" (such a head, which has to be there).
+    compute_dtype: of products and activations; None: that of the parameters.
 
     ConfigError where the name leads to no model, or its files do not hold all of it.
     """
@@ -118,7 +121,9 @@ def load_model(
     # Rotary frequencies are buffers that `.to(bfloat16)` would round, hence dtype= above and only a device here.
     model = fuse(model.to(device))
     refuse_nonfinite(name, find_nonfinite(model.named_parameters()), tensors)
-    check_packed(model, name, device, dtype)
+    if compute_dtype not in (None, dtype):
+        compute_in(model, compute_dtype)
+    check_packed(model, name, device, compute_dtype or dtype)
     return model
 
 

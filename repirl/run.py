@@ -29,6 +29,7 @@ from repirl.data.prompts import PromptSet, load_prompts
 from repirl.defaults import set_defaults, this_machine
 from repirl.distributed.load import load_sharded_model
 from repirl.distributed.offload import Residency
+from repirl.distributed.precision import keep_in
 from repirl.distributed.world import World, join_world, own_rank, pick_device
 from repirl.gate import Gate
 from repirl.interrupt import Interrupted
@@ -263,7 +264,7 @@ class _Builder:
         options: dict[str, Any] = {"kind": kind, "dtype": dtype, "gguf_file": gguf_file}
         try:
             if world.mesh is None:
-                model = load_model(model_name, device=world.device, **options)
+                model = load_model(model_name, device=world.device, compute_dtype=self.compute_dtype, **options)
                 if prepare is not None:
                     prepare(model)
             else:
@@ -279,6 +280,8 @@ class _Builder:
             raise ConfigError(f"the {LABELS.get(name, name)} cannot start: {error}") from error
         fit_window(model, model_name, config.longest_sequence)
         share = break_ties(model, world) if self.compute_dtype == torch.bfloat16 else 0.0
+        if world.mesh is None and dtype != self.compute_dtype and self._section(name) is None:
+            keep_in(model, self.compute_dtype)
         # The reference is the policy's start.
         if share and name != "reference" and world.is_main:
             print(

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from repirl.distributed.precision import cast_once, find_units
+
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, cpu_offload: bool = False) -> None:
-    """Shard a fused model in place, in units that are gathered one at a time.
-
-    Each decoder layer is a unit, embeddings and head are one each unless they are tied, and one unit is the rest.
+    """Shard a fused model in place, in units (`precision.find_units`) that are gathered one at a time.
 
     Args:
         model: the model; its parameters may still be on the device `meta`.
@@ -29,15 +29,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, compute_dtype: torch.dtype, 
     # By default FSDP casts floating-point inputs of a unit to param_dtype, which would round them.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy()
-    layer_names = set(getattr(model, "_no_split_modules", None) or ())
-    units: list[nn.Module] = [m for m in model.modules() if type(m).__name__ in layer_names]
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # Tied weights are one parameter of two modules, so it must belong to the unit that contains both, the root.
-    if head is not None and head.weight is not embeddings.weight:
-        units += [embeddings, head]
     # Record the dtype as a plain attribute; other code reads `model.compute_dtype`.
     model.__dict__["compute_dtype"] = compute_dtype
-    for unit in [*units, model]:
+    for unit in find_units(model):
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload)
 
 
@@ -58,13 +52,17 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """A context in which every process has the whole model, and can run forward passes without the others."""
+    """A context in which every process has the whole model, and can run forward passes without the others.
+
+    No gradients are computed inside.
+    """
     sharded = units(model)
     for unit in sharded:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
-        yield
+        with cast_once(model):
+            yield
     finally:
         for unit in sharded:
             # The root is not resharded between forward and backward: backward needs it first.

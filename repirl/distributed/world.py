@@ -110,11 +110,9 @@ def join_world(config: Config) -> World:
                 "most one process a GPU (torchrun --nproc-per-node), or set device: cpu"
             )
         torch.cuda.set_device(device)
-    # A single process shards its weights, too, if the options need a sharded model: to compute in another dtype than
-    # that of the parameters, or to keep parameters in host memory. (With adapters, another dtype needs no sharding.)
+    # A single process shards its weights, too, if they are kept in host memory, from which FSDP2 fetches them.
     alone = size == 1
-    same_type = config.computes_in == config.dtype or config.adapters is not None
-    if alone and same_type and not config.parallel.cpu_offload:
+    if alone and not config.parallel.cpu_offload:
         return World(device)
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     if not dist.is_initialized():

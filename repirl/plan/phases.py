@@ -59,6 +59,7 @@ class Planner:
         self.config, self.placement, self.base = config, placement, base
         self.by_name, self.sides = sides, list(sides.values())
         self.has_engine = config.system.online and config.rollout.engine == "vllm"
+        self._fetched = "cast weights" if placement.casts else "gathered weights"
 
     def phases(self) -> list[Phase]:
         """All phases, in the order of a turn; those that come only in some turns last."""
@@ -156,6 +157,9 @@ class Planner:
             rows = {f"{sides[0].label} weights": max(side.weights for side in sides) * copies}
         else:
             rows = {f"{side.label} weights": side.weights for side in sides}
+        if self.placement.casts and (frozen := [side for side in sides if side.section is None]):
+            # Until its weights are cast for good.
+            rows["cast weights"] = frozen[-1].weights * (self.placement.kept // self.placement.computed - 1)
         resident = {key: value for key, value in self._resident(None).items() if key in ("process", "base weights")}
         if self.placement.away:
             rows = {}
@@ -176,8 +180,8 @@ class Planner:
 
     def _gathering(self, side: Side) -> Rows:
         """Weights of a sharded model in a forward pass: the unit with the embeddings stays; while a layer is gathered,
-        the buffer of the one before it is still there."""
-        return {"gathered weights": 2 * side.root + 2 * side.layer}
+        the buffer of the one before it is still there. Cast weights have no buffers."""
+        return {self._fetched: (1 if self.placement.casts else 2) * (side.root + side.layer)}
 
     def _update(self, side: Side, sequences: tuple[Sequences, ...]) -> Phase:
         """Backward passes over the micro-batches, then the optimiser."""
@@ -204,11 +208,16 @@ class Planner:
         if not side.reads_values:
             # The gradient of hidden states in float32, then in their own type.
             head = side.head + self._head_bytes() + micro.responses * shape.hidden * (4 + computed)
-        return {
+        rows = {
             "gradients": gradients,
             "activations": saved,
             "head and embeddings": head,
             "temporary": backward_bytes(shape, micro, precision),
+        }
+        if self.placement.casts:
+            # Cast weights are there from forward to backward, but in layers that are computed again.
+            return rows | {"cast weights": side.root + side.layer * (1 if side.checkpointing else shape.num_layers)}
+        return rows | {
             # The next layer is fetched while one is computed.
             "gathered weights": side.root + 4 * side.layer,
             # A layer's gradients in the type of its weights, and in float32 those of it and of the layer before.
@@ -223,7 +232,11 @@ class Planner:
         # The gradient of the embeddings, and with tied ones that of the head, to be added to it.
         done = gradients - (0 if several else placement.kept * placement.local(embeddings))
         both = side.embeddings + (side.head if side.tied else 0)
-        moments = [{"gradients": done, "head and embeddings": both, "gathered weights": side.root}]
+        moments = [{"gradients": done, "head and embeddings": both, self._fetched: side.root}]
+        if placement.casts:
+            # That gradient in the type of the parameters, where there is one to add it to.
+            cast = placement.kept * math.prod(embeddings) if several else 0
+            moments.append({"gradients": gradients, "head and embeddings": side.embeddings, "cast gradients": cast})
         if placement.sharded:
             # That gradient whole and in float32, and where there is one to add it to, its sum over the processes.
             whole = 4 * math.prod(embeddings)
@@ -268,6 +281,8 @@ class Planner:
         if self.placement.sharded:
             # All units at once; a layer's also holds its adapters.
             gathered = size * shape.num_values + shape.num_layers * (policy.layer - size * shape.layer_values)
+        elif self.placement.casts and policy.section is not None:
+            gathered = size * shape.num_values
         one_layer = 2 * shape.key * size
         cache = one_layer * shape.num_layers
         tokens = prompts * prompt
@@ -288,7 +303,7 @@ class Planner:
             {"KV cache": cache * sequences * prompt, "temporary": one_layer * tokens + sampling},
             {"KV cache": cache * length, "temporary": last},
         ]
-        return [moment | {"gathered weights": gathered} for moment in moments]
+        return [moment | {self._fetched: gathered} for moment in moments]
 
     # vLLM in this process.
 

@@ -31,6 +31,8 @@ class Placement:
     computed: int
     # Models are gathered unit by unit to be computed with, also where one process holds all shards.
     sharded: bool
+    # Weights that are trained are cast unit by unit to be computed with (distributed/precision.py).
+    casts: bool
     # Parameters, gradients and moments stay in host memory.
     away: bool
 
@@ -57,15 +59,16 @@ def place(config: Config, ranks: int, device: str) -> Placement:
     replicate, on_gpu = config.parallel.replicate, device == "cuda"
     if ranks < 1 or ranks % replicate:
         raise ConfigError(f"ranks is {ranks}: expected a multiple of parallel.replicate, {replicate}")
-    # As in distributed/world.py: one process shards, too, where that is how it computes in another type.
-    other_type = config.computes_in != config.dtype and config.adapters is None
+    # As in distributed/world.py: one process shards, too, where weights stay in host memory.
+    sharded = ranks > 1 or config.parallel.cpu_offload
     return Placement(
         on_gpu=on_gpu,
         ranks=ranks,
         shards=ranks // replicate,
         kept=_itemsize(config.dtype),
         computed=_itemsize(config.computes_in),
-        sharded=ranks > 1 or other_type or config.parallel.cpu_offload,
+        sharded=sharded,
+        casts=not sharded and config.computes_in != config.dtype and config.adapters is None,
         away=config.parallel.cpu_offload and on_gpu,
     )
 
@@ -92,7 +95,7 @@ class Side:
     # Whole gradients of the input and of the output embeddings; 0 where these are frozen or not there.
     embeddings: int = 0
     head: int = 0
-    # What a sharded model gathers at a time: the unit with the embeddings, and one layer.
+    # What is gathered or cast at a time: the unit with the embeddings, and one layer.
     root: int = 0
     layer: int = 0
 
@@ -153,11 +156,14 @@ def _precision(
 def _full_side(config: Config, placement: Placement, name: str, shape: Shape) -> Side:
     """A model of its own, all of whose weights are trained, or none."""
     section, reads_values = config.trained_sections.get(name), config.reads_values(name)
-    kept, computed, sharded = placement.kept, placement.computed, placement.sharded
+    kept, computed, fetched = placement.kept, placement.computed, placement.sharded
+    if placement.casts:
+        # Frozen weights are kept as they are computed with.
+        kept, fetched = (computed, False) if section is None else (kept, True)
     weights = shape.weights(reads_values)
     local = kept * placement.local_weights(weights)
     embeddings = math.prod(shape.embeddings)
-    gradient = embeddings * (computed if sharded else kept) if section is not None else 0
+    gradient = embeddings * (computed if fetched else kept) if section is not None else 0
     return Side(
         name,
         section,
@@ -169,8 +175,8 @@ def _full_side(config: Config, placement: Placement, name: str, shape: Shape) ->
         moments=placement.moments(weights, section.optimizer.state_bits) if section is not None else 0,
         embeddings=gradient,
         head=0 if reads_values else gradient,
-        root=computed * embeddings if sharded else 0,
-        layer=computed * shape.layer_values if sharded else 0,
+        root=computed * embeddings if fetched else 0,
+        layer=computed * shape.layer_values if fetched else 0,
     )
 
 
