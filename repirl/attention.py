@@ -112,6 +112,8 @@ def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.repeat_interleave(count, 1), v.repeat_interleave(count, 1)
 
 
+# Its kernels are compiled already, and its groups differ from micro-batch to micro-batch (compiled.py).
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -45,6 +45,7 @@ class PolicyConfig(Section):
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
     )
+    compile: bool = Field(False, description="compile its layers by torch.compile, for scores and updates")
 
 
 class PRMConfig(Section):
@@ -69,6 +70,7 @@ class PRMConfig(Section):
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
     )
+    compile: bool = Field(False, description="compile its layers by torch.compile, for scores and updates")
 
 
 class CriticConfig(Section):
@@ -80,6 +82,7 @@ class CriticConfig(Section):
     activation_offload: bool = Field(
         False, description="with gradient_checkpointing on a GPU: what is kept of a layer waits in host memory"
     )
+    compile: bool = Field(False, description="compile its layers by torch.compile, for scores and updates")
 
 
 # The options of a learner that is trained.

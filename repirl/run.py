@@ -20,6 +20,7 @@ from repirl.checkpoint.identity import Resumption, choose_checkpoint, stored_con
 from repirl.checkpoint.load import load_checkpoint
 from repirl.checkpoint.manifest import list_checkpoints
 from repirl.checkpoint.save import Checkpointer
+from repirl.compiled import compile_layers
 from repirl.config import Config, ConfigError
 from repirl.configfile import describe, load_config
 from repirl.data import Data, Feed
@@ -295,6 +296,8 @@ class _Builder:
         section = self._section(name)
         if section is not None and section.gradient_checkpointing:
             enable_checkpointing(model, offload=section.activation_offload)
+        if section is not None and section.compile:
+            compile_layers(model, name)
         learner = Learner(
             model,
             section.optimizer if section is not None else None,

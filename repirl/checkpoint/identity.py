@@ -34,7 +34,7 @@ FREE = [
     *(
         f"{learner}.{option}"
         for learner in _LEARNERS
-        for option in ("gradient_checkpointing", "activation_offload", "optimizer.max_skipped_updates")
+        for option in ("gradient_checkpointing", "activation_offload", "compile", "optimizer.max_skipped_updates")
     ),
 ]
 # What leads to content that has a fingerprint. A path may change, the content may not.
