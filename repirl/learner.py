@@ -162,6 +162,7 @@ class Learner:
         if self.optimizer is None:
             return {}
         model = self.model_state()
+        self._activate(moments=True)
         never_stepped = not self.optimizer.state
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         if never_stepped:
@@ -178,6 +179,7 @@ class Learner:
         assert self.optimizer is not None
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.load_model_state(state["model"])
+        self._activate(moments=True)
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         for group, mine in zip(self.optimizer.param_groups, options, strict=True):
             group |= mine
@@ -194,10 +196,11 @@ class Learner:
         self.scheduler._last_lr = [float(base) * rule(count) for base, rule in rules]
         set_rates(self.optimizer, self.scheduler._last_lr)
 
-    def _activate(self) -> None:
-        """Bring this learner's tensors to the device if they were moved away, and switch on its adapter."""
+    def _activate(self, *, moments: bool = False) -> None:
+        """Bring this learner's weights, and where they are needed moments, to the device if they were moved away, and
+        switch on its adapter."""
         if self.residency is not None:
-            self.residency.use(self)
+            self.residency.use(self, moments=moments)
         if self.shares_model:
             select_adapter(self.model, self.adapter)
 
@@ -300,7 +303,7 @@ class Learner:
             TrainingError: `max_skipped_updates` updates in a row were skipped, or the weights are no longer finite.
         """
         assert self.optimizer is not None, "a frozen model cannot be updated"
-        self._activate()
+        self._activate(moments=True)
         # Sums stay on the device until the end, so that the host waits for it once.
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = defaultdict(int)

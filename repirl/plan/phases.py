@@ -86,7 +86,7 @@ class Planner:
             # One learner after the other, straight from its tensors; frozen ones are not saved.
             trained = [side for side in self.sides if side.section is not None]
             largest = max(trained, key=lambda side: side.weights + side.moments)
-            phases.append(self._phase("checkpoint", largest, []))
+            phases.append(self._phase("checkpoint", largest, [], steps=True))
         return phases
 
     def host(self) -> Rows:
@@ -115,14 +115,15 @@ class Planner:
 
     # What is there throughout a phase.
 
-    def _phase(self, name: str, active: Side | None, moments: Iterable[Rows]) -> Phase:
+    def _phase(self, name: str, active: Side | None, moments: Iterable[Rows], *, steps: bool = False) -> Phase:
         """A phase: what is there throughout it, and of the moments the one that needs most."""
-        rows = self._resident(active)
+        rows = self._resident(active, steps=steps)
         worst = max(moments, key=lambda moment: sum(moment.values()), default={})
         return Phase(name, _without_zeros(rows | worst))
 
-    def _resident(self, active: Side | None) -> Rows:
-        """What is there whatever is computed. active: the learner that works, where idle ones leave the device."""
+    def _resident(self, active: Side | None, *, steps: bool = False) -> Rows:
+        """What is there whatever is computed. active: the learner that works, where idle ones leave the device; steps:
+        whether its optimiser's state is needed, which otherwise stays away, too."""
         placement, config = self.placement, self.config
         rows: Rows = {}
         if not placement.on_gpu:
@@ -136,7 +137,8 @@ class Planner:
             if config.offload_idle and side is not active:
                 continue
             rows[f"{side.label} weights"] = side.weights
-            rows[f"{side.label} moments"] = side.moments
+            if steps or not config.offload_idle:
+                rows[f"{side.label} moments"] = side.moments
         if config.checkpoint.every and config.checkpoint.asynchronous and not placement.on_gpu:
             rows["checkpoint copy"] = self._checkpoint_copy()
         if self.has_engine and not placement.on_gpu:
@@ -192,7 +194,7 @@ class Planner:
         moments += self._last_gradients(side, gradients, several=len(micros) > 1)
         # AdamW, fused or with 8 bits, holds nothing beside its state while it steps.
         moments.append({"gradients": gradients})
-        return self._phase(side.name, side, moments)
+        return self._phase(side.name, side, moments, steps=True)
 
     def _backward(self, side: Side, micro: Micro, gradients: int) -> Rows:
         """A backward pass at its start. gradients: of the micro-batches before."""
