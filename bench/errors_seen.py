@@ -1,11 +1,14 @@
 """Which wrong steps a `value` PRM sees that learned alone: those that its policy makes, or any.
 
-    python -m bench.errors_seen                          12 and 40 turns, 3 seeds
+    python -m bench.errors_seen                          the start, and PRMs after 12 and 40 turns, 3 seeds
     python -m bench.errors_seen --turns 12 --seeds 5
+    python -m bench.errors_seen --seeds 0                the page, from the results that are there
 
 The start model of `repirl demo` loses a ten at steps that carry or borrow. The PRM learns from expert solutions and
 this policy's responses (the arm `value` of bench.prm_alone), and is then judged on solutions that neither has seen,
-with three kinds of first wrong steps: lost tens, and results that are off by 1 or 2, or by 10 (`planted_error`).
+with three kinds of first wrong steps: lost tens, and results that are off by 1 or 2, or by 10 (`planted_error`). Linear
+probes (bench.error_probe) say what a head could read off each layer. What is in the output is not computed again, and
+the sentences below the tables are kept there (`notes`).
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.figures import machine, spread
+from bench.error_probe import probe
+from bench.figures import machine, save, spread
 from bench.prm_alone import arm_config
 from bench.study.runner import prepare
 from repirl.apps.demo import STEP_SEPARATOR, score_solutions
@@ -27,12 +32,14 @@ from repirl.apps.localize import auroc
 from repirl.data.tasks.arithmetic import Solution, expert_solution, planted_error, problems, run, sloppy_solution
 from repirl.export import export_checkpoint
 from repirl.loop import train
-from repirl.prm import PRM, load_prm
+from repirl.prm import PRM, PRMDescription, load_prm
 
 NUM_PROBLEMS = 400
 # Fewest and most steps of a problem, as in the start.
 NUM_STEPS = (4, 5)
 KINDS = ("lost tens", "off by 1 or 2", "off by 10")
+# What probes are told: only the errors that the policy makes, or all.
+TAUGHT = {"lost tens": ["lost tens"], "all kinds": [*KINDS]}
 
 
 def wrong_solutions(seed: int, count: int = NUM_PROBLEMS) -> dict[str, list[Solution]]:
@@ -69,48 +76,98 @@ def judge(prm: PRM, solutions: dict[str, list[Solution]]) -> dict[str, float]:
 
 
 def run_cell(folder: Path, seed: int, turns: int) -> dict[str, Any]:
-    """Train for some turns, and judge the PRM."""
+    """Train for some turns, and judge the PRM and its states; for 0 turns the start, by its log-probabilities."""
     prepare(folder, "plain", seed)
-    output_dir = folder / "runs" / f"errors-{turns}-{seed}"
-    changes = {"steps": turns, "output_dir": str(output_dir)}
     config = arm_config(folder, "value", seed)
-    config = config.model_copy(update=changes | {"checkpoint": config.checkpoint.model_copy(update={"every": turns})})
-    train(config)
-    export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
-    prm = load_prm(output_dir / "export" / "prm", device="cpu")
-    return {"seed": seed, "turns": turns, "auroc": judge(prm, wrong_solutions(seed))}
+    model, description = Path(config.policy.model), None
+    if turns:
+        output_dir = folder / "runs" / f"errors-{turns}-{seed}"
+        changes = {"steps": turns, "output_dir": str(output_dir)}
+        checkpoint = config.checkpoint.model_copy(update={"every": turns})
+        shutil.rmtree(output_dir, ignore_errors=True)
+        train(config.model_copy(update=changes | {"checkpoint": checkpoint}))
+        export_checkpoint(output_dir, output_dir / "export", step_separator=STEP_SEPARATOR)
+        model = output_dir / "export" / "prm"
+    else:
+        description = PRMDescription(reward="logprob")
+    solutions = wrong_solutions(seed)
+    judged = judge(load_prm(model, device="cpu", description=description), solutions)
+    probes = probe(model, {kind: solutions[kind] for kind in KINDS}, TAUGHT)
+    return {"seed": seed, "turns": turns, "auroc": judged, "probe": probes}
+
+
+def label(turns: int) -> str:
+    """What is judged."""
+    return f"PRM after {turns} turns" if turns else "start"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown, a row for each number of turns."""
-    lines = [f"| turns | seeds | {' | '.join(KINDS)} |", "|---|---|---|---|---|"]
+    lines = [f"| reward | seeds | {' | '.join(KINDS)} |", "|---|---|---|---|---|"]
     for turns in sorted({result["turns"] for result in results}):
         mine = [result for result in results if result["turns"] == turns]
         cells = [spread([result["auroc"][kind] for result in mine], 1, 3) for kind in KINDS]
-        lines.append(f"| {turns} | {', '.join(str(result['seed']) for result in mine)} | {' | '.join(cells)} |")
+        name = f"`value`, {label(turns)}" if turns else "`logprob`, start"
+        lines.append(f"| {name} | {', '.join(str(result['seed']) for result in mine)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def probe_table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row for each model, reading and set of errors that probes were told."""
+    lines = [f"| states of | seeds | probe reads | is told of | {' | '.join(KINDS)} |", "|---|---|---|---|---|---|---|"]
+    probed = [result for result in results if "probe" in result]
+    for turns in sorted({result["turns"] for result in probed}):
+        mine = [result for result in probed if result["turns"] == turns]
+        seeds = ", ".join(str(result["seed"]) for result in mine)
+        for reading in mine[0]["probe"]:
+            for name in TAUGHT:
+                cells = [spread([result["probe"][reading][name][kind] for result in mine], 1, 3) for kind in KINDS]
+                lines.append(f"| {label(turns)} | {seeds} | {reading} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(content: dict[str, Any]) -> str:
+    """The results as a page of Markdown."""
+    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
+    parts = [
+        "# Which wrong steps a `value` PRM sees that learned alone",
+        f"`{content['command']}`: {about}; one thread a run.",
+        "AUROC of first wrong steps against the steps of right solutions, mean ± standard error over seeds; 0.5 is "
+        f"chance. Steps of unseen problems, {NUM_PROBLEMS} a seed.",
+        table(content["runs"]),
+        "What linear probes see that are told which tokens are wrong: AUROC of first wrong tokens against the right "
+        "ones in their places, on other problems than those that a probe was fitted on.",
+        probe_table(content["runs"]),
+        *content["notes"],
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, nargs="+", default=[12, 40])
+    parser.add_argument("--turns", type=int, nargs="+", default=[0, 12, 40])
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--folder", type=Path, default=Path("runs/errors_seen"), help="starts and runs")
     parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/errors_seen.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine()
-    results = [run_cell(options.folder, seed, turns) for seed in range(options.seeds) for turns in options.turns]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"machine": about, "runs": results}, indent=1) + "\n")
-    text = ", ".join(f"{key} {value}" for key, value in about.items())
-    options.output.with_suffix(".md").write_text(
-        "# Which wrong steps a `value` PRM sees that learned alone\n\n"
-        f"`python -m bench.errors_seen`: {text}; one thread a run.\n\n"
-        "AUROC of first wrong steps against the steps of right solutions, mean ± standard error over seeds; 0.5 is "
-        f"chance. Steps of unseen problems, {NUM_PROBLEMS} a seed.\n\n{table(results)}\n"
-    )
-    print(table(results))
+    content: dict[str, Any] = {
+        "command": "python -m bench.errors_seen",
+        "machine": machine(),
+        "notes": [],
+        "runs": [],
+    }
+    if options.output.exists():
+        content |= json.loads(options.output.read_text())
+    known = {(result["turns"], result["seed"]) for result in content["runs"]}
+    for seed in range(options.seeds):
+        for turns in options.turns:
+            if (turns, seed) not in known:
+                content["machine"] = machine()
+                content["runs"].append(run_cell(options.folder, seed, turns))
+                save(options.output, content, page(content))
+    save(options.output, content, page(content))
+    print(table(content["runs"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -44,3 +45,10 @@ def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
         return "-"
     text = f"{scale * mean(values):.{digits}f}"
     return f"{text} ± {scale * standard_error(values):.{digits}f}" if len(values) > 1 else text
+
+
+def save(output: Path, content: dict[str, Any], page: str) -> None:
+    """Write results as JSON, and their page beside them as Markdown."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    output.with_suffix(".md").write_text(page)

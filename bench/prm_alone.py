@@ -2,9 +2,10 @@
 
     python -m bench.prm_alone                                    every arm, 5 seeds
     python -m bench.prm_alone --arms "value;value, no gate" --seeds 3
+    python -m bench.prm_alone --seeds 0                          the page, from the results that are there
 
 Runs are trained one after the other in one thread. What is in the output is not trained again, so that a run which was
-stopped goes on where it was.
+stopped goes on where it was. The sentences below the tables are kept in the output, too (`notes`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
-from bench.figures import machine, spread
+from bench.figures import machine, save, spread
 from bench.study.runner import prepare, train_and_judge
 from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
 
 NO_GATE: dict[str, Any] = {"irl": {"gate": None}}
 GATE: dict[str, Any] = {"irl": {"gate": 2.0}}
+# The policy's learning rate grows with z: from 0 to whole around the gate of 2, or in a wider range.
+RATE: dict[str, Any] = {"irl": {"gate": 1.0, "gate_full": 3.0}}
+SLOW_RATE: dict[str, Any] = {"irl": {"gate": 0.5, "gate_full": 4.0}}
 # With an outcome reward for the policy, and its verdicts for the PRM.
 VERIFIER: dict[str, Any] = {"loss": {"outcome_coefficient": 1.0}, "irl": {"use_outcome": True, "gate": None}}
 # Arm -> preset, and what is changed in it.
@@ -32,19 +37,33 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "value, one update": ("demo-prm-only-value", {"prm": {"updates_per_step": 1}}),
     "value, experts of all prompts": ("demo-prm-only-value", {"irl": {"experts": "all"}}),
     "value, half the policy rate": ("demo-prm-only-value", {"policy": {"optimizer": {"lr": 1e-4}}}),
+    "value, rate by z": ("demo-prm-only-value", RATE),
+    "value, rate by z, slow": ("demo-prm-only-value", SLOW_RATE),
     # Rollouts with more kinds of errors, and a limit on how far the policy moves instead of the gate.
     "value, temperature 1.5": ("demo-prm-only-value", {"rollout": {"temperature": 1.5}}),
     "value, KL 0.1, no gate": ("demo-prm-only-value", merge(NO_GATE, {"loss": {"kl_coefficient": 0.1}})),
     "logprob": ("demo-prm-only", {}),
     "logprob, no gate": ("demo-prm-only", NO_GATE),
+    "logprob, rate by z": ("demo-prm-only", RATE),
     "logit": ("demo-prm-only", {"prm": {"reward": "logit"}}),
+    "logit, rate by z": ("demo-prm-only", merge(RATE, {"prm": {"reward": "logit"}})),
     "soft_q": ("demo-prm-only", {"prm": {"reward": "soft_q"}}),
+    "soft_q, rate by z": ("demo-prm-only", merge(RATE, {"prm": {"reward": "soft_q"}})),
     "implicit": ("demo-prm-only", {"prm": {"reward": "implicit"}}),
     "verifier, value": ("demo-prm-only-value", VERIFIER),
     "verifier, value, gate": ("demo-prm-only-value", merge(VERIFIER, GATE)),
     "verifier, logprob": ("demo", NO_GATE),
     "verifier, logprob, gate": ("demo", GATE),
 }
+# Arms that are compared seed by seed, from the same starts.
+PAIRS = (
+    ("value, rate by z", "value"),
+    ("value, rate by z, slow", "value"),
+    ("logprob, rate by z", "logprob"),
+    ("logit, rate by z", "logit"),
+    ("soft_q, rate by z", "soft_q"),
+    ("verifier, logprob, gate", "verifier, logprob"),
+)
 
 
 def arm_config(folder: Path, arm: str, seed: int) -> Config:
@@ -106,16 +125,41 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def differences(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row for each pair of arms: differences of the same seeds from the same start, in points."""
+    lines = ["| arm | less | seeds | at the end | over the run | AUROC of errors |", "|---|---|---|---|---|---|"]
+    for arm, base in PAIRS:
+        ours, theirs = ({r["seed"]: r for r in results if r["arm"] == name} for name in (arm, base))
+        seeds = [s for s in sorted(ours.keys() & theirs) if ours[s]["accuracy"][0] == theirs[s]["accuracy"][0]]
+        if not seeds:
+            continue
+        curves = [[[100 * value for _, value in side[seed]["accuracy"]] for side in (ours, theirs)] for seed in seeds]
+        columns = [
+            arm,
+            base,
+            ", ".join(map(str, seeds)),
+            spread([one[-1] - other[-1] for one, other in curves], 1),
+            spread([mean(one) - mean(other) for one, other in curves], 1),
+            spread([ours[seed]["auroc"] - theirs[seed]["auroc"] for seed in seeds], 1, 3),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def page(content: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
     about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-    return (
-        "# A PRM that learns alone\n\n"
-        f"`{content['command']}`: {about}; one thread a run.\n\n"
+    parts = [
+        "# A PRM that learns alone",
+        f"`{content['command']}`: {about}; one thread a run.",
         "Greedy held-out accuracy on the demo task in percent, measured every five of 40 turns, and differences in "
-        "points; mean ± standard error over seeds.\n\n"
-        f"{table(content['runs'])}\n"
-    )
+        "points; mean ± standard error over seeds.",
+        table(content["runs"]),
+        "Differences of runs of the same seed from the same start, at the end and of the mean accuracy over the run:",
+        differences(content["runs"]),
+        *content["notes"],
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -131,9 +175,9 @@ def main() -> None:
     torch.set_num_threads(1)
     about = machine()
     revision = about.pop("revision")
-    content: dict[str, Any] = {"command": "python -m bench.prm_alone", "machine": about, "runs": []}
+    content: dict[str, Any] = {"command": "python -m bench.prm_alone", "machine": about, "notes": [], "runs": []}
     if options.output.exists():
-        content["runs"] = json.loads(options.output.read_text())["runs"]
+        content |= json.loads(options.output.read_text())
     known = {(r["arm"], r["seed"]) for r in content["runs"]}
     for seed in range(options.seeds):
         for arm in arms:
@@ -141,9 +185,8 @@ def main() -> None:
                 continue
             content["runs"].append(run_arm(options.folder, arm, seed) | {"revision": revision})
             content["machine"] = about | {"revision": ", ".join(sorted({r["revision"][:12] for r in content["runs"]}))}
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(content, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(page(content))
+            save(options.output, content, page(content))
+    save(options.output, content, page(content))
     print(table(content["runs"]))
 
 

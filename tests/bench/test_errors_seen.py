@@ -1,6 +1,10 @@
 """The wrong steps that a PRM is judged on are of the kinds that the page names."""
 
-from bench.errors_seen import KINDS, judge, wrong_solutions
+import json
+import sys
+
+from bench import errors_seen
+from bench.errors_seen import KINDS, TAUGHT, judge, wrong_solutions
 from repirl.data.tasks.arithmetic import run
 
 
@@ -36,3 +40,28 @@ def test_a_prm_that_sees_one_kind_is_judged_so(monkeypatch):
 
     monkeypatch.setattr("bench.errors_seen.score_solutions", scored)
     assert judge(None, solutions) == {"lost tens": 1.0, "off by 1 or 2": 0.5, "off by 10": 0.5}
+
+
+def test_the_page_has_rewards_and_probes_and_keeps_what_was_written_below(tmp_path, monkeypatch):
+    computed = []
+
+    def run_cell(folder, seed, turns):
+        computed.append((turns, seed))
+        probe = {"all layers": {name: dict.fromkeys(KINDS, 0.75 + 0.1 * seed) for name in TAUGHT}}
+        return {"seed": seed, "turns": turns, "auroc": dict.fromkeys(KINDS, 0.5 + 0.1 * seed), "probe": probe}
+
+    monkeypatch.setattr(errors_seen, "run_cell", run_cell)
+    output = tmp_path / "out.json"
+    arguments = ["errors_seen", "--turns", "0", "12", "--output", str(output), "--seeds"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "1"])
+    errors_seen.main()
+    output.write_text(json.dumps(json.loads(output.read_text()) | {"notes": ["Nothing is seen."]}))
+    monkeypatch.setattr(sys, "argv", [*arguments, "2"])
+    errors_seen.main()
+    assert computed == [(0, 0), (12, 0), (0, 1), (12, 1)]
+    lines = output.with_suffix(".md").read_text().splitlines()
+    cells = " | ".join(["0.550 ± 0.050"] * 3)
+    assert f"| `logprob`, start | 0, 1 | {cells} |" in lines
+    assert f"| `value`, PRM after 12 turns | 0, 1 | {cells} |" in lines
+    assert f"| start | 0, 1 | all layers | lost tens | {' | '.join(['0.800 ± 0.050'] * 3)} |" in lines
+    assert lines[-1] == "Nothing is seen."
