@@ -63,18 +63,18 @@ ARMS: dict[str, Row] = {
 class Sizes:
     """How much of everything; problems of a kind are not used for another one."""
 
-    sft_solutions: int = 384
-    sft_epochs: int = 1
+    sft_solutions: int = 192
+    sft_updates: int = 8
     sft_batch: int = 16
-    sft_rate: float = 2e-5
-    problems: int = 128
-    held_out: int = 40
+    sft_rate: float = 3e-5
+    problems: int = 48
+    held_out: int = 12
     samples: int = 3
     max_tokens: int = 200
     problems_per_update: int = 4
-    prm_rate: float = 5e-5
-    head_rate: float = 5e-4
-    test_problems: int = 80
+    prm_rate: float = 1e-4
+    head_rate: float = 1e-3
+    test_problems: int = 40
     seed: int = 0
 
 
@@ -211,7 +211,7 @@ def train_sft(study: Study) -> None:
     changes: Row = {
         "objective": "sft",
         "output_dir": str(study.folder / "sft-run"),
-        "steps": sizes.sft_epochs * sizes.sft_solutions // sizes.sft_batch,
+        "steps": sizes.sft_updates,
         "policy": {"model": str(start_model(study)), "optimizer": {"lr": sizes.sft_rate}},
         "data": {"train": str(study.folder / "sft.jsonl")},
         "irl": {"experts_per_step": sizes.sft_batch},
@@ -246,8 +246,10 @@ def train_prm(study: Study, arm: str, updates: int) -> Path:
         "prm": {"optimizer": optimizer},
         "data": {
             "train": str(study.folder / "problems.jsonl"),
-            "trajectories": str(sample_rollouts(study, "problems")),
+            "trajectories": {"path": str(sample_rollouts(study, "problems")), "logprob_column": "logprobs"},
         },
+        # Without a pass of the reference, which other weights or the reference as base measure would need.
+        "irl": {"weights": "uniform", "target_ess": None, "base_measure": "uniform"},
         "rollout": {"prompts_per_step": sizes.problems_per_update, "samples_per_prompt": sizes.samples},
     }
     target = study.folder / f"prm-{place}-{updates}"
@@ -377,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--solutions", type=Path, required=True, metavar="FILE", help="example_model_solutions.jsonl")
     parser.add_argument("--preset", default="smollm2-gsm8k", help="whose options are used where none is given here")
     parser.add_argument("--arms", default="value", help='which PRMs, such as "value;logprob"')
-    parser.add_argument("--updates", type=int, nargs="+", default=[32], help="after which PRMs are judged, increasing")
+    parser.add_argument("--updates", type=int, nargs="+", default=[24], help="after which PRMs are judged, increasing")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/gsm8k"), help="models, runs and files")
     parser.add_argument("--output", type=Path, default=Path("bench/results/cpu/gsm8k.json"))

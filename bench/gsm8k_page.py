@@ -165,13 +165,14 @@ def page(content: Row) -> str:
         "# A PRM trained on GSM8K",
         f"`{content['command']}`: {about}; one seed ({sizes['seed']}).",
         "## What was trained",
-        f"SmolLM2-135M-Instruct, in float32. SFT on {sizes['sft_solutions']} human solutions: {sft['updates']} updates "
-        f"of {sizes['sft_batch']}, rate {sizes['sft_rate']:g}, {sft['tokens']} tokens, {_minutes(sft)}. It then gave "
-        f"{sampled['responses']} responses to {sizes['problems']} other problems, at temperature 1 "
+        f"SmolLM2-135M-Instruct, in float32. SFT on human solutions: {sft['updates']} updates of {sizes['sft_batch']} "
+        f"solutions of {sizes['sft_solutions']}, rate {sizes['sft_rate']:g}, {sft['tokens']} tokens, {_minutes(sft)}. "
+        f"It then gave {sampled['responses']} responses to {sizes['problems']} other problems, at temperature 1 "
         f"({sampled['tokens']} tokens; {sampled['right']} right, {sampled['unfinished']} cut off). The PRM starts from "
-        "the SFT model and learns from these and the human solutions of the same problems (objective `prm-offline`), "
-        f"{sizes['problems_per_update']} problems an update, rate {sizes['prm_rate']:g}, that of a new value head "
-        f"{sizes['head_rate']:g}. It is not told which responses are right, unless the arm is called `outcomes`.",
+        "the SFT model and learns from these and the human solutions of the same problems (objective `prm-offline`, "
+        f"uniform importance weights), {sizes['problems_per_update']} problems an update, rate {sizes['prm_rate']:g}, "
+        f"that of a new value head {sizes['head_rate']:g}. It is not told which responses are right, unless the arm is "
+        "called `outcomes`. Times are of the clock, on a machine that may have done other work meanwhile.",
         "\n".join(_training(account["prm"])),
         "## Solutions of other models to test problems",
         f"{others['solutions']} solutions of four other models to {others['problems']} test problems, "
@@ -185,12 +186,14 @@ def page(content: Row) -> str:
         f"{own['solutions']} responses of the SFT model to {own['problems']} training problems that nothing was "
         f"trained on, {own['right']} right ({own['mixed_problems']} problems with both kinds), and the human solution "
         "of each. `human first`: the share of pairs of a human solution and a response to the same problem in which "
-        "the human's scores higher; `pooled` and `within`: AUROC of right against wrong responses.",
+        "the human's scores higher; `pooled` and `within`: AUROC of right against wrong responses. `-`: there is no "
+        "such pair.",
         "\n".join(_table(own, ("human_first", "pooled", "within"), correlation=False)),
         "## What the figures do not say",
-        "The intervals are of the choice of problems, not of another training with another seed. Solutions of models "
-        "of 6 and 175 billion parameters are not what this PRM's training showed it. What a longer training or a "
-        "larger model would reach is not measured here.",
+        "The intervals are of the choice of problems, not of another training with another seed. The PRM learns to "
+        "tell a human's solutions from those of a small model, which it may do by what has nothing to do with right "
+        "and wrong, such as responses that are cut off. What a longer training or a larger model would reach is not "
+        "measured here.",
     ]
     return "\n\n".join(blocks) + "\n"
 
