@@ -103,13 +103,13 @@ wheels:
 reference: install
 	$(BIN)/python -m repirl.apps.reference_page --write docs/reference.md
 
-# What the site is built with is in .venv from then on, and so is its test in `make test`.
+# Not --quiet: it hides warnings from --strict, too. What the site is built with is in .venv from then on, and so is its test in `make test`.
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'repirl[docs]'
 	@touch $@
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the site is in site/: open site/index.html in a browser"
 
 lint: install
