@@ -103,7 +103,8 @@ wheels:
 reference: install
 	$(BIN)/python -m repirl.apps.reference_page --write docs/reference.md
 
-# Not --quiet: it hides warnings from --strict, too. What the site is built with is in .venv from then on, and so is its test in `make test`.
+# What the site is built with is in .venv from then on, and so is its test in `make test`. Not --quiet: it hides warnings from
+# --strict, too.
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'repirl[docs]'
 	@touch $@
