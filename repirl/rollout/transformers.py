@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from repirl.config import ConfigError
 from repirl.learner import Learner
@@ -90,7 +91,7 @@ class TransformersEngine:
         longest = max(map(len, unique))
         ids = torch.tensor([[self.pad_id] * (longest - len(p)) + list(p) for p in unique], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in unique], device=device)
-        cache = DynamicCache(config=model.config)
+        cache = _growing_cache(model)
         options: dict[str, Any] = {cache_argument(type(model)): cache, "use_cache": True, "logits_to_keep": 1}
         logits = _forward(model, ids, mask, options)
         rows = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
@@ -151,6 +152,51 @@ def cache_argument(model_class: type) -> str:
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
     positions = (mask.cumsum(1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
     return model(ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
+
+
+class _GrowingLayer(DynamicLayer):
+    """A layer's cache in tensors with room for further tokens; DynamicLayer copies the whole cache for each token."""
+
+    # Tokens for which there is room when the tensors have to grow.
+    ROOM = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: list[Tensor] = []  # keys and values, [B, heads, tokens and room, size]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See DynamicLayer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old, new = self.get_seq_length(), (key_states, value_states)
+        length = old + key_states.shape[-2]
+        if not self._tensors or self._tensors[0].shape[-2] < length:
+            shapes = [(*states.shape[:-2], length + self.ROOM, states.shape[-1]) for states in new]
+            grown = [states.new_empty(shape) for states, shape in zip(new, shapes, strict=True)]
+            for tensor, before in zip(grown, self._tensors, strict=False):
+                tensor[:, :, :old] = before[:, :, :old]
+            self._tensors = grown
+        for tensor, states in zip(self._tensors, new, strict=True):
+            tensor[:, :, old:length] = states
+        return self._show(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See DynamicLayer."""
+        if self._tensors:  # of a layer that uses another one's keys there are none
+            self._tensors = [tensor.index_select(0, indices) for tensor in self._tensors]
+            self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (tensor[:, :, :length] for tensor in self._tensors)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache for the model, whose layers of full attention grow in place; those of other kinds are transformers'."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny import make_model
+from transformers.cache_utils import DynamicLayer
 
 from repirl.batch import pack
 from repirl.config import ConfigError
@@ -13,7 +14,7 @@ from repirl.learner import Learner
 from repirl.models import load_model
 from repirl.options import OptimizerConfig
 from repirl.rollout.engine import Sampling, sequence_seed
-from repirl.rollout.transformers import TransformersEngine, _sample, cache_argument
+from repirl.rollout.transformers import TransformersEngine, _GrowingLayer, _sample, cache_argument
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 4], [3, 4], [10, 11, 12]]
 END = 1
@@ -86,6 +87,22 @@ def test_sampling_follows_the_distribution():
     # The ends of the unit interval give tokens that have probability.
     ends, _ = _sample(logits[:2], torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64), 1.0)
     assert ends.tolist() == [0, 3]
+
+
+def test_a_cache_that_grows_in_place_holds_what_a_copied_one_does():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = _GrowingLayer(), DynamicLayer()
+    ours.batch_select_indices(torch.tensor([0]))  # nothing is there yet
+    for step in range(2 * _GrowingLayer.ROOM + 10):
+        batch = 5 if step < 9 else 3
+        new = [torch.randn(batch, 2, 4 if step == 0 else 1, 8, generator=generator) for _ in range(2)]
+        for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(one, other)
+        if step == 8:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([0, 2, 4]))
+        assert ours.get_seq_length() == theirs.get_seq_length() == step + 4
+        assert torch.equal(ours.keys, theirs.keys)
 
 
 def test_seeds_of_neighbouring_keys_differ():
