@@ -3,9 +3,9 @@
 #
 #     MODEL=SmolLM2-135M-Instruct DATA=gsm8k sh examples/gsm8k.sh [FOLDER]        FOLDER: runs/gsm8k-example
 #
-# MODEL is a folder or a hub id; DATA a folder with GSM8K's train.jsonl and test.jsonl, rows {"question", "answer"}. The
-# sizes are for two CPU cores and an hour or two; raise them on a GPU. SYSTEM=prm-offline trains the PRM alone, on fixed
-# responses of the SFT model; SYSTEM=repirl PRM and policy in turn.
+# MODEL is a folder or a hub id (GGUF: the file to load in that folder, if it is GGUF); DATA a folder with GSM8K's
+# train.jsonl and test.jsonl, rows {"question", "answer"}. The sizes are small, for CPUs; raise them on a GPU.
+# SYSTEM=prm-offline trains the PRM alone, on fixed responses of the SFT model; SYSTEM=repirl PRM and policy in turn.
 set -eu
 T=${1:-runs/gsm8k-example}
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
@@ -26,6 +26,7 @@ tail -n "$HELD_OUT" "$DATA/train.jsonl" > "$T/held_out.jsonl"
 
 echo "== SFT, so that the responses look like the experts'"
 repirl train --preset "$PRESET" --objective sft --output_dir "$T/sft" --policy.model "$MODEL" \
+    ${GGUF:+--policy.gguf_file "$GGUF"} \
     --data.train "$T/sft.jsonl" --policy.optimizer.lr 2e-5 --irl.experts_per_step 16 --steps "$SFT_UPDATES"
 repirl export --checkpoint "$T/sft" --output "$T/sft-out"
 
