@@ -428,8 +428,8 @@ class Config(Section):
                     raise ValueError(
                         f"adapters put all learners on one base, but {name}.model is {model!r}: leave it out"
                     )
-            if names := [f"{name}.compile" for name, section in self.trained_sections.items() if section.compile]:
-                raise ValueError(f"{names[0]} is for a model of its own, but adapters share one: leave it out")
+            if compiled := [f"{name}.compile" for name, section in self.trained_sections.items() if section.compile]:
+                raise ValueError(f"{compiled[0]} is for a model of its own, but adapters share one: leave it out")
             if self.offload_idle:
                 raise ValueError("offload_idle moves whole models, but with adapters there is only one: leave it out")
             if len({section.gradient_checkpointing for section in self.trained_sections.values()}) > 1:
