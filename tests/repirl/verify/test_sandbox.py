@@ -94,7 +94,8 @@ if __name__ == "__main__":
     thread.join()
     print(result)
     cached = functools.cache(lambda n: 0 if n == 0 else 1 + cached(n - 1))
-    print(cached(30_000))
+    # From Python 3.12 on calls from C code have a limit of their own.
+    print(cached(30_000 if sys.version_info < (3, 12) else 1_000) >= 1_000)
     if sys.argv[0] == "solution.py":
         process = multiprocessing.get_context("fork").Process(target=print, args=(8,))
         process.start()
@@ -103,7 +104,7 @@ if __name__ == "__main__":
     limits = dataclasses.replace(LIMITS, memory_mb=256)
     with Sandbox(limits, kind=sandbox.kind) as larger:
         execution = larger.run_program(source)
-    assert execution.stdout.splitlines() == ["A(x=1)", "[0, 1, 4]", "3", "5", "6", "(7,)", "[20000]", "30000", "8"], (
+    assert execution.stdout.splitlines() == ["A(x=1)", "[0, 1, 4]", "3", "5", "6", "(7,)", "[20000]", "True", "8"], (
         execution
     )
 
