@@ -10,7 +10,7 @@ from pathlib import Path
 _PREFIX = "repirl-"
 # The zygote is in the group as well, and pages of files that are read and written count. While it starts, it is
 # several processes.
-_EXTRA_MB, _EXTRA_PROCESSES = 48, 4
+_EXTRA_MB, _EXTRA_PROCESSES = 48, 3
 
 
 class Group:

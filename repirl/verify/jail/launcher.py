@@ -42,8 +42,9 @@ def main(control: int, trainer: int, options: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-    group = cgroup.create(asked["memory_mb"], asked["processes"])
     is_shared = KINDS[asked["kind"]].is_shared
+    # The first process of a namespace is there besides.
+    group = cgroup.create(asked["memory_mb"], asked["processes"] + (0 if is_shared else 1))
     prefix = f"repirl-sandbox-{os.getpid()}-"
     folder = tempfile.mkdtemp(prefix=prefix, dir=_memory_folder()) if is_shared else view.FOLDER
     ours, theirs = socket.socketpair()
