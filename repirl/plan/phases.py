@@ -18,6 +18,7 @@ from repirl.plan.activations import (
 )
 from repirl.plan.batches import Sequences, micro_batches, of_data, rollouts, trained_on
 from repirl.plan.sides import Placement, Side
+from repirl.rollout.transformers import CACHE_ROOM
 from repirl.rollout.vllm import MAX_BATCHED_TOKENS
 from repirl.streams import STREAM_OF
 
@@ -288,6 +289,10 @@ class Planner:
         one_layer = 2 * shape.key * size
         cache = one_layer * shape.num_layers
         tokens = prompts * prompt
+        # Tokens of a sequence for which there is room: at first, and at the end.
+        first = room = prompt + CACHE_ROOM
+        while room < prompt + response:
+            room += 1 + CACHE_ROOM
         precision = Precision(self.placement.kept, size, kernel=True)
         prefill = forward_bytes(shape, Micro(tokens, 0, ()), precision)
         if shape.query != shape.key:
@@ -297,13 +302,14 @@ class Planner:
         # The logits, in float32 (where they are not) and tempered, their exponentials, and in float64 their sums.
         copies = (4 if size < 4 else 0) + (4 if options.temperature != 1.0 else 0)
         sampling = sequences * shape.vocab * (size + copies + 4 + 8)
-        length = sequences * (prompt + response)
-        last = max(sampling, one_layer * length + sequences * shape.vocab * size)
+        # A layer's tensors are there twice while they grow.
+        grown = one_layer * sequences * (room - 1 - CACHE_ROOM) if room > first else 0
+        last = max(sampling, grown + sequences * shape.vocab * size)
         moments: list[Rows] = [
-            {"KV cache": cache * tokens, "temporary": prefill},
+            {"KV cache": cache * prompts * first, "temporary": prefill},
             # Each sequence gets its prompt's cache, layer by layer.
-            {"KV cache": cache * sequences * prompt, "temporary": one_layer * tokens + sampling},
-            {"KV cache": cache * length, "temporary": last},
+            {"KV cache": cache * sequences * first, "temporary": one_layer * prompts * first + sampling},
+            {"KV cache": cache * sequences * room, "temporary": last},
         ]
         return [moment | {self._fetched: gathered} for moment in moments]
 

@@ -154,11 +154,12 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, options: dict[st
     return model(ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
 
+# Further tokens for which a cache has room when its tensors have to grow.
+CACHE_ROOM = 64
+
+
 class _GrowingLayer(DynamicLayer):
     """A layer's cache in tensors with room for further tokens; DynamicLayer copies the whole cache for each token."""
-
-    # Tokens for which there is room when the tensors have to grow.
-    ROOM = 64
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class _GrowingLayer(DynamicLayer):
         old, new = self.get_seq_length(), (key_states, value_states)
         length = old + key_states.shape[-2]
         if not self._tensors or self._tensors[0].shape[-2] < length:
-            shapes = [(*states.shape[:-2], length + self.ROOM, states.shape[-1]) for states in new]
+            shapes = [(*states.shape[:-2], length + CACHE_ROOM, states.shape[-1]) for states in new]
             grown = [states.new_empty(shape) for states, shape in zip(new, shapes, strict=True)]
             for tensor, before in zip(grown, self._tensors, strict=False):
                 tensor[:, :, :old] = before[:, :, :old]
