@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import prm_alone
+from bench import errors_seen, prm_alone
 from bench.prm_alone import ARMS, PAIRS, arm_config, differences, table
 
 
@@ -57,6 +57,12 @@ def test_differences_are_of_the_same_seed_and_start():
     # The third start is another one.
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["value, rate by z", "value", "0, 1", "12.0 ± 8.0", "6.0 ± 4.0", "0.100 ± 0.000"]
+
+
+@pytest.mark.parametrize("module", [prm_alone, errors_seen])
+def test_the_committed_page_is_made_from_the_committed_results(module):
+    path = Path(__file__).parents[2] / "bench" / "results" / "cpu" / f"{module.__name__.rpartition('.')[2]}.json"
+    assert path.with_suffix(".md").read_text() == module.page(json.loads(path.read_text()))
 
 
 def test_results_and_notes_that_are_there_are_kept(tmp_path, monkeypatch):
