@@ -90,6 +90,12 @@ class AdaptOptions:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ConfigError(f"--prompts-per-turn is {self.prompts}, expected at least 1")
+        if self.samples < 2:
+            raise ConfigError(f"--samples is {self.samples}, expected at least 2: each one's baseline is the others")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"--max-tokens is {self.max_tokens}, expected at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--lr is {self.learning_rate}, expected a number above 0")
 
 
 def adapt(

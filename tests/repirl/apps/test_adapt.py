@@ -189,7 +189,9 @@ def test_the_command_stops_by_kl_with_a_prm_of_steps(place, tmp_path, capsys):
         (["--answer-column", "golden"], "no column 'golden' (--answer-column)"),
         (["--prm", "POLICY"], "does not say how its rewards are read"),
         (["--policy", "PRM"], "is the PRM of an export"),
-        (["--samples", "1"], "rollout.samples_per_prompt is 1"),
+        (["--samples", "1"], "--samples is 1, expected at least 2"),
+        (["--max-tokens", "0"], "--max-tokens is 0, expected at least 1"),
+        (["--lr", "nan"], "--lr is nan, expected a number above 0"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(place, tmp_path, capsys, more, message):
