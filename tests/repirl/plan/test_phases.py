@@ -27,8 +27,9 @@ def test_phases_and_rows(tmp_path):
     assert policy["policy moments"] == 8 * count
     assert "policy moments" not in planned["load"].rows
     assert policy["process"] == planned["load"].rows["process"] > 0
-    # 2 (keys, values) x 2 heads x 64 features x 4 layers x 4 bytes, for 64 sequences of 256 tokens.
-    assert planned["rollout"].rows["KV cache"] == 2 * 2 * 64 * 4 * 4 * 64 * 256
+    # 2 (keys, values) x 2 heads x 64 features x 4 layers x 4 bytes, for 64 sequences of 256 tokens: first there is room
+    # for the prompt's 64 and 64 more, then for 64 beside each token that has none.
+    assert planned["rollout"].rows["KV cache"] == 2 * 2 * 64 * 4 * 4 * 64 * (64 + 64 + 2 * 65)
     assert list(phases(plan(configured(tmp_path, objective="rloo", irl={"base_measure": "uniform"})))) == [
         "load",
         "rollout",
