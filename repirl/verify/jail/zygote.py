@@ -137,7 +137,8 @@ class Zygote:
             used = limiting.usage(limiting.descendants(self.proc, self.isolation.own_pid), self.isolation.own_memory)
             # A long list of processes is not to be read all the time.
             wait = max(_TICK_SECONDS, 20 * (time.monotonic() - started))
-            if used.memory > limits["memory_mb"] << 20:
+            # The kernel may have ended one of several processes before their sum was seen here.
+            if used.memory > limits["memory_mb"] << 20 or self.isolation.ran_out_of_memory():
                 return "memory", True
             if used.cpu > limits["cpu_seconds"]:
                 return "timeout", True
