@@ -50,9 +50,9 @@ For example `my_heads.py`:
 if B is better. Times are compared in multiples of the bare product of the same rounds, which evens out a machine that
 was busier in one of the runs (`--unit seconds` compares seconds). The spread is that of 95% of the ratios of medians
 over resampled rounds. With `--fail-below 0.95` the exit code is 1 if a ratio of ours is below 0.95 or one of ours no
-longer runs, and 2 if the files cannot be compared; `--of time memory error` says which ratios count. Choose a ratio that
-two runs of one revision do not fall below on that machine. Peers show what has changed beside the code: theirs should
-be 1.
+longer runs, and 2 if the files cannot be compared; `--of time memory error` says which ratios count. Choose a ratio
+that two runs of one revision do not fall below on that machine. Peers show what has changed beside the code: theirs
+should be 1.
 
 `python -m bench.report --results FOLDER --page FILE` makes a page such as this one from `FOLDER/*/ops*.json`, with its
 plots. It writes into the page's folder and nowhere else; without options it needs to be called in a clone's top folder,
