@@ -14,7 +14,7 @@ from repirl.learner import Learner
 from repirl.models import load_model
 from repirl.options import OptimizerConfig
 from repirl.rollout.engine import Sampling, sequence_seed
-from repirl.rollout.transformers import TransformersEngine, _GrowingLayer, _sample, cache_argument
+from repirl.rollout.transformers import CACHE_ROOM, TransformersEngine, _GrowingLayer, _sample, cache_argument
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [3, 4], [3, 4], [10, 11, 12]]
 END = 1
@@ -93,7 +93,7 @@ def test_a_cache_that_grows_in_place_holds_what_a_copied_one_does():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = _GrowingLayer(), DynamicLayer()
     ours.batch_select_indices(torch.tensor([0]))  # nothing is there yet
-    for step in range(2 * _GrowingLayer.ROOM + 10):
+    for step in range(2 * CACHE_ROOM + 10):
         batch = 5 if step < 9 else 3
         new = [torch.randn(batch, 2, 4 if step == 0 else 1, 8, generator=generator) for _ in range(2)]
         for one, other in zip(ours.update(*new), theirs.update(*new), strict=True):
