@@ -115,7 +115,7 @@ def stored_configuration(folder: str | Path) -> Path:
     checkpoints = Path(folder) / "checkpoints"
     if not list_checkpoints(checkpoints):
         raise ConfigError(f"there is no run to resume in {str(folder)!r}: expected its output_dir, with checkpoints")
-    path = newest_with(checkpoints, "config.yaml")
+    path = newest_with(checkpoints, "config.yaml", "trainer.json")
     check_format(path)
     return path / "config.yaml"
 

@@ -79,21 +79,27 @@ def newest_sound(folder: str | os.PathLike, world: World | None = None) -> Path:
     raise ConfigError(f"none of the checkpoints in {str(folder)!r} is sound ({told})")
 
 
-def newest_with(folder: str | os.PathLike, name: str) -> Path:
-    """The newest checkpoint in which the file `name` is as it was written; the other files are not looked at.
+def newest_with(folder: str | os.PathLike, *names: str) -> Path:
+    """The newest checkpoint in which the files `names` are as they were written; the other files are not looked at.
 
     ConfigError where there is none.
     """
     problems = []
     for path in reversed(list_checkpoints(folder)):
-        try:
-            size, expected = json.loads((path / "manifest.json").read_text())[name]
-            if ((path / name).stat().st_size, checksum(path / name)) == (size, expected):
-                return path
-            problems.append(f"{path.name}: {name} has other content than was written")
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            problems.append(f"{path.name}: {name} cannot be read: {error}")
-    raise ConfigError(f"none of the checkpoints in {str(folder)!r} has a sound {name} ({'; '.join(problems)})")
+        for name in names:
+            try:
+                size, expected = json.loads((path / "manifest.json").read_text())[name]
+                if ((path / name).stat().st_size, checksum(path / name)) != (size, expected):
+                    problems.append(f"{path.name}: {name} has other content than was written")
+                    break
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                problems.append(f"{path.name}: {name} cannot be read: {error}")
+                break
+        else:
+            return path
+    raise ConfigError(
+        f"none of the checkpoints in {str(folder)!r} has a sound {' and '.join(names)} ({'; '.join(problems)})"
+    )
 
 
 def find_damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
