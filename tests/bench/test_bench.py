@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_every_command_that_the_pages_show_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(run, "memory_of", measure._memory_here)  # no process of its own for each case
+    monkeypatch.delitem(sys.modules, "my_heads", raising=False)  # another test's
     (tmp_path / "my_heads.py").write_text(EXAMPLE)
     small = [
         "--task",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -52,7 +53,9 @@ def heads(tmp_path, monkeypatch):
     """The folder of my_heads.py: the example of the page, and others."""
     (tmp_path / "my_heads.py").write_text(EXAMPLE + OTHERS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    monkeypatch.delitem(sys.modules, "my_heads", raising=False)  # another test's
+    yield tmp_path
+    sys.modules.pop("my_heads", None)
 
 
 def measure(*names: str, case: Case = CASE, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
