@@ -1,9 +1,9 @@
 # repirl on CPUs. In the root of a clone, with BuildKit (the default of Docker 23 and newer):
 #
 #     docker build --file docker/cpu.Dockerfile --tag repirl:cpu .
-#     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" repirl:cpu demo
+#     docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/data" repirl:cpu demo
 #
-# The container works in /work, which is also its home: models of the hub are kept in /work/.cache.
+# The container works in /data, which is also its home: models of the hub are kept in /data/.cache.
 
 FROM python:3.12-slim-bookworm AS base
 # The compiler is for the C++ kernels, and for torch.compile (policy.compile) later on. Debian keeps no old versions, so
@@ -29,9 +29,9 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     && python -c "from repirl_kernels.native import is_available; assert is_available()" \
     && repirl --version
 # Whoever runs it, also with --user, may write there, and has the name that PyTorch asks for.
-RUN mkdir --mode=1777 /work
-ENV HOME=/work USER=repirl
-WORKDIR /work
+RUN mkdir --mode=1777 /data
+ENV HOME=/data USER=repirl
+WORKDIR /data
 USER 1000
 ENTRYPOINT ["repirl"]
 CMD ["--help"]

@@ -1,13 +1,13 @@
 # repirl on NVIDIA GPUs. In the root of a clone, with BuildKit (the default of Docker 23 and newer):
 #
 #     docker build --file docker/cuda.Dockerfile --tag repirl:cuda .
-#     docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/work" repirl:cuda \
+#     docker run --rm --gpus all --ipc host --user "$(id -u):$(id -g)" --volume "$PWD:/data" repirl:cuda \
 #         train --config my.yaml
 #
 # On several GPUs: --entrypoint torchrun ... repirl:cuda --nproc-per-node 8 -m repirl.cli train --config my.yaml, where
 # --ipc host is for the shared memory of NCCL. The host gives its driver (NVIDIA Container Toolkit); CUDA's libraries come
-# with PyTorch. The container works in /work, which is also its home: models of the hub and compiled Triton kernels are
-# kept in /work/.cache and /work/.triton.
+# with PyTorch. The container works in /data, which is also its home: models of the hub and compiled Triton kernels are
+# kept in /data/.cache and /data/.triton.
 
 FROM python:3.12-slim-bookworm AS base
 # The compiler is for the C++ kernels; later on Triton compiles a C file for each kernel that it starts, and torch.compile
@@ -32,9 +32,9 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     && python -c "from repirl_kernels.native import is_available; assert is_available()" \
     && repirl --version
 # Whoever runs it, also with --user, may write there, and has the name that PyTorch asks for.
-RUN mkdir --mode=1777 /work
-ENV HOME=/work USER=repirl NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-WORKDIR /work
+RUN mkdir --mode=1777 /data
+ENV HOME=/data USER=repirl NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /data
 USER 1000
 ENTRYPOINT ["repirl"]
 CMD ["--help"]
