@@ -136,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = options.kinds.split(",")
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--kinds names {min(unknown)!r}, expected some of {', '.join(KINDS)}")
+    if options.rounds < 2 or options.programs < 1:
+        parser.error("--rounds is at least 2, as a spread is printed, and --programs at least 1")
     if options.mixed:
         return print_mixed(kinds, options.workers, options.mixed)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {options.workers} workers")
