@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.figures import machine, spread
+from bench.figures import machine, save, spread
 from bench.study.runner import load_tests, prepare
 from repirl.apps.adapt import AdaptOptions, adapt
 from repirl.apps.beams import SearchShape
@@ -211,8 +211,7 @@ def main() -> None:
         if seed not in [row["seed"] for row in rows]:
             rows.append(run_seed(options.folder, seed))
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(page(rows, about))
+            save(options.output, {"machine": about, "rows": rows}, page(rows, about))
     print(page(rows, about))
 
 

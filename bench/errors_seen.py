@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench.error_probe import probe
-from bench.figures import machine, save, spread
+from bench.figures import described, machine, save, spread
 from bench.prm_alone import arm_config
 from bench.study.runner import prepare
 from repirl.apps.demo import STEP_SEPARATOR, score_solutions
@@ -128,10 +128,9 @@ def probe_table(results: list[dict[str, Any]]) -> str:
 
 def page(content: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
-    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     parts = [
         "# Which wrong steps a `value` PRM sees that learned alone",
-        f"`{content['command']}`: {about}; one thread a run.",
+        f"`{content['command']}`: {described(content['machine'])}; one thread a run.",
         "AUROC of first wrong steps against the steps of right solutions, mean ± standard error over seeds; 0.5 is "
         f"chance. Steps of unseen problems, {NUM_PROBLEMS} a seed.",
         table(content["runs"]),

@@ -29,6 +29,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def described(facts: dict[str, Any]) -> str:
+    """What `machine` says, as text."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
 def standard_error(values: list[float]) -> float:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench.figures import machine
+from bench.figures import machine, save
 from bench.gsm8k_page import Scored, figures, page
 from repirl.apps.sample import sample
 from repirl.apps.score import ScoreOptions, score
@@ -395,9 +395,7 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(sizes=sizes, preset=options.preset, threads=options.threads, **places)
     about = {"date": datetime.date.today().isoformat(), "threads": options.threads} | machine()
     content = {"command": command(options), "machine": about} | study_gsm8k(study, dict.fromkeys(arms, options.updates))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(content, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(page(content))
+    save(options.output, content, page(content))
     print(page(content))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.figures import described
+
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 
@@ -158,12 +160,11 @@ def _interval(value: float, spread: Sequence[float]) -> Row:
 def page(content: Row) -> str:
     """Markdown of the results."""
     sizes, account, figure = content["sizes"], content["account"], content["figures"]
-    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     own, others, sft = figure["own"], figure["others"], account["sft"]
     sampled = account["sampled"]["problems"]
     blocks = [
         "# A PRM trained on GSM8K",
-        f"`{content['command']}`: {about}; one seed ({sizes['seed']}).",
+        f"`{content['command']}`: {described(content['machine'])}; one seed ({sizes['seed']}).",
         "## What was trained",
         f"SmolLM2-135M-Instruct, in float32. SFT on human solutions: {sft['updates']} updates of {sizes['sft_batch']} "
         f"solutions of {sizes['sft_solutions']}, rate {sizes['sft_rate']:g}, {sft['tokens']} tokens, {_minutes(sft)}. "

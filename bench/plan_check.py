@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from bench.figures import machine
+from bench.figures import described, machine, save
 from repirl.configfile import build_config, describe, merge
 from repirl.data.tasks.arithmetic import build_tokenizer
 from repirl.plan.fit import describe_fit, find_fit, gib, usable
@@ -101,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             result["settings"].append(row)
             print(line(row), flush=True)
             if options.output:  # after each setting, for a run that ends early
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(result, indent=1) + "\n")
-                options.output.with_suffix(".md").write_text(page(result))
+                save(options.output, result, page(result))
     return 0
 
 
@@ -216,11 +214,10 @@ def line(row: dict[str, Any]) -> str:
 
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    described = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     imported = gib(result["process_bytes_after_imports"])
     lines = [
         INTRODUCTION,
-        f"Made by `{result['command']}`; {described}.",
+        f"Made by `{result['command']}`; {described(result['machine'])}.",
         f"After its imports, a process holds {imported} GiB here; the plan assumes {gib(PROCESS_BYTES)} GiB, which it "
         "reaches during training.",
         "",

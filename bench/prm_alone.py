@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.figures import machine, save, spread
+from bench.figures import described, machine, save, spread
 from bench.study.runner import prepare, train_and_judge
 from repirl.config import Config
 from repirl.configfile import build_config, load_preset, merge
@@ -148,10 +148,9 @@ def differences(results: list[dict[str, Any]]) -> str:
 
 def page(content: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
-    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
     parts = [
         "# A PRM that learns alone",
-        f"`{content['command']}`: {about}; one thread a run.",
+        f"`{content['command']}`: {described(content['machine'])}; one thread a run.",
         "Greedy held-out accuracy on the demo task in percent, measured every five of 40 turns, and differences in "
         "points; mean ± standard error over seeds.",
         table(content["runs"]),

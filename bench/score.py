@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.figures import machine
+from bench.figures import described, machine, save
 from bench.plan_check import SMOLLM2_135M
 from repirl.apps.score import ScoreOptions, score
 from repirl.apps.trained import Placed
@@ -138,10 +138,11 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    described = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = ["# `repirl score` beside the scoring pass in training", "", *(__doc__ or "").splitlines()[2:], ""]
     lines += [
-        f"Made by `{result['command']}`; {described}. Medians of {result['rounds']} rounds, with their range.",
+        f"Made by `{result['command']}`; {described(result['machine'])}. "
+        f"Medians of {result['rounds']} rounds, with their range.",
+        "range.",
         "",
     ]
     for reward, part in result["rewards"].items():
@@ -177,9 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
             result["rewards"][reward] = measure(folder, prm, options.rounds, options.device)
             print(reward, *table(result["rewards"][reward]), sep="\n", flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(page(result))
+        save(options.output, result, page(result))
     return 0
 
 

@@ -9,14 +9,13 @@ largest process; seconds are of the last step, the median of the rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.figures import machine
+from bench.figures import described, machine, save
 from bench.plan_check import RETURNED, make_files, settings_of, train
 from repirl.configfile import build_config, describe, merge
 from repirl.plan.plan import GIB
@@ -79,14 +78,13 @@ def rows(result: dict[str, Any]) -> list[str]:
 
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
-    described = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     lines = [
         "# What each switch saves, and costs",
         "",
         *(__doc__ or "").splitlines()[2:],
         f"{THREADS} threads in all, divided among the processes; `MALLOC_MMAP_THRESHOLD_=131072` (plan.md says why).",
         "",
-        f"Made by `{result['command']}`; {described}.",
+        f"Made by `{result['command']}`; {described(result['machine'])}.",
         "",
         "| switch | peak, GiB | ratio to none | seconds a step | ratio to none |",
         "|---|---:|---:|---:|---:|",
@@ -110,9 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
                 result["rounds"].setdefault(label, []).append(measure(Path(folder), processes, changes))
                 print(rows(result)[list(result["rounds"]).index(label)], flush=True)
                 if options.output:
-                    options.output.parent.mkdir(parents=True, exist_ok=True)
-                    options.output.write_text(json.dumps(result, indent=1) + "\n")
-                    options.output.with_suffix(".md").write_text(page(result))
+                    save(options.output, result, page(result))
     return 0
 
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bench.figures import machine
+from bench.figures import described, machine
 from bench.plan_check import SMOLLM2_135M
 from repirl.batch import PackedBatch, pack
 from repirl.config import Config
@@ -426,8 +426,7 @@ def write(path: Path, arguments: list[str], results: list[dict[str, Any]]) -> No
         "results": results,
     }
     path.write_text(json.dumps(content, indent=1))
-    about = ", ".join(f"{key} {value}" for key, value in content["machine"].items())
-    title = f"# A policy update beside TRL's RLOOTrainer\n\n`{content['command']}`: {about}."
+    title = f"# A policy update beside TRL's RLOOTrainer\n\n`{content['command']}`: {described(content['machine'])}."
     path.with_suffix(".md").write_text(f"{title}\n\n{table(results)}")
 
 
