@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from bench.figures import spread
+from bench.figures import described, spread
 from bench.study.cells import PLAN, TASKS, Cell
 from bench.study.claims import CLAIMS, verdict
 from repirl.report.html import Curve, Report, Series
@@ -142,19 +142,18 @@ def curves(results: Results) -> list[Curve]:
 
 def markdown(results: Results, failed: list[str], about: dict[str, Any], command: str) -> str:
     """The page as Markdown."""
+    tasks = [task for task in PLAN if any(cell.task == task for cell in results)]
     parts = [
-        "# The study: where the training systems differ",
-        f"`{command}`: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
+        f"# The study: {TASKS[tasks[0]].title.lower() if len(tasks) == 1 else 'where the training systems differ'}",
+        f"`{command}`: {described(about)}.",
         "\n".join(f"* {note}" for note in NOTES),
         "## What agrees with the paper, and what does not",
         "A claim agrees or disagrees where the paired difference is more than twice its standard error.",
         markdown_table(["claim", "by", "measured difference", "verdict"], claims(results)),
     ]
-    for task in PLAN:
-        columns, rows = table(results, task)
-        if rows:
-            parts += [f"## {TASKS[task].title}", f"Task `{task}`. Start: {start_accuracy(results, task)}%."]
-            parts += [markdown_table(columns, rows)]
+    for task in tasks:
+        parts += [f"## {TASKS[task].title}", f"Task `{task}`. Start: {start_accuracy(results, task)}%."]
+        parts += [markdown_table(*table(results, task))]
         columns, rows = programs(results, task)
         if rows:
             parts += [PROGRAMS, markdown_table(columns, rows)]
