@@ -86,29 +86,22 @@ def newest_with(folder: str | os.PathLike, *names: str) -> Path:
     """
     problems = []
     for path in reversed(list_checkpoints(folder)):
-        for name in names:
-            try:
-                size, expected = json.loads((path / "manifest.json").read_text())[name]
-                if ((path / name).stat().st_size, checksum(path / name)) != (size, expected):
-                    problems.append(f"{path.name}: {name} has other content than was written")
-                    break
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                problems.append(f"{path.name}: {name} cannot be read: {error}")
-                break
-        else:
+        if (problem := find_damage(path, names=names)) is None:
             return path
+        problems.append(f"{path.name}: {problem}")
     raise ConfigError(
         f"none of the checkpoints in {str(folder)!r} has a sound {' and '.join(names)} ({'; '.join(problems)})"
     )
 
 
-def find_damage(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
+def find_damage(path: Path, share: int = 0, num_shares: int = 1, names: Iterable[str] | None = None) -> str | None:
     """What is wrong with a checkpoint's files, None if they are as they were written; of every `num_shares`-th file
-    only, from number `share` on, where several processes look."""
+    only, from number `share` on, where several processes look; of the files `names` only, where these are given."""
     try:
         content = json.loads((path / "manifest.json").read_text())
-        files = [(path / name, int(size), int(expected)) for name, (size, expected) in content.items()]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        wanted = content.items() if names is None else [(name, content[name]) for name in names]
+        files = [(path / name, int(size), int(expected)) for name, (size, expected) in wanted]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read: {error}"
     if not files:
         return "manifest.json names no files"
