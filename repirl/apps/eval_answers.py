@@ -27,6 +27,7 @@ from repirl.distributed.world import join_world, own_rank
 from repirl.evals import BENCHMARKS
 from repirl.evals.benchmark import Benchmark, Problem, read_problems
 from repirl.output_path import check_folder
+from repirl.report.log import is_count
 from repirl.run import set_up_process
 from repirl.sources import check_sources
 from repirl.verify.choose import make_verifier
@@ -254,17 +255,15 @@ def _texts(place: Place, row: dict[str, Any]) -> list[str]:
 def _optional(place: Place, row: dict[str, Any]) -> tuple[float | None, bool | None, int | None]:
     """temperature, finished and tokens of a row."""
     temperature, finished, tokens = row.get("temperature"), row.get("finished"), row.get("tokens")
-    if temperature is not None and (not _is_number(temperature, int | float) or not temperature >= 0):
+    if temperature is not None and (
+        isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature >= 0
+    ):
         raise place.error(f"'temperature' is {shown(temperature)}, expected a number of at least 0")
     if finished is not None and not isinstance(finished, bool):
         raise place.error(f"'finished' is {shown(finished)}, expected true or false")
-    if tokens is not None and not (_is_number(tokens, int) and tokens >= 0):
+    if tokens is not None and not is_count(tokens):
         raise place.error(f"'tokens' is {shown(tokens)}, expected a whole number of at least 0")
     return temperature, finished, tokens
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _result(
