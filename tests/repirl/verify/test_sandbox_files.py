@@ -6,25 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from sandboxes import LIMITS, assert_holds, kinds, processes
+from sandboxes import LIMITS, assert_holds, processes
 
 import repirl.verify.sandbox
-from repirl.verify.sandbox import Sandbox
 
 SECRET = "c1f9-right-answers"
-
-
-@pytest.fixture(scope="module", params=kinds())
-def shared(request):
-    with Sandbox(LIMITS, kind=request.param) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def sandbox(shared):
-    before = processes(shared)
-    yield shared
-    assert_holds(shared, before)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from sandboxes import LIMITS, assert_holds, kinds, processes
+from sandboxes import LIMITS, kinds
 
 from repirl.verify.sandbox import Sandbox
 
@@ -17,13 +17,6 @@ def shared(request):
         # Both workers run before anything is compared.
         assert sandbox.run_assertions(f"def f(x):\n    return {EXPECTED!r}", TEST, "f").status == "ok"
         yield sandbox
-
-
-@pytest.fixture
-def sandbox(shared):
-    before = processes(shared)
-    yield shared
-    assert_holds(shared, before)
 
 
 def called(sandbox, source, limits):
