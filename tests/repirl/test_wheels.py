@@ -102,10 +102,10 @@ def test_a_wheel_is_accepted(with_kernels):
 
 
 def test_what_is_wrong_with_a_wheel_is_told(with_kernels):
-    path = with_kernels(KERNELS.replace(b"avx2\0", b"") + b"/tmp/build-env-1/nanobind/src/nb_func.cpp\0")
+    path = with_kernels(KERNELS.replace(b"avx2\0", b"") + b"/build/env-1/nanobind/src/nb_func.cpp\0")
     assert sorted(check_wheel(path)) == [
         "repirl_kernels/_native.abi3.so has no kernels for avx2",
-        "repirl_kernels/_native.abi3.so names a folder of the build: /tmp/build-env-1/nanobind/src/nb_func.cpp",
+        "repirl_kernels/_native.abi3.so names a folder of the build: /build/env-1/nanobind/src/nb_func.cpp",
     ]
     path = with_kernels(KERNELS, "cp312-abi3-linux_x86_64", tests__test_x="", repirl__results__a="")
     assert check_wheel(path) == [
