@@ -92,7 +92,7 @@ def check_folder(
             raise ConfigError(f"{option} {name!r} is a file, expected a folder: choose another name")
         for source in _places(inputs):
             for part in names:
-                if _is_same(path / part, source):
+                if is_same(path / part, source):
                     raise ConfigError(
                         f"{option} {name!r} would get a {part!r} of its own, but {str(source)!r} is an input: choose "
                         "another folder"
@@ -113,17 +113,19 @@ def _places(inputs: Iterable[str | os.PathLike]) -> Iterator[Path]:
 
 
 def _refuse_input(option: str, name: str, path: Path, source: Path) -> None:
-    if _is_same(path, source):
+    if is_same(path, source):
         raise ConfigError(f"{option} {name!r} is an input, which would be lost: choose another file")
     for ending in _BESIDE:
-        if _is_same(path.with_name(path.name + ending), source):
+        if is_same(path.with_name(path.name + ending), source):
             raise ConfigError(
                 f"{option} {name!r} is written with the help of {str(source)!r}, which is an input: choose another file"
             )
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    return path.exists() and path.samefile(other)
+def is_same(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two names are of one file, folder or data set, however they are written."""
+    are_there = os.path.exists(one) and os.path.exists(other)
+    return Path(one) == Path(other) or (are_there and os.path.samefile(one, other))
 
 
 def _check_ending(option: str, name: str, path: Path, holds: str) -> None:

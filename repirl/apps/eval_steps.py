@@ -20,7 +20,7 @@ from repirl.apps.benchmarks import (
     prmbench_scores,
     processbench_scores,
 )
-from repirl.apps.first_errors import check_threshold, choose_threshold, is_same, refuse_twice
+from repirl.apps.first_errors import check_threshold, choose_threshold, refuse_twice
 from repirl.apps.lines import write_json
 from repirl.apps.localize import first_error
 from repirl.apps.output import ResumableOutput
@@ -32,7 +32,7 @@ from repirl.dataconfig import SourceConfig
 from repirl.evals.prmbench import CATEGORIES, CORRECT, read_prmbench
 from repirl.evals.processbench import read_processbench
 from repirl.evals.steps import Case
-from repirl.output_path import check_folder
+from repirl.output_path import check_folder, is_same
 from repirl.prm import PRM
 
 STEPS, RESULTS = "steps.jsonl", "results.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +16,7 @@ from repirl.apps.solutions import Columns, Solution, as_source, check_split, enc
 from repirl.apps.trained import Placed, trained_prm
 from repirl.config import ConfigError
 from repirl.evals.processbench import first_wrong
-from repirl.output_path import LINES, check_file
+from repirl.output_path import LINES, check_file, is_same
 from repirl.prm import PRM
 
 # Of step scores that are probabilities, where none is given.
@@ -124,12 +123,6 @@ def refuse_twice(option: str, names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         if any(is_same(name, other) for other in names[:number]):
             raise ConfigError(f"{option} names {name!r} twice")
-
-
-def is_same(name: str, other: str) -> bool:
-    """Whether two sources are one, however they are written."""
-    are_there = os.path.exists(name) and os.path.exists(other)
-    return Path(name) == Path(other) or (are_there and os.path.samefile(name, other))
 
 
 def _predict(scores: Sequence[float], threshold: float) -> int:
