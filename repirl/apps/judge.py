@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from repirl.apps.lines import LinesFile, refuse_existing
+from repirl.apps.lines import LinesFile
 from repirl.apps.solutions import as_source
 from repirl.config import ConfigError
 from repirl.data.answers import answer_of
 from repirl.data.sources import read_rows
 from repirl.data.values import Place
 from repirl.options import VerifierConfig
+from repirl.output_path import LINES, check_file
 from repirl.verify.choose import make_verifier
 
 # Rows that are in memory at a time.
@@ -100,7 +101,7 @@ def judge(
         RunError: the function fails on a response, or the output cannot be written.
     """
     if output is not None:
-        refuse_existing(output)
+        check_file(output, LINES, [rows])
     counts = JudgeCounts()
     with closing(make_verifier(verifier, explain=True)) as judging:
         tests = verifier.kind == "code"

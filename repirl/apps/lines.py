@@ -43,11 +43,6 @@ class LinesFile:
             raise RunError(f"--output {str(self._path)!r} cannot be written: {error.strerror}") from error
 
 
-def refuse_existing(output: str | os.PathLike) -> None:
-    """ConfigError where there cannot be a new file of JSON lines by this name (output_path.check_file)."""
-    check_file(output, LINES)
-
-
 def write_json(output: str | os.PathLike, value: Any) -> None:
     """Write a value as JSON, in place of what is there. RunError where it cannot be written."""
     path = Path(output)
