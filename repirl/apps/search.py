@@ -143,7 +143,7 @@ def _read(
     """The configuration by which the policy samples, and the rows."""
     device = options.placed.device
     given = as_source(source)
-    prompts_of(given, options.prompt)
+    prompts_of(given, options.prompt)  # its errors name --prompt-column
     plain: dict[str, Any] = {
         # Of the systems with a policy, the one that needs neither answers nor experts. Nothing is trained; the rate is
         # one that weights in bfloat16 may have.
