@@ -39,7 +39,7 @@ def start_idle_process() -> int:
     """Start a process that sleeps until it is killed; returns its number.
 
     It runs nothing but the C library's `pause`, on a stack of its own, and shares the memory of the caller, so that it
-    costs a hundredth of a fork. The caller must handle no signals: a handler would run in the caller's memory.
+    costs far less than a fork. The caller must handle no signals: a handler would run in the caller's memory.
     """
     top = ctypes.addressof(_idle_stack) + len(_idle_stack) & ~0xF
     pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
